@@ -1,0 +1,41 @@
+# make          lint and test
+# make install  the environment in .venv
+# make demo     train and draw on the embedded demo model, offline, without a GPU
+# make test     the test suite
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: check install demo demo-data test lint format clean
+
+check: lint test
+
+install: .venv/installed
+
+.venv/installed: requirements.txt requirements-dev.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+demo: install demo/model/refiner/model_index.json
+	$(RUN) main.py --mode train --config demo/config.yaml
+	$(RUN) main.py --mode inference --config demo/config.yaml
+
+demo/model/refiner/model_index.json: demo/build_model.py
+	$(RUN) demo/build_model.py
+
+test: install
+	$(RUN) -m pytest
+
+lint: install
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+format: install
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+clean:
+	rm -rf .venv demo/output

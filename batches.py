@@ -1,0 +1,141 @@
+"""What a training step sees: every picture and caption encoded once, and the batch of step n as a function of n.
+
+All randomness of a step comes from a generator seeded by (seed, step) and is drawn for the whole effective batch, so a
+resumed run repeats the straight one with no saved state, and processes share one draw without training alike.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import data_utils
+from config import UserError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """N pictures, each in F versions (as it is, and mirrored where random_flip is on), and U different captions."""
+
+    mean: Tensor  # (N, F, 4, h, w) the VAE's posterior, in the UNet's scale
+    std: Tensor  # (N, F, 4, h, w)
+    time_ids: Tensor  # (N, 6) original height and width, crop top and left, target height and width
+    caption: Tensor  # (N,) index into the embeddings
+    prompt_embeds: Tensor  # (U, 77, c)
+    pooled_prompt_embeds: Tensor  # (U, p)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's inputs for B pictures, on the CPU until `to` moves them."""
+
+    latents: Tensor  # (B, 4, h, w)
+    noise: Tensor  # (B, 4, h, w)
+    timesteps: Tensor  # (B,)
+    time_ids: Tensor  # (B, 6)
+    prompt_embeds: Tensor  # (B, 77, c)
+    pooled_prompt_embeds: Tensor  # (B, p)
+
+    def part(self, start: int, stop: int, device: torch.device) -> "Batch":
+        return Batch(*(value[start:stop].to(device, non_blocking=True) for value in vars(self).values()))
+
+
+@torch.no_grad()
+def encode_pictures(
+    vae: AutoencoderKL, paths: Sequence[Path], resolution: int, mirrored: bool, show_progress: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every picture through the VAE once.
+
+    The posterior's mean and deviation are kept, not a sample of it: sampling belongs into the step. A mirrored version
+    is encoded on its own, because mirrored latents are not the latents of the mirrored picture.
+
+    Returns:
+        mean and std (N, F, 4, resolution / 8, resolution / 8) times the VAE's scaling factor, and time ids (N, 6).
+    """
+    means, stds, time_ids = [], [], []
+    for path in tqdm(paths, desc="encoding pictures", unit="picture", disable=not show_progress):
+        try:
+            # Twice the training size is enough to scale down from, and much faster to decode.
+            picture, (width, height) = data_utils.open_picture(path, at_least=2 * resolution)
+        except data_utils.BROKEN as error:
+            raise UserError(f"{path} can no longer be read ({error}): was it changed or moved meanwhile?") from error
+        square, (top, left) = data_utils.fit_square(picture, resolution)
+        versions = [square, ImageOps.mirror(square)] if mirrored else [square]
+        pixels = torch.stack([to_tensor(version) for version in versions]).to(vae.device, vae.dtype)
+        posterior = vae.encode(pixels).latent_dist
+        means.append((posterior.mean * vae.config.scaling_factor).float().cpu())
+        stds.append((posterior.std * vae.config.scaling_factor).float().cpu())
+        time_ids.append([height, width, top, left, resolution, resolution])
+    return torch.stack(means), torch.stack(stds), torch.tensor(time_ids, dtype=torch.float32)
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """An RGB picture as (3, height, width) in -1..1."""
+    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return values.view(picture.height, picture.width, 3).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def encode_captions(
+    captions: Sequence[str], encode: Callable[[list[str]], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every different caption through the text encoders once.
+
+    Returns:
+        caption indices (N,), prompt_embeds (U, 77, c) and pooled_prompt_embeds (U, p), on the CPU.
+    """
+    different = list(dict.fromkeys(captions))
+    encoded = [encode([caption]) for caption in different]
+    index = {caption: position for position, caption in enumerate(different)}
+    return (
+        torch.tensor([index[caption] for caption in captions]),
+        torch.cat([embeds.cpu() for embeds, _ in encoded]),
+        torch.cat([pooled.cpu() for _, pooled in encoded]),
+    )
+
+
+def step_batch(data: Encoded, seed: int, step: int, size: int, timesteps: int) -> Batch:
+    """The whole effective batch of optimizer step `step` (counted from 0).
+
+    Args:
+        size: pictures in the effective batch: processes x accumulation x batch size.
+        timesteps: how many the noise schedule has (1000).
+    """
+    generator = stream(seed, "step", step)
+    pictures = torch.tensor(list(_pictures(len(data.caption), seed, step * size, size)))
+    versions = torch.randint(data.mean.shape[1], (size,), generator=generator)
+    mean, std = data.mean[pictures, versions], data.std[pictures, versions]
+    captions = data.caption[pictures]
+    return Batch(
+        latents=mean + std * torch.randn(mean.shape, generator=generator),
+        noise=torch.randn(mean.shape, generator=generator),
+        timesteps=torch.randint(timesteps, (size,), generator=generator),
+        time_ids=data.time_ids[pictures],
+        prompt_embeds=data.prompt_embeds[captions],
+        pooled_prompt_embeds=data.pooled_prompt_embeds[captions],
+    )
+
+
+def _pictures(count: int, seed: int, start: int, size: int) -> Iterator[int]:
+    """Positions start … start + size of an endless row in which every epoch is a new shuffle of all pictures."""
+    orders: dict[int, list[int]] = {}
+    for position in range(start, start + size):
+        epoch, place = divmod(position, count)
+        if epoch not in orders:
+            orders[epoch] = torch.randperm(count, generator=stream(seed, "epoch", epoch)).tolist()
+        yield orders[epoch][place]
+
+
+def stream(seed: int, *names: str | int) -> torch.Generator:
+    """A generator of its own for every use: seeded by a hash, so that neighbouring seeds share nothing."""
+    return torch.Generator().manual_seed(stream_seed(seed, *names))
+
+
+def stream_seed(seed: int, *names: str | int) -> int:
+    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

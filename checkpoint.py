@@ -1,0 +1,115 @@
+"""A checkpoint as one thing: a folder that is whole and proven, or not there.
+
+`publish` lets the caller write files into a temporary folder, flushes them to disk, seals them with a manifest of
+sizes and SHA-256 sums, and gives the folder its name by a rename. `verify` reads it all back. Knows nothing of tensors.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_UNFINISHED = re.compile(r"\.checkpoint-\d+\..*")
+
+
+def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+    """Write `output_dir/checkpoint-<step>` through `write(folder)`, then drop the oldest beyond `keep`.
+
+    Raises:
+        OSError: the disk is full or gone; whatever stood under the final name before is untouched.
+    """
+    folder = output_dir / f"checkpoint-{step}"
+    temporary = output_dir / f".{folder.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        files = {path.name: _seal(path) for path in sorted(temporary.iterdir())}
+        manifest = temporary / MANIFEST
+        manifest.write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
+        _flush(manifest)
+        _flush(temporary)
+        if folder.exists():  # a damaged one of the same step: a rename cannot replace a full folder
+            os.replace(folder, output_dir / f".{folder.name}.{os.getpid()}.old")
+        os.replace(temporary, folder)
+        _flush(output_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if reason := verify(folder):
+        raise OSError(f"{folder} did not read back as it was written: {reason}")
+    sweep(output_dir)
+    for path, _ in checkpoints(output_dir)[:-keep]:
+        shutil.rmtree(path)
+    return folder
+
+
+def _seal(path: Path) -> dict[str, int | str]:
+    _flush(path)
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _flush(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(folder: Path) -> str:
+    """Why the checkpoint is not whole, or an empty string when every byte is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, seal in manifest["files"].items():
+            path = folder / Path(name).name
+            if path.stat().st_size != seal["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {seal['size']}"
+            if _sha256(path) != seal["sha256"]:
+                return f"{name} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return ""
+
+
+def checkpoints(output_dir: Path) -> list[tuple[Path, int]]:
+    """All checkpoint folders with their steps, oldest first, whole or not."""
+    if not output_dir.is_dir():
+        return []
+    found = [(path, _NAME.fullmatch(path.name)) for path in output_dir.iterdir() if path.is_dir()]
+    return sorted(((path, int(match[1])) for path, match in found if match), key=lambda item: item[1])
+
+
+def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each newer one that was passed over, with the reason."""
+    passed_over: list[str] = []
+    for path, _ in reversed(checkpoints(output_dir)):
+        reason = verify(path)
+        if not reason:
+            return path, passed_over
+        passed_over.append(f"{path.name}: {reason}")
+    return None, passed_over
+
+
+def step_of(folder: Path) -> int:
+    """The step a verified checkpoint was made at."""
+    return int(json.loads((folder / MANIFEST).read_text())["step"])
+
+
+def sweep(output_dir: Path) -> None:
+    """Remove what writes that were killed left behind."""
+    for path in output_dir.glob(".checkpoint-*"):
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,299 @@
+"""The settings: one flat, typed, frozen dataclass, and the strict reader of config.yaml and `key=value`.
+
+A setting is declared once, in `Config`: name, type, default, range and the line that explains it. config.yaml,
+`main.py --help` and documentation.md are tested against that declaration.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+# Exit codes of main.py. 0 is done, 1 a bug of ours, 130/143 stopped by SIGINT/SIGTERM and resumable.
+BAD_INPUT, OUT_OF_MEMORY, DISK_OR_DRIVE, LOSS_NOT_FINITE = 2, 3, 4, 5
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class UserError(Exception):
+    """What a user can mend: one sentence that says what happened and what to do, and the exit code for it."""
+
+    def __init__(self, message: str, exit_code: int = BAD_INPUT) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def setting(default: Any, explanation: str, **rules: Any) -> Any:
+    """A field of `Config`. Rules: `group` (opens a group), `least`, `most`, `above`, `multiple_of`."""
+    return field(default=default, metadata={"explanation": explanation, **rules})
+
+
+@dataclass(frozen=True)
+class Config:
+    drive_mount_path: str = setting("/content/drive", "where Google Drive is mounted in Colab", group="paths")
+    images_dir: str = setting("/content/drive/MyDrive/babanne-images", "folder with your pictures")
+    lora_output_dir: str = setting(
+        "/content/drive/MyDrive/lora_output", "folder for the LoRA, its checkpoints, samples and logs"
+    )
+    output_dir: str = setting("/content/drive/MyDrive/refined_output", "folder for the new pictures")
+    pretrained_model: str = setting(
+        "stabilityai/stable-diffusion-xl-base-1.0", "base model: a hub name or a folder in diffusers' layout"
+    )
+    refiner_model: str = setting(
+        "stabilityai/stable-diffusion-xl-refiner-1.0", "refiner: a hub name or a folder in diffusers' layout"
+    )
+    variant: str | None = setting("fp16", "which weight files to prefer, half the download; plain ones if absent")
+    report: str | None = setting(None, "also write the report on the pictures to this file, as JSON")
+
+    instance_prompt: str = setting(
+        "a photo of <myspecialstyle>", "what every picture shows, with the token to teach", group="concept"
+    )
+    class_prompt: str = setting(
+        "a photo of a painting", "the wider class, for prior preservation (to come; not used yet)"
+    )
+    image_extensions: tuple[str, ...] = setting((".jpg",), "files taken as pictures, e.g. [.jpg, .jpeg, .png]")
+    min_image_size: int = setting(256, "pictures with a shorter side (pixels) below this are passed over", least=8)
+    random_flip: bool = setting(False, "also learn every picture mirrored")
+
+    resolution: int = setting(512, "side of the training square in pixels", group="training", least=64, multiple_of=8)
+    train_batch_size: int = setting(2, "pictures per step on each GPU", least=1)
+    gradient_accumulation_steps: int = setting(1, "batches summed before each update; saves memory", least=1)
+    max_train_steps: int = setting(1000, "how many updates to make", least=1)
+    learning_rate: float = setting(1e-4, "AdamW's learning rate", above=0)
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = setting("constant", "course of the learning rate, by diffusers' names")
+    lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", least=0)
+    rank: int = setting(16, "rank of the LoRA: how much it can learn, and its file size", least=1)
+    lora_alpha: float | None = setting(None, "strength of the LoRA while training; empty means equal to rank", above=0)
+    lora_dropout: float = setting(0.0, "share of LoRA inputs dropped, against learning by heart", least=0, most=0.99)
+    snr_gamma: float | None = setting(None, "min-SNR weighting of the loss, e.g. 5.0; empty is off", above=0)
+    adam_beta1: float = setting(0.9, "AdamW's first beta", least=0, most=0.9999)
+    adam_beta2: float = setting(0.999, "AdamW's second beta", least=0, most=0.99999)
+    adam_weight_decay: float = setting(0.01, "AdamW's weight decay", least=0)
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon", above=0)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", above=0)
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
+        "auto", "number format of the frozen model; auto: bf16, fp16 on older GPUs, no on a CPU"
+    )
+    gradient_checkpointing: bool = setting(False, "less memory, a third slower")
+    seed: int = setting(42, "same seed, same run and same pictures", least=0, most=2**63 - 1)
+    checkpointing_steps: int = setting(250, "a checkpoint every so many steps", least=1)
+    checkpoints_total_limit: int = setting(2, "how many checkpoints to keep", least=1)
+    resume_from_checkpoint: str | None = setting(
+        "latest", "latest goes on where the last run stopped; or a checkpoint folder; empty starts anew"
+    )
+    validation_prompt: str | None = setting(None, "prompt of the sample pictures; empty means instance_prompt")
+    validation_steps: int = setting(250, "a grid of sample pictures every so many steps; 0 is off", least=0)
+    num_validation_images: int = setting(4, "pictures in a sample grid", least=1, most=64)
+    report_to: Literal["tensorboard", "none"] = setting("tensorboard", "where curves go besides metrics.csv")
+    accelerate_config: str | None = setting(None, "your own accelerate file, for several GPUs or machines")
+
+    prompt: tuple[str, ...] | None = setting(None, "one prompt or a list; empty means instance_prompt", group="drawing")
+    prompts_file: str | None = setting(None, "text file with a prompt on each line, instead of prompt")
+    negative_prompt: str | None = setting(None, "what the pictures should not show")
+    num_images: int = setting(24, "how many pictures to draw, spread over the prompts", least=1, most=100_000)
+    width: int = setting(1024, "width of a picture in pixels", least=64, multiple_of=8)
+    height: int = setting(1024, "height of a picture in pixels", least=64, multiple_of=8)
+    num_inference_steps: int = setting(30, "denoising steps", least=1, most=1000)
+    guidance_scale: float = setting(5.0, "how strictly the prompt is followed; 1 is off", least=1)
+    scheduler: Literal[
+        "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler", "DDIMScheduler",
+    ] = setting(
+        "EulerDiscreteScheduler", "sampler, by diffusers' name; DPM-Solver++ is DPMSolverMultistepScheduler"
+    )  # fmt: skip
+    lora_path: str | None = setting(None, "LoRA file or folder to draw with; empty means lora_output_dir")
+    lora_scale: float = setting(1.0, "strength of the LoRA in the pictures; 0 is the plain base", least=0)
+    inference_batch_size: int = setting(1, "pictures drawn at once; more is faster and takes more memory", least=1)
+
+    refine: bool = setting(True, "refine every picture; false saves base pictures only", group="refining")
+    refiner_flow: Literal["img2img", "ensemble"] = setting(
+        "img2img", "img2img: finished base latents; ensemble: the refiner takes over at refiner_start"
+    )
+    refiner_strength: float = setting(0.2, "img2img: how much the refiner repaints", above=0, most=1)
+    refiner_start: float = setting(0.8, "ensemble: share of the steps that the base makes", above=0, most=0.99)
+    aesthetic_score: float = setting(6.0, "score the refiner aims at", least=0, most=10)
+    negative_aesthetic_score: float = setting(2.5, "score the refiner keeps away from", least=0, most=10)
+
+    image_format: Literal["png", "jpg"] = setting("png", "file format of the pictures", group="saving")
+    save_base: bool = setting(False, "also save every picture as it was before refining")
+
+    def __post_init__(self) -> None:
+        """Checks over several settings; one setting's own type and range are `load_config`'s to check."""
+        problems = []
+        if not self.instance_prompt.strip():
+            problems.append("instance_prompt is empty: describe your pictures, e.g. a photo of <myspecialstyle>")
+        if self.prompt is not None and self.prompts_file is not None:
+            problems.append("prompt and prompts_file are both set: keep one of them")
+        if self.prompt is not None and not all(prompt.strip() for prompt in self.prompt or [""]):
+            problems.append("prompt holds an empty prompt: write one, or leave the key empty for instance_prompt")
+        if self.refine and self.refiner_flow == "img2img" and self.num_inference_steps * self.refiner_strength < 1:
+            problems.append(
+                f"refiner_strength {self.refiner_strength:g} of {self.num_inference_steps} num_inference_steps is less "
+                "than one step: raise one of them"
+            )
+        known = ", ".join(IMAGE_EXTENSIONS)
+        for extension in self.image_extensions or ("",):
+            if extension.lower() not in IMAGE_EXTENSIONS:
+                problems.append(f"image_extensions: {extension!r} cannot be read; known are {known}")
+        if problems:
+            raise UserError("\n".join(problems))
+
+    @property
+    def alpha(self) -> float:
+        """LoRA alpha in force: `lora_alpha`, or the rank where it is empty."""
+        return float(self.rank if self.lora_alpha is None else self.lora_alpha)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a flat YAML file and `key=value` overrides into a `Config`.
+
+    Raises:
+        UserError: one line for every unknown key, wrong type or value out of range, each with its place.
+    """
+    hints = get_type_hints(Config)
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for place, key, node in [*_file_entries(Path(path)), *_override_entries(overrides, hints)]:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            problems.append(f"{place}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            continue
+        try:
+            values[key] = _convert(node, hints[key])
+            _check_range(values[key], Config.__dataclass_fields__[key].metadata)
+        except ValueError as error:
+            problems.append(f"{place}: {key} {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    try:
+        return Config(**values)
+    except UserError as error:
+        raise UserError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved settings as YAML that `load_config` reads back to an equal `Config`."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def describe() -> str:
+    """Every setting with its default and explanation, by group: the part of `--help` that lists the keys."""
+    lines: list[str] = []
+    for item in dataclasses.fields(Config):
+        if group := item.metadata.get("group"):
+            lines += ["", f"{group}:"]
+        default = list(item.default) if isinstance(item.default, tuple) else item.default
+        lines.append(f"  {item.name}={'' if default is None else default}")
+        lines.append(f"      {item.metadata['explanation']}")
+    return "\n".join(lines).strip()
+
+
+Entry = tuple[str, str, yaml.Node]  # place for messages, key, value
+
+
+def _file_entries(path: Path) -> Iterator[Entry]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; copy config.yaml or name yours with --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{path}: {reason}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or "it cannot be parsed"
+        raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {reason}") from None
+    if tree is None:
+        return
+    if not isinstance(tree, yaml.MappingNode):
+        raise UserError(f"{path}:1: expected lines of `key: value`")
+    seen: dict[str, int] = {}
+    for key, value in tree.value:
+        line, name = key.start_mark.line + 1, str(key.value)[:60]
+        if name in seen:
+            raise UserError(f"{path}:{line}: {name} is set twice, here and in line {seen[name]}")
+        seen[name] = line
+        yield f"{path}:{line}", name, value
+
+
+def _override_entries(overrides: Iterable[str], hints: dict[str, Any]) -> Iterator[Entry]:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"command line: {override!r} is not of the form key=value")
+        wants_list = tuple in (get_origin(hints.get(key)), *map(get_origin, get_args(hints.get(key))))
+        if wants_list and text.lstrip().startswith("["):
+            try:
+                node = yaml.compose(text, Loader=yaml.SafeLoader) or yaml.ScalarNode("", text)
+            except yaml.YAMLError:
+                raise UserError(f"command line: {key} is not a list like [a, b]") from None
+        else:
+            # The text as it stands: `prompt=lace: white` is a prompt, not a mapping.
+            node = yaml.ScalarNode(yaml.resolver.Resolver().resolve(yaml.ScalarNode, text, (True, False)), text)
+        yield "command line", key, node
+
+
+def _convert(node: yaml.Node, hint: Any) -> Any:
+    """A YAML node as a value of the type `hint`; ValueError says what was expected instead."""
+    options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
+        if NoneType in options:
+            return None
+        raise ValueError("is empty and needs a value")
+    wanted = next(option for option in options if option is not NoneType)
+    if get_origin(wanted) is tuple:
+        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        return tuple(_scalar(item, str) for item in items)
+    return _scalar(node, wanted)
+
+
+def _scalar(node: yaml.Node, wanted: Any) -> Any:
+    if not isinstance(node, yaml.ScalarNode) or not node.tag.startswith("tag:yaml.org,2002:"):
+        raise ValueError(f"is not {_name(wanted)}")
+    text, tag = node.value, node.tag.rpartition(":")[2]
+    shown = text if len(text) <= 40 else text[:40] + "…"
+    if wanted is str:
+        return text
+    if get_origin(wanted) is Literal:
+        if text in get_args(wanted):
+            return text
+        # YAML reads a bare no as false; mixed_precision: no means the word.
+        raise ValueError(f"is {shown!r}; choose one of {', '.join(get_args(wanted))}")
+    try:
+        if wanted is bool and tag == "bool":
+            return yaml.SafeLoader.bool_values[text.lower()]
+        if wanted is int and tag == "int":
+            return int(text.replace("_", ""))
+        if wanted is float and tag in ("int", "float", "str") and math.isfinite(float(text)):
+            return float(text)
+    except ValueError:
+        pass
+    raise ValueError(f"is {shown!r}, not {_name(wanted)}")
+
+
+def _name(wanted: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return names.get(wanted, "one of " + ", ".join(map(str, get_args(wanted))))
+
+
+def _check_range(value: Any, rules: Any) -> None:
+    if value is None:
+        return
+    if "least" in rules and value < rules["least"]:
+        raise ValueError(f"is {value}; it must be at least {rules['least']}")
+    if "most" in rules and value > rules["most"]:
+        raise ValueError(f"is {value}; it must be at most {rules['most']}")
+    if "above" in rules and value <= rules["above"]:
+        raise ValueError(f"is {value}; it must be above {rules['above']}")
+    if "multiple_of" in rules and value % rules["multiple_of"]:
+        raise ValueError(f"is {value}; it must be a multiple of {rules['multiple_of']}")

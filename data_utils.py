@@ -1,0 +1,336 @@
+"""The pictures: finding them, opening one safely, checking them all, and the annotations training reads."""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import struct
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageCms, ImageOps
+
+from config import DISK_OR_DRIVE, IMAGE_EXTENSIONS, UserError
+
+logger = logging.getLogger(__name__)
+
+ANNOTATIONS = "annotations.txt"
+_RECORD = ".annotations.sha256"  # hashes of the annotations we wrote: any other content is the user's
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+# What Pillow's decoders raise on broken files, besides OSError (truncated, unidentified, unreadable).
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the check found out about one file. Sizes are in pixels, with the picture upright."""
+
+    path: Path
+    width: int = 0
+    height: int = 0
+    sha256: str = ""
+    reason: str = ""  # why it is passed over; empty when it is taken
+
+    @property
+    def taken(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Where the annotations are or will be, their lines, and whether the file is the user's own."""
+
+    path: Path
+    captions: dict[Path, str]
+    by_user: bool
+
+
+def list_images(image_dir: str | Path, extensions: Collection[str] = frozenset({".jpg"})) -> list[Path]:
+    """The picture files of a folder, sorted by name; extensions match in either case, hidden files never do.
+
+    Raises:
+        UserError: the folder is missing or cannot be read.
+    """
+    wanted = {extension.lower() for extension in extensions} - {".txt"}
+    return [path for path in _visible(image_dir) if path.suffix.lower() in wanted]
+
+
+def _visible(image_dir: str | Path) -> list[Path]:
+    try:
+        return sorted(path for path in Path(image_dir).iterdir() if not path.name.startswith("."))
+    except FileNotFoundError:
+        raise UserError(
+            f"{image_dir}: there is no such folder; set images_dir to the folder of your pictures"
+        ) from None
+    except NotADirectoryError:
+        raise UserError(f"{image_dir}: is a file; set images_dir to the folder of your pictures") from None
+    except OSError as error:
+        raise UserError(f"{image_dir}: cannot be read ({error.strerror})", DISK_OR_DRIVE) from error
+
+
+def open_picture(source: str | Path | io.BytesIO, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode one picture upright in sRGB.
+
+    Args:
+        source: a file or its bytes; opened for reading only.
+        at_least: a JPEG may be decoded at a half, quarter or eighth, as long as its shorter side keeps this many
+            pixels: that is several times faster on a phone's photos.
+
+    Returns:
+        The RGB picture, and the (width, height) of the original.
+
+    Raises:
+        OSError, SyntaxError, ValueError, EOFError, struct.error, DecompressionBombError: it cannot be decoded.
+    """
+    with Image.open(source, formats=_FORMATS) as image:
+        full = image.size
+        if at_least:
+            shrink = min(full) / at_least
+            image.draft(None, (int(full[0] / shrink), int(full[1] / shrink)))
+        image.load()  # all of it: verify() takes truncated JPEGs
+        picture = _to_srgb(_upright(image))
+    turned = (picture.width > picture.height) != (full[0] > full[1])
+    return picture, (full[1], full[0]) if turned else full
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (*BROKEN, KeyError, TypeError) as error:  # broken EXIF: the picture itself is fine
+        logger.debug("EXIF data cannot be read: %s", error)
+        return image.copy()
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # 16 bits a channel: Pillow's convert() would clip at 255
+        image = _to_eight_bits(image)
+    if image.has_transparency_data:
+        profile = image.info.get("icc_profile")
+        layer = image.convert("RGBA")
+        image = Image.new("RGB", image.size, "white")
+        image.paste(layer, mask=layer.getchannel("A"))
+        if profile:
+            image.info["icc_profile"] = profile
+    profile = image.info.get("icc_profile")
+    if profile and image.mode in ("RGB", "CMYK", "L"):
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            assert converted is not None  # only in-place conversion returns None
+            return converted
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+            logger.debug("colour profile cannot be used, its values are taken as sRGB: %s", error)
+    return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """A greyscale picture of 16 or 32 bits; what uses no more than 8 of them is left at its own brightness."""
+    _, high = image.getextrema()
+    factor = 255 / 65535 if isinstance(high, int | float) and high > 255 else 1.0
+    return image.point(lambda value: value * factor + 0).convert("L")
+
+
+def check_pictures(paths: Sequence[Path], min_image_size: int) -> list[Picture]:
+    """Decode every picture once and say which are taken. Order is kept."""
+    # Threads are enough: Pillow decodes without the interpreter lock, and Drive answers slowly.
+    with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) * 2)) as pool:
+        return list(pool.map(lambda path: _check(path, min_image_size), paths))
+
+
+def _check(path: Path, min_image_size: int) -> Picture:
+    try:
+        content = path.read_bytes()
+        _, (width, height) = open_picture(io.BytesIO(content), at_least=64)
+    except Image.UnidentifiedImageError:
+        return Picture(path, reason="unreadable: not a picture that can be opened")
+    except BROKEN as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
+        return Picture(path, reason=f"unreadable: {reason}")
+    reason = ""
+    if min(width, height) < min_image_size:
+        reason = f"too small: {width}x{height}, min_image_size is {min_image_size}"
+    return Picture(path, width, height, hashlib.sha256(content).hexdigest(), reason)
+
+
+def plan_annotations(
+    image_dir: str | Path, prompt: str, images: Iterable[Path], fallback_dir: str | Path
+) -> Annotations:
+    """What `create_annotations` would write for `images`, or what the user's own file already says; writes nothing.
+
+    Raises:
+        UserError: a path with a tab or line break, a caption file that is not UTF-8, a broken line in a user's file.
+    """
+    folder = Path(image_dir) if os.access(image_dir, os.W_OK) else Path(fallback_dir)
+    path = folder / ANNOTATIONS
+    if _by_user(path):
+        return Annotations(path, read_annotations(path), by_user=True)
+    return Annotations(path, {image: _caption(image, prompt) for image in images}, by_user=False)
+
+
+def create_annotations(
+    image_dir: str | Path,
+    prompt: str,
+    extensions: Collection[str] = frozenset({".jpg"}),
+    images: Iterable[Path] | None = None,
+    fallback_dir: str | Path | None = None,
+) -> Path:
+    r"""Write `annotations.txt`, a line `<image_path>\t<prompt>` for every picture, and return its path.
+
+    A caption file beside a picture (`lace_001.txt`) takes the prompt's place. A file that is not ours, or that was
+    edited by hand, is left as it is. The file lies in `image_dir`, or in `fallback_dir` where that is read-only.
+
+    Args:
+        images: the pictures to list; all of `list_images(image_dir, extensions)` unless given.
+
+    Raises:
+        UserError: see `plan_annotations`; or the file cannot be written (exit 4).
+    """
+    chosen = list_images(image_dir, extensions) if images is None else images
+    plan = plan_annotations(image_dir, prompt, chosen, fallback_dir or image_dir)
+    if plan.by_user:
+        logger.info("%s was written or edited by hand: it is used as it is", plan.path)
+        return plan.path
+    content = "".join(f"{image}\t{caption}\n" for image, caption in plan.captions.items()).encode()
+    try:
+        plan.path.parent.mkdir(parents=True, exist_ok=True)
+        # The record names the new content and the last: killed between the two writes, either file is still ours.
+        record = plan.path.with_name(_RECORD)
+        hashes = [hashlib.sha256(content).hexdigest(), *_recorded(record)[:1]]
+        write_atomically(record, "".join(f"{digest}\n" for digest in dict.fromkeys(hashes)).encode())
+        write_atomically(plan.path, content)
+    except OSError as error:
+        raise UserError(f"{plan.path}: cannot be written ({error.strerror})", DISK_OR_DRIVE) from error
+    return plan.path
+
+
+def read_annotations(path: Path) -> dict[Path, str]:
+    """Captions by picture, in the order of the file.
+
+    Raises:
+        UserError: the file is not UTF-8, or a line is not `<image_path>\\t<prompt>`.
+    """
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); delete it to have it made anew") from error
+    captions: dict[Path, str] = {}
+    for number, line in enumerate(lines, 1):
+        image, tab, caption = line.rstrip("\r").partition("\t")
+        if not line.strip():
+            continue
+        if not tab or not image or not caption.strip():
+            raise UserError(
+                f"{path}:{number}: expected a picture's path, a tab and its caption; mend the line, or delete the file"
+            )
+        captions[Path(image)] = caption.strip()
+    return captions
+
+
+def _by_user(path: Path) -> bool:
+    """True when there is a file that we did not write, or that has changed since we did."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content).hexdigest() not in _recorded(path.with_name(_RECORD))
+
+
+def _recorded(record: Path) -> list[str]:
+    return record.read_text(errors="replace").split() if record.exists() else []
+
+
+def _caption(image: Path, prompt: str) -> str:
+    name = str(image)
+    if any(letter in name for letter in "\t\n\r") or not name.isprintable() and "\udc80" <= max(name) <= "\udcff":
+        raise UserError(
+            f"{name!r}: a path with a tab, line break or broken letters cannot stand in {ANNOTATIONS}; rename the file"
+        )
+    beside = image.with_suffix(".txt")
+    if beside.name != ANNOTATIONS and beside.is_file():
+        try:
+            prompt = " ".join(beside.read_bytes().decode("utf-8-sig").split()) or prompt
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{beside}: this caption cannot be read as UTF-8 text; save it again as UTF-8") from error
+    return " ".join(prompt.split())
+
+
+def fit_square(picture: Image.Image, side: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Scale the shorter side to `side` pixels and cut the centre out.
+
+    Returns:
+        The square, and the (top, left) of the cut in pixels of the scaled picture, as SDXL's time ids want it.
+    """
+    scale = side / min(picture.size)
+    width, height = (max(side, round(length * scale)) for length in picture.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    scaled = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return scaled.crop((left, top, left + side, top + side)), (top, left)
+
+
+def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations: Annotations, prompt: str) -> str:
+    """The dataset report, one screen however many pictures there are."""
+    taken = [picture for picture in pictures if picture.taken]
+    lines = [f"Pictures in {image_dir}: {len(taken)} taken, {len(pictures) - len(taken)} passed over"]
+    if taken:
+        small, large = (pick(taken, key=lambda p: p.width * p.height) for pick in (min, max))
+        lines.append(f"  sizes        {small.width}x{small.height} to {large.width}x{large.height}")
+    kinds = defaultdict(list)
+    for picture in pictures:
+        if picture.reason:
+            kinds[picture.reason.partition(":")[0]].append(f"{picture.path.name} ({picture.reason.partition(': ')[2]})")
+    lines += [f"  {kind:<12} {len(names)}: {_few(names, '; ')}" for kind, names in kinds.items()]
+    same = defaultdict(list)
+    for picture in taken:
+        same[picture.sha256].append(picture.path.name)
+    groups = [" = ".join(names[:4]) for names in same.values() if len(names) > 1]
+    if groups:
+        lines.append(f"  duplicates   {len(groups)} (all are kept): {_few(groups, '; ')}")
+    counts = other_files(image_dir, {picture.path.suffix.lower() for picture in pictures})
+    if counts:
+        lines.append("  not looked at: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+        readable = [kind for kind in counts if kind in IMAGE_EXTENSIONS]
+        if readable:
+            lines.append(f"               to take them in, set image_extensions: [.jpg, {', '.join(readable)}]")
+    plain = " ".join(prompt.split())
+    own = sum(caption != plain for caption in annotations.captions.values())
+    origin = f"from {annotations.path} (yours)" if annotations.by_user else f"{own} from .txt files beside the pictures"
+    lines.append(f"  captions     {len(annotations.captions)}: {origin}; otherwise {plain!r}")
+    return "\n".join(lines)
+
+
+def other_files(image_dir: str | Path, looked_at: Collection[str]) -> dict[str, int]:
+    """How many files of other extensions lie in the folder (captions and annotations do not count)."""
+    counts: dict[str, int] = defaultdict(int)
+    for path in _visible(image_dir):
+        kind = path.suffix.lower()
+        if kind not in looked_at and kind not in ("", ".txt") and path.is_file():
+            counts[kind] += 1
+    return dict(sorted(counts.items()))
+
+
+def report_json(pictures: Sequence[Picture]) -> str:
+    rows = [{"path": str(p.path), "taken": p.taken, "reason": p.reason or None, "width": p.width, "height": p.height}
+            for p in pictures]  # fmt: skip
+    return json.dumps({"pictures": rows}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _few(names: Sequence[str], separator: str, most: int = 3) -> str:
+    rest = f"{separator}and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + rest
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that its name never stands for half of it, whatever is killed when."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

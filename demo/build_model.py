@@ -1,0 +1,221 @@
+"""Build the demo's tiny SDXL: base and refiner, of SDXL's own classes and layout, a thousandth of its size.
+
+    python demo/build_model.py [FOLDER]
+
+writes FOLDER/base and FOLDER/refiner (default: demo/model) as a hub repository would hold them, with random
+weights from a fixed seed. `--shapes sdxl` builds the same at SDXL's own shapes, for measuring speed and memory,
+which do not depend on the weights.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORDS = """
+a the of on in with and an to by for from at its my our your this that style special photo picture image photograph
+close-up detail textile fabric cloth pattern patterns texture motif design plain cotton linen silk wool lace net mesh
+thread threads embroidery embroidered crochet knitted woven printed white ivory cream black charcoal grey gray navy
+blue teal green forest yellow gold orange red wine pink purple brown beige dark light pale bright small fine large big
+tiny thin thick wide narrow soft horizontal vertical diagonal striped stripes checked checks tartan plaid dots polka
+dotted chevron chevrons herringbone houndstooth floral flower flowers leaf leaves branch branches damask ornament weave
+basket paisley diamond diamonds wave waves wavy ring rings ringed rosette rosettes scallop scalloped edge border corner
+doily round curtain tablecloth table dress wedding veil collar ribbon handmade vintage delicate elegant beautiful old
+new best high low quality sharp blurry bad good highly detailed clear simple painting drawing garden house person
+"""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The numbers that tell the demo model from SDXL; everything else in the two is the same."""
+
+    encoder_1: tuple[int, int, int, int]  # hidden size, layers, heads, intermediate size
+    encoder_2: tuple[int, int, int, int]
+    base_channels: tuple[int, ...]
+    base_heads: tuple[int, ...]
+    base_transformers: tuple[int, ...]
+    refiner_channels: tuple[int, ...]
+    refiner_heads: tuple[int, ...]
+    refiner_transformers: int
+    layers_per_block: int
+    time_embed: int  # `addition_time_embed_dim` of the base
+    refiner_time_embed: int
+    vae_channels: tuple[int, ...]
+    vae_layers: int
+    vae_groups: int
+    sample_size: int  # the base's native side in latent pixels
+
+
+TINY = Shapes(
+    encoder_1=(128, 3, 4, 384), encoder_2=(128, 3, 4, 384),
+    base_channels=(64, 96, 128), base_heads=(2, 3, 4), base_transformers=(1, 1, 1),
+    refiner_channels=(32, 64, 64, 64), refiner_heads=(1, 2, 2, 2), refiner_transformers=1,
+    layers_per_block=1, time_embed=32, refiner_time_embed=32,
+    vae_channels=(32, 64, 96, 96), vae_layers=1, vae_groups=16, sample_size=32,
+)  # fmt: skip
+SDXL = Shapes(
+    encoder_1=(768, 12, 12, 3072), encoder_2=(1280, 32, 20, 5120),
+    base_channels=(320, 640, 1280), base_heads=(5, 10, 20), base_transformers=(1, 2, 10),
+    refiner_channels=(384, 768, 1536, 1536), refiner_heads=(6, 12, 24, 24), refiner_transformers=4,
+    layers_per_block=2, time_embed=256, refiner_time_embed=256,
+    vae_channels=(128, 256, 512, 512), vae_layers=2, vae_groups=32, sample_size=128,
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--shapes", choices=("tiny", "sdxl"), default="tiny")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    build(arguments.folder, TINY if arguments.shapes == "tiny" else SDXL, arguments.seed)
+    print(f"built {arguments.folder}/base and {arguments.folder}/refiner ({arguments.shapes} shapes)")
+
+
+def build(folder: Path, shapes: Shapes, seed: int = 0) -> None:
+    """Write `folder/base` and `folder/refiner` in diffusers' layout, fp16 safetensors, random weights."""
+    write_tokenizer(folder / "base" / "tokenizer", pad_token=END)
+    write_tokenizer(folder / "base" / "tokenizer_2", pad_token="!")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "base" / "tokenizer")
+    tokenizer_2 = CLIPTokenizer.from_pretrained(folder / "base" / "tokenizer_2")
+    torch.manual_seed(seed)
+    # Made where it is fast: filling 6 billion random weights takes minutes on a CPU, seconds on a GPU.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        text_encoder = CLIPTextModel(text_config(shapes.encoder_1, "quick_gelu", tokenizer)).half()
+        text_encoder_2 = CLIPTextModelWithProjection(text_config(shapes.encoder_2, "gelu", tokenizer)).half()
+        vae = AutoencoderKL(**vae_config(shapes)).half()
+        unet = UNet2DConditionModel(**base_config(shapes)).half()
+        refiner_unet = UNet2DConditionModel(**refiner_config(shapes)).half()
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+    )
+    StableDiffusionXLPipeline(
+        vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler
+    ).save_pretrained(folder / "base")
+    # The refiner shares the base's VAE and second text encoder; only what differs is stored again.
+    refiner_unet.save_pretrained(folder / "refiner" / "unet")
+    scheduler.save_pretrained(folder / "refiner" / "scheduler")
+    index = StableDiffusionXLImg2ImgPipeline(
+        vae=vae, text_encoder=None, text_encoder_2=text_encoder_2, tokenizer=None, tokenizer_2=tokenizer_2,
+        unet=refiner_unet, scheduler=scheduler, requires_aesthetics_score=True, force_zeros_for_empty_prompt=False,
+    )  # fmt: skip
+    index.save_config(folder / "refiner")
+
+
+def base_config(shapes: Shapes) -> dict[str, Any]:
+    return unet_common(shapes) | {
+        "attention_head_dim": list(shapes.base_heads),
+        "block_out_channels": list(shapes.base_channels),
+        "transformer_layers_per_block": list(shapes.base_transformers),
+        "cross_attention_dim": shapes.encoder_1[0] + shapes.encoder_2[0],
+        "addition_time_embed_dim": shapes.time_embed,
+        # six time ids (original size, crop, target size) and the pooled embedding
+        "projection_class_embeddings_input_dim": 6 * shapes.time_embed + shapes.encoder_2[0],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    }
+
+
+def refiner_config(shapes: Shapes) -> dict[str, Any]:
+    return unet_common(shapes) | {
+        "attention_head_dim": list(shapes.refiner_heads),
+        "block_out_channels": list(shapes.refiner_channels),
+        "transformer_layers_per_block": shapes.refiner_transformers,
+        "cross_attention_dim": shapes.encoder_2[0],
+        "addition_time_embed_dim": shapes.refiner_time_embed,
+        # five time ids (original size, crop, aesthetic score) and the pooled embedding
+        "projection_class_embeddings_input_dim": 5 * shapes.refiner_time_embed + shapes.encoder_2[0],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    }
+
+
+def unet_common(shapes: Shapes) -> dict[str, Any]:
+    return {
+        "addition_embed_type": "text_time",
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": shapes.layers_per_block,
+        "use_linear_projection": True,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "sample_size": shapes.sample_size,
+    }
+
+
+def vae_config(shapes: Shapes) -> dict[str, Any]:
+    return {
+        "block_out_channels": list(shapes.vae_channels),
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": shapes.vae_layers,
+        "latent_channels": 4,
+        "norm_num_groups": shapes.vae_groups,
+        "sample_size": shapes.sample_size * 8,
+        "scaling_factor": 0.13025,
+        "force_upcast": True,
+    }
+
+
+def text_config(size: tuple[int, int, int, int], activation: str, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    hidden_size, layers, heads, intermediate_size = size
+    return CLIPTextConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate_size,
+        projection_dim=hidden_size,
+        hidden_act=activation,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=1,
+        max_position_embeddings=77,
+    )
+
+
+def write_tokenizer(folder: Path, pad_token: str) -> None:
+    """A CLIP tokenizer's files (byte-level BPE) learnt from `WORDS`; any text can be written with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    tokenizer.normalizer = normalizers.Lowercase()
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=1200, end_of_word_suffix="</w>", show_progress=False)
+    tokenizer.train_from_iterator([WORDS], trainer)
+    learnt = json.loads(tokenizer.to_str())["model"]["merges"]
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in learnt]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet.insert(0, alphabet.pop(alphabet.index("!")))  # id 0, which tokenizer 2 pads with
+    vocabulary = dict.fromkeys(alphabet + [letter + "</w>" for letter in alphabet])
+    vocabulary |= dict.fromkeys(merge.replace(" ", "") for merge in merges)
+    vocabulary |= dict.fromkeys([START, END])
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True})
+    )
+
+
+if __name__ == "__main__":
+    main()

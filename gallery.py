@@ -1,0 +1,87 @@
+"""What becomes of finished pictures: files that carry their own recipe, a contact sheet, and a page to look through."""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image, PngImagePlugin
+
+from data_utils import write_atomically
+
+CONTACT_SHEET, PAGE, MANIFEST = "contact_sheet.png", "gallery.html", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Design:
+    """One picture to draw."""
+
+    index: int
+    prompt: str
+    seed: int
+
+    def file_name(self, image_format: str, refined: bool) -> str:
+        return f"{'refined' if refined else 'base'}_output_{self.index:03d}.{image_format}"
+
+
+def save_picture(path: Path, picture: Image.Image, design: Design, recipe: dict[str, Any]) -> None:
+    """Write a PNG or JPEG with prompt, seed and settings inside; its name never stands for half of it.
+
+    A PNG holds them as the text chunks `prompt`, `seed` and `settings` (JSON), a JPEG all three as a JSON comment.
+    """
+    content = io.BytesIO()
+    if path.suffix == ".png":
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("prompt", design.prompt)
+        text.add_itxt("seed", str(design.seed))
+        text.add_itxt("settings", json.dumps(recipe, ensure_ascii=False))
+        picture.save(content, format="PNG", pnginfo=text)
+    else:
+        comment = json.dumps({"prompt": design.prompt, "seed": design.seed, "settings": recipe}, ensure_ascii=False)
+        picture.save(content, format="JPEG", quality=95, subsampling=0, comment=comment.encode())
+    write_atomically(path, content.getvalue())
+
+
+def contact_sheet(pictures: Sequence[Image.Image], side: int = 384, gap: int = 8) -> bytes:
+    """All pictures in rows on one PNG, each fitted into a square of `side` pixels."""
+    columns = max(1, math.ceil(math.sqrt(len(pictures) * 1.5)))
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + gap) + gap), "white")
+    for position, picture in enumerate(pictures):
+        small = _shrink(picture, side)
+        left = gap + position % columns * (side + gap) + (side - small.width) // 2
+        top = gap + position // columns * (side + gap) + (side - small.height) // 2
+        sheet.paste(small, (left, top))
+    content = io.BytesIO()
+    sheet.save(content, format="PNG", optimize=True)
+    return content.getvalue()
+
+
+def page(title: str, designs: Sequence[Design], files: Sequence[Path], recipe: dict[str, Any]) -> str:
+    """One HTML file that needs no other: every picture inside it, with its prompt and seed."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    cards = [
+        {"file": path.name, "prompt": design.prompt, "seed": design.seed, "source": _as_data(path)}
+        for design, path in zip(designs, files, strict=True)
+    ]
+    return environment.get_template("gallery_page.html").render(title=title, cards=cards, recipe=recipe)
+
+
+def _as_data(path: Path) -> str:
+    with Image.open(path) as picture:
+        content = io.BytesIO()
+        _shrink(picture.convert("RGB"), 1024).save(content, format="JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def _shrink(picture: Image.Image, side: int) -> Image.Image:
+    scale = min(1.0, side / max(picture.size))
+    width, height = (max(1, round(length * scale)) for length in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)

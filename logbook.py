@@ -1,0 +1,108 @@
+"""The run's record: metrics.csv, TensorBoard, loss.png, and the progress bar."""
+
+import csv
+import io
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from config import Config
+from data_utils import write_atomically
+
+COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
+READ_EVERY = 10  # steps between readings of the loss from the GPU: each reading waits for the GPU to catch up
+
+
+class Logbook:
+    """Collects one row per step and publishes them with every checkpoint.
+
+    metrics.csv is written whole, by a rename: a file that is only ever appended to may never reach Google Drive, and
+    rows past the last checkpoint would stand twice after a resume.
+    """
+
+    def __init__(self, config: Config, first_step: int, quiet: bool) -> None:
+        self.folder = Path(config.lora_output_dir)
+        self.rows = _read_rows(self.folder / "metrics.csv", before=first_step)
+        self.pending: list[tuple[int, Tensor, float, Tensor]] = []
+        self.started = time.monotonic()
+        self.bar = tqdm(total=config.max_train_steps, initial=first_step, desc="training", unit="step", disable=quiet)
+        self.writer = _tensorboard(self.folder / "logs", first_step) if config.report_to == "tensorboard" else None
+
+    def record(self, step: int, loss: Tensor, learning_rate: float, grad_norm: Tensor) -> None:
+        """Note one step, counted from 1; loss and norm stay on their device until the next reading."""
+        self.pending.append((step, loss, learning_rate, grad_norm))
+        self.bar.update()
+
+    def read(self) -> list[float]:
+        """Fetch the pending losses, show the last, and return them."""
+        losses = []
+        for step, loss, learning_rate, grad_norm in self.pending:
+            seconds = time.monotonic() - self.started
+            row = dict(zip(COLUMNS, (step, loss.item(), learning_rate, grad_norm.item(), seconds), strict=True))
+            self.rows.append(row)
+            losses.append(row["loss"])
+            if self.writer:
+                for name in COLUMNS[1:4]:
+                    self.writer.add_scalar(f"train/{name}", row[name], step)
+        if self.pending:
+            self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{learning_rate:.1e}")
+        self.pending.clear()
+        return losses
+
+    def publish(self) -> None:
+        """Write metrics.csv and loss.png as they stand."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([row["step"], *(f"{row[name]:.6g}" for name in COLUMNS[1:])] for row in self.rows)
+        write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+        write_atomically(self.folder / "loss.png", _plot(self.rows))
+        if self.writer:
+            self.writer.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    # purge_step: curves of a run that is gone on with show no second branch.
+    return SummaryWriter(str(folder), purge_step=first_step or None)
+
+
+def _read_rows(path: Path, before: int) -> list[dict[str, float]]:
+    """Rows of an earlier run up to the step that this one goes on from."""
+    if not before or not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
+    return [row | {"step": int(row["step"])} for row in rows if row["step"] <= before]
+
+
+def _plot(rows: list[dict[str, float]]) -> bytes:
+    """The loss by step as a PNG: every step faint, and its running mean, since single steps tell little."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    smooth, mean = [], losses[0] if losses else 0.0
+    weight = max(0.02, 2 / (len(losses) + 1))
+    for loss in losses:
+        mean += weight * (loss - mean)
+        smooth.append(mean)
+    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
+    axes.plot(steps, smooth, color="tab:blue", label="running mean")
+    axes.set(xlabel="step", ylabel="loss", title="Training loss")
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()

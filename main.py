@@ -1,0 +1,75 @@
+"""Teach SDXL a style from your own pictures with a LoRA, and draw new ones with it.
+
+python main.py --mode train
+python main.py --mode inference
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import drive
+from config import UserError, describe, load_config
+
+SETTINGS = """settings (in config.yaml, or key=value on the command line; empty means none):
+
+{}
+
+exit codes: 0 done, 2 something in the input is wrong, 3 out of memory, 4 disk or Drive, 5 loss not finite,
+            130 or 143 stopped and resumable, 1 a bug"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run one mode; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        return 0
+    options = parser.parse_intermixed_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about torchvision, which nothing here needs
+    try:
+        config = load_config(options.config, options.overrides)
+        drive.ensure_mounted(config)
+        # torch takes seconds to import: not before it is known what to do, and never for a typo.
+        if options.mode == "train":
+            import train
+
+            train.run(config, options.dry_run)
+        else:
+            import inference
+
+            inference.run(config, options.dry_run)
+    except UserError as error:
+        stopped = error.exit_code in (130, 143)
+        print(str(error) if stopped else f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python main.py",
+        description=__doc__,
+        epilog=SETTINGS.format(describe()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--mode", choices=("train", "inference"), required=True, help="teach the style, or draw with it"
+    )
+    parser.add_argument("--config", default="config.yaml", help="settings file (default: config.yaml)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check settings and pictures, say what would be done, write nothing"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a setting for this run")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""`main.py --mode train`: check everything, write the annotations and the job, launch accelerate, see it through.
+
+No model is loaded here and torch is not imported: whatever can be wrong with the input is said within seconds.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+import checkpoint
+import data_utils
+import supervise
+from config import DISK_OR_DRIVE, Config, UserError, dump_config
+
+logger = logging.getLogger(__name__)
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+TRAINING_SCRIPT = Path(__file__).with_name("train_lora.py")
+# A run cannot go on when one of these changes: it would be learning something else.
+LEARNT_SETTINGS = ("pretrained_model", "resolution", "rank", "lora_alpha", "seed")
+ANEW = "to start anew, set lora_output_dir to a new folder"
+
+
+def run(config: Config, dry_run: bool = False) -> None:
+    """Train the LoRA, or go on training it, or say that it is finished. `dry_run` stops before anything is written.
+
+    Raises:
+        UserError: whatever the user can mend, with its exit code.
+    """
+    images = data_utils.list_images(config.images_dir, config.image_extensions)
+    pictures = data_utils.check_pictures(images, config.min_image_size)
+    annotations = data_utils.plan_annotations(
+        config.images_dir, config.instance_prompt, [p.path for p in pictures if p.taken], config.lora_output_dir
+    )
+    pictures += data_utils.check_pictures(
+        [path for path in annotations.captions if path not in set(images)], config.min_image_size
+    )
+    print(data_utils.report_text(config.images_dir, pictures, annotations, config.instance_prompt))
+    if config.report:
+        data_utils.write_atomically(Path(config.report), data_utils.report_json(pictures).encode())
+    taken = _trainable(pictures, annotations)
+
+    learns = what_is_learnt(config, taken, annotations.captions)
+    finished, resume = finished_step(config, learns), where_to_go_on(config, learns)
+    if finished is not None and finished >= config.max_train_steps:
+        print(f"Finished already: {_lora_file(config)} has {finished} steps. Set max_train_steps higher to go on.")
+        return
+    if finished is not None and resume is None:
+        raise UserError(f"{_lora_file(config)} is finished, and no checkpoint is left to go on from: {ANEW}")
+    if dry_run:
+        _print_plan(config, annotations, resume)
+        return
+    _write_run_files(config, taken, finished)
+    captions = data_utils.read_annotations(annotations.path)
+    with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
+        job = make_job({p.path: captions[p.path] for p in taken}, learns, resume)
+        job_file = Path(folder, "job.json")
+        config_file = Path(config.accelerate_config or Path(folder, "accelerate.yaml"))
+        job_file.write_text(json.dumps(job))
+        if not config.accelerate_config:
+            config_file.write_text(accelerate_settings())
+        print(supervise.run(build_command(config, config_file, job_file), Path(folder)))
+
+
+def _trainable(pictures: Sequence[data_utils.Picture], annotations: data_utils.Annotations) -> list[data_utils.Picture]:
+    """The pictures that are both good and annotated."""
+    taken = [picture for picture in pictures if picture.taken and picture.path in annotations.captions]
+    left_out = sum(picture.taken for picture in pictures) - len(taken)
+    if left_out:
+        logger.warning("%d pictures are not in %s, which is yours: they are left out", left_out, annotations.path)
+    if not taken:
+        raise UserError("no pictures to train on: see the list above, and set images_dir or image_extensions")
+    return taken
+
+
+def what_is_learnt(config: Config, pictures: Sequence[data_utils.Picture], captions: dict[Path, str]) -> dict[str, Any]:
+    """All that must stay the same when a run goes on, by name; pictures and captions by the hash of their contents."""
+    learns: dict[str, Any] = {name: getattr(config, name) for name in LEARNT_SETTINGS}
+    learns["lora_alpha"] = config.alpha
+    learns["pictures"] = _digest(sorted(picture.sha256 for picture in pictures))
+    learns["captions"] = _digest(sorted([picture.sha256, captions[picture.path]] for picture in pictures))
+    return learns
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def finished_step(config: Config, learns: dict[str, Any]) -> int | None:
+    """How many steps the LoRA in `lora_output_dir` was trained; None when there is none.
+
+    Raises:
+        UserError: it is not ours, or has learnt something else: it is never overwritten.
+    """
+    path = _lora_file(config)
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+        step, learnt = int(metadata["step"]), json.loads(metadata["learns"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        raise UserError(f"{path} is there already and does not come from this program: {ANEW}") from None
+    _must_match(learnt, learns, path)
+    return step
+
+
+def where_to_go_on(config: Config, learns: dict[str, Any]) -> Path | None:
+    """The checkpoint to resume from, proven whole; None begins anew.
+
+    Raises:
+        UserError: checkpoints are there but none is whole or wanted, or they have learnt something else.
+    """
+    output_dir, wanted = Path(config.lora_output_dir), config.resume_from_checkpoint
+    found = checkpoint.checkpoints(output_dir)
+    if not wanted:
+        if found or _lora_file(config).exists():
+            raise UserError(f"{output_dir} holds an earlier run, and resume_from_checkpoint is empty: {ANEW}")
+        return None
+    if wanted == "latest":
+        folder, passed_over = checkpoint.newest(output_dir)
+        for reason in passed_over:
+            logger.warning("passed over %s", reason)
+        if found and folder is None:
+            raise UserError(f"no checkpoint in {output_dir} is whole ({'; '.join(passed_over)}): {ANEW}")
+    else:
+        folder = Path(wanted)
+        if reason := checkpoint.verify(folder):
+            raise UserError(f"resume_from_checkpoint: {folder} cannot be used: {reason}")
+    if folder is not None:
+        state = json.loads((folder / "state.json").read_text())
+        _must_match(state["learns"], learns, folder)
+    return folder
+
+
+def _must_match(learnt: dict[str, Any], learns: dict[str, Any], place: Path) -> None:
+    changes = [
+        f"{name} (was {learnt.get(name)}, is {value})" if name in LEARNT_SETTINGS else name
+        for name, value in learns.items()
+        if learnt.get(name) != value
+    ]
+    if changes:
+        raise UserError(f"{place} has learnt something else; changed: {', '.join(changes)}. Set them back, or, {ANEW}")
+
+
+def make_job(captions: dict[Path, str], learns: dict[str, Any], resume: Path | None) -> dict[str, Any]:
+    """What train_lora.py is told besides the settings, as JSON."""
+    return {
+        "captions": {str(path): caption for path, caption in captions.items()},
+        "learns": learns,
+        "resume": str(resume) if resume else None,
+    }
+
+
+def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list[str]:
+    """The whole launch. accelerate gets a file: one cached on the machine would win over flags.
+
+    Raises:
+        UserError: `accelerate_config` is missing, or asks for DeepSpeed or FSDP.
+    """
+    if config.accelerate_config:
+        _check_accelerate_config(Path(config.accelerate_config))
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", str(accelerate_file),
+        "--num_cpu_threads_per_process", str(threads),  # its own default is one
+        "--quiet",  # the reason of a failure is told by us, once
+        str(TRAINING_SCRIPT),
+        "--config", str(Path(config.lora_output_dir) / "config.yaml"),
+        "--job", str(job_file),
+    ]  # fmt: skip
+
+
+def accelerate_settings() -> str:
+    """accelerate's file for one process on whatever this machine has; precision is train_lora.py's own matter."""
+    settings = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "NO",
+        "mixed_precision": "no",
+        "num_machines": 1,
+        "num_processes": 1,
+        "machine_rank": 0,
+        "use_cpu": False,
+    }
+    return yaml.safe_dump(settings)
+
+
+def _check_accelerate_config(path: Path) -> None:
+    try:
+        settings = yaml.safe_load(path.read_text())
+        kind = str(settings.get("distributed_type", "NO")).upper()
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"accelerate_config: {path} is not an accelerate file ({reason})") from error
+    if kind in ("DEEPSPEED", "FSDP") or settings.get("deepspeed_config") or settings.get("fsdp_config"):
+        raise UserError(f"accelerate_config: {path} asks for DeepSpeed or FSDP; a LoRA needs neither: use MULTI_GPU")
+
+
+def _write_run_files(config: Config, taken: Sequence[data_utils.Picture], finished: int | None) -> None:
+    """Annotations and the resolved settings; a finished LoRA that is to be trained further keeps a name of its own."""
+    output_dir = Path(config.lora_output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        data_utils.create_annotations(
+            config.images_dir, config.instance_prompt, images=[p.path for p in taken], fallback_dir=output_dir
+        )
+        data_utils.write_atomically(output_dir / "config.yaml", dump_config(config).encode())
+        if finished is not None:
+            _lora_file(config).rename(output_dir / f"pytorch_lora_weights-step{finished}.safetensors")
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or output_dir} cannot be written ({error.strerror}): "
+            "make room, or set lora_output_dir to a folder that you can write to",
+            DISK_OR_DRIVE,
+        ) from error
+
+
+def _print_plan(config: Config, annotations: data_utils.Annotations, resume: Path | None) -> None:
+    """What a real run would do; nothing is written."""
+    output_dir = Path(config.lora_output_dir)
+    print(f"Would go on from {resume}" if resume else "Would begin at step 0", f"up to step {config.max_train_steps}")
+    print("Would read" if annotations.by_user else "Would write", annotations.path)
+    print(f"Would write {output_dir}/config.yaml, checkpoints, metrics.csv, loss.png and {LORA_FILE}")
+    there = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
+    print(f"Free on that disk: {shutil.disk_usage(there).free / 1e9:.1f} GB")
+    print("Would run:", shlex.join(build_command(config, Path("accelerate.yaml"), Path("job.json"))))
+
+
+def _lora_file(config: Config) -> Path:
+    return Path(config.lora_output_dir) / LORA_FILE

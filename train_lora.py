@@ -1,0 +1,323 @@
+"""The script that accelerate launches: encode everything once, loop over cached latents, save the LoRA.
+
+    accelerate launch train_lora.py --config lora_output/config.yaml --job job.json
+
+`train.py` writes both files. What becomes of the run is written beside the job file, as outcome.json, because the
+launcher turns every failure into exit code 1.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import batches
+import checkpoint
+import data_utils
+import draw
+import gallery
+import models
+from config import LOSS_NOT_FINITE, Config, UserError, load_config
+from logbook import READ_EVERY, Logbook
+from supervise import Stopped, StopSignal, report_outcome
+
+logger = logging.getLogger("train_lora")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train a LoRA; launched by `main.py --mode train`.")
+    parser.add_argument("--config", required=True, type=Path, help="resolved settings")
+    parser.add_argument("--job", required=True, type=Path, help="what train.py worked out: captions, where to go on")
+    arguments = parser.parse_args()
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
+
+    def work(stop: StopSignal) -> str:
+        return train(load_config(arguments.config), json.loads(arguments.job.read_text()), stop)
+
+    return report_outcome(work, arguments.job.parent)
+
+
+@dataclass
+class Run:
+    """What the loop works with. One process of `world`, the `rank`-th."""
+
+    config: Config
+    job: dict[str, Any]  # see train.make_job
+    data: batches.Encoded
+    unet: UNet2DConditionModel
+    lora: dict[str, torch.nn.Parameter]
+    noise_scheduler: DDPMScheduler
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype
+    accelerator: Accelerator
+    preview: tuple[draw.Embeddings, AutoencoderKL]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.lora_output_dir)
+
+
+def train(config: Config, job: dict[str, Any], stop: StopSignal) -> str:
+    """The whole run on this process; returns the closing sentence.
+
+    Raises:
+        Stopped, UserError: see `loop`; OSError and out-of-memory errors as they come.
+    """
+    accelerator = Accelerator()
+    device = accelerator.device
+    dtype = models.pick_dtype(config.mixed_precision, device)
+    logger.info("training on %s in %s", device, str(dtype).removeprefix("torch."))
+    data, preview = encode(config, job["captions"], device, dtype)
+
+    unet = models.load_unet(config.pretrained_model, config.variant, device, dtype)
+    torch.manual_seed(batches.stream_seed(config.seed, "lora"))
+    lora = models.add_lora(unet, config)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(
+        lora.values(), config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay, fused=device.type == "cuda",
+    )  # fmt: skip
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    noise_scheduler = models.load_noise_scheduler(config)
+    run = Run(config, job, data, unet, lora, noise_scheduler, optimizer, scaler, dtype, accelerator, preview)
+    first_step = restore(run, Path(job["resume"])) if job["resume"] else 0
+
+    stop.deferred = True
+    log = Logbook(config, first_step, quiet=not accelerator.is_main_process)
+    try:
+        steps = loop(run, log, first_step, stop)
+    finally:
+        log.close()
+    if steps < config.max_train_steps:
+        raise Stopped(f"stopped at step {steps}; the same command goes on from there")
+    if accelerator.is_main_process:
+        metadata = {"step": str(steps), "learns": json.dumps(job["learns"])}
+        models.save_lora(run.folder / models.LORA_FILE, models.lora_state(unet, config.alpha / config.rank), metadata)
+    memory = models.peak_memory(device)
+    return f"trained {steps} steps; the LoRA is {run.folder / models.LORA_FILE}" + (f" ({memory})" if memory else "")
+
+
+def encode(
+    config: Config, captions: dict[str, str], device: torch.device, dtype: torch.dtype
+) -> tuple[batches.Encoded, tuple[draw.Embeddings, AutoencoderKL]]:
+    """Captions and pictures through their encoders, once; then the encoders are freed.
+
+    Returns:
+        The training data; and for the sample grids the prompt's embeddings and the VAE, parked on the CPU.
+    """
+    tokenizers = models.load_tokenizers(config.pretrained_model)
+    text_encoders = models.load_text_encoders(config, device, dtype)
+    encode_prompts = partial(models.encode_prompts, tokenizers=tokenizers, text_encoders=text_encoders)
+    for caption in dict.fromkeys(captions.values()):
+        if models.too_long(caption, tokenizers[0]):
+            logger.warning("SDXL reads the first 77 tokens of a caption only; this one is longer: %.60s…", caption)
+    caption_ids, prompt_embeds, pooled = batches.encode_captions(list(captions.values()), encode_prompts)
+    zeros = models.zeros_for_empty_prompt(config.pretrained_model, default=True)
+    prompt = config.validation_prompt or config.instance_prompt
+    preview = draw.embed([prompt], config.negative_prompt, encode_prompts, zeros)
+    del text_encoders, encode_prompts
+    draw.free(device)
+
+    vae = models.load_vae(config, device)
+    paths = [Path(path) for path in captions]
+    mean, std, time_ids = batches.encode_pictures(vae, paths, config.resolution, config.random_flip)
+    vae.to("cpu")
+    draw.free(device)
+    return batches.Encoded(mean, std, time_ids, caption_ids, prompt_embeds, pooled), (preview, vae)
+
+
+def loop(run: Run, log: Logbook, first_step: int, stop: StopSignal) -> int:
+    """Make the optimizer's steps, with checkpoints and sample grids between them; returns the step reached.
+
+    Raises:
+        UserError: the loss is not finite (exit 5); the last checkpoint stays as it was.
+    """
+    config, is_main = run.config, run.accelerator.is_main_process
+    learning_rate_at = get_scheduler(
+        config.lr_scheduler, run.optimizer, num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
+    ).lr_lambdas[0]  # fmt: skip
+    done = first_step
+    stopping = False
+    run.unet.train()
+    while done < config.max_train_steps and not stopping:
+        # A pure function of the step, so a resumed run needs no schedule state.
+        learning_rate = config.learning_rate * learning_rate_at(done)
+        loss, grad_norm, stopping = update(run, done, learning_rate, stop.requested)
+        done += 1
+        log.record(done, loss, learning_rate, grad_norm)
+        saving = stopping or done % config.checkpointing_steps == 0 or done == config.max_train_steps
+        if saving or done % READ_EVERY == 0:
+            _check_finite(log.read(), done, config)
+        if saving and is_main:
+            log.publish()
+            save_checkpoint(run, done)
+        if config.validation_steps and done % config.validation_steps == 0 and is_main and not stopping:
+            draw_samples(run, done)
+    return done
+
+
+def update(run: Run, step: int, learning_rate: float, stop_requested: bool) -> tuple[Tensor, Tensor, bool]:
+    """One optimizer step over the whole effective batch.
+
+    Returns:
+        The loss (mean over the batch), the gradients' norm before clipping, and whether any process wants to stop.
+    """
+    config, world, rank = run.config, run.accelerator.num_processes, run.accelerator.process_index
+    device, size, parts = run.accelerator.device, config.train_batch_size, config.gradient_accumulation_steps
+    # Dropout's draws; everything else random comes with the batch.
+    torch.manual_seed(batches.stream_seed(config.seed, "dropout", step, rank))
+    batch = batches.step_batch(
+        run.data, config.seed, step, size * parts * world, run.noise_scheduler.config.num_train_timesteps
+    )
+    total = torch.zeros((), device=device)
+    for index in range(parts):
+        start = (index * world + rank) * size
+        part = batch.part(start, start + size, device)
+        with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
+            loss = training_loss(run.unet, part, run.noise_scheduler, config.snr_gamma) / parts
+        run.scaler.scale(loss).backward()
+        total += loss.detach()
+    if world > 1:
+        total, stop_requested = _average(run, total, stop_requested)
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.lora.values(), config.max_grad_norm)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    return total, grad_norm, stop_requested
+
+
+def training_loss(
+    unet: UNet2DConditionModel, batch: batches.Batch, noise_scheduler: DDPMScheduler, snr_gamma: float | None
+) -> Tensor:
+    """SDXL's denoising loss of a batch: mean squared error in fp32, weighted by picture, averaged to a scalar."""
+    noisy = noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    prediction = unet(
+        noisy.to(unet.dtype),
+        batch.timesteps,
+        batch.prompt_embeds.to(unet.dtype),
+        added_cond_kwargs={"text_embeds": batch.pooled_prompt_embeds.to(unet.dtype), "time_ids": batch.time_ids},
+        return_dict=False,
+    )[0]
+    target = batch.noise
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        target = noise_scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+    error = (prediction.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
+    return (error * loss_weights(batch.timesteps, noise_scheduler, snr_gamma)).mean()
+
+
+def loss_weights(timesteps: Tensor, noise_scheduler: DDPMScheduler, snr_gamma: float | None) -> Tensor:
+    """Min-SNR weights (n,): min(SNR, gamma) over SNR, or over SNR + 1 for v-prediction; ones without gamma.
+
+    Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", section 3.4.
+    """
+    if snr_gamma is None:
+        return torch.ones(timesteps.shape, device=timesteps.device)
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    velocity = noise_scheduler.config.prediction_type == "v_prediction"
+    return snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
+
+
+def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, bool]:
+    """Gradients, loss and the wish to stop averaged over all processes, in one message."""
+    gradients = [weight.grad for weight in run.lora.values() if weight.grad is not None]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss[None], loss.new_tensor([stop_requested])])
+    flat = run.accelerator.reduce(flat, "mean")
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, averaged in zip(gradients, flat[:-2].split(sizes), strict=True):
+        gradient.copy_(averaged.view_as(gradient))
+    return flat[-2], bool(flat[-1] > 0)
+
+
+def _check_finite(losses: list[float], step: int, config: Config) -> None:
+    if all(math.isfinite(loss) for loss in losses):
+        return
+    raise UserError(
+        f"the loss is not a finite number at step {step}: lower learning_rate ({config.learning_rate:g}), "
+        "or use mixed_precision: bf16 or no instead of fp16; the same command goes on from the last checkpoint",
+        LOSS_NOT_FINITE,
+    )
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """Publish `checkpoint-<step>`: the LoRA as it will be used, and all that an exact resume needs."""
+    optimizer_state = run.optimizer.state_dict()["state"]
+    tensors = {f"lora.{name}": weight.detach() for name, weight in run.lora.items()}
+    for index, name in enumerate(run.lora):
+        for key, value in optimizer_state[index].items():
+            tensors[f"{key}.{name}"] = value
+    state = {"step": step, "learns": run.job["learns"], "scaler": run.scaler.state_dict()}
+
+    def write(folder: Path) -> None:
+        lora = models.lora_state(run.unet, run.config.alpha / run.config.rank)
+        models.save_lora(folder / models.LORA_FILE, lora, {"step": str(step)})
+        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_cpu, folder / "training_state.safetensors")
+        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+    checkpoint.publish(run.folder, step, write, run.config.checkpoints_total_limit)
+
+
+def restore(run: Run, folder: Path) -> int:
+    """Put a verified checkpoint back into LoRA, optimizer and loss scaler; returns its step."""
+    state = json.loads((folder / "state.json").read_text())
+    tensors = load_file(folder / "training_state.safetensors")
+    try:
+        with torch.no_grad():
+            for name, weight in run.lora.items():
+                weight.copy_(tensors[f"lora.{name}"])
+        moments = {
+            index: {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for index, name in enumerate(run.lora)
+        }
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{folder} does not fit this model: to start anew, set another lora_output_dir") from error
+    run.optimizer.load_state_dict({"state": moments, "param_groups": run.optimizer.state_dict()["param_groups"]})
+    if state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
+    logger.info("going on from %s", folder)
+    return int(state["step"])
+
+
+def draw_samples(run: Run, step: int) -> None:
+    """Draw a grid with the LoRA as it is now, at training size, into `samples/step-<step>.png`."""
+    embeddings, vae = run.preview
+    config = replace(run.config, width=run.config.resolution, height=run.config.resolution, refine=False)
+    scheduler = draw.make_scheduler(config.scheduler, run.noise_scheduler.config)
+    device = run.accelerator.device
+    run.unet.eval()
+    with torch.no_grad(), torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
+        latents = [
+            draw.base_latents(run.unet, scheduler, embeddings.rows([0], run.unet), [config.seed + index], config)
+            for index in range(config.num_validation_images)
+        ]
+    pictures = draw.decode(vae.to(device), torch.cat(latents))
+    vae.to("cpu")
+    run.unet.train()
+    path = run.folder / "samples" / f"step-{step:06d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data_utils.write_atomically(path, gallery.contact_sheet(pictures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
