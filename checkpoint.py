@@ -4,6 +4,7 @@
 sizes and SHA-256 sums, and gives the folder its name by a rename. `verify` reads it all back. Knows nothing of tensors.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -41,9 +42,10 @@ def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: in
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if reason := verify(folder):
-        raise OSError(f"{folder} did not read back as it was written: {reason}")
+        raise OSError(errno.EIO, f"it did not read back as it was written: {reason}", str(folder))
     sweep(output_dir)
-    for path, _ in checkpoints(output_dir)[:-keep]:
+    others = [path for path, _ in checkpoints(output_dir) if path != folder]  # newer ones may be there, damaged
+    for path in others[: max(0, len(others) + 1 - keep)]:
         shutil.rmtree(path)
     return folder
 

@@ -30,7 +30,7 @@ class UserError(Exception):
 
 
 def setting(default: Any, explanation: str, **rules: Any) -> Any:
-    """A field of `Config`. Rules: `group` (opens a group), `least`, `most`, `above`, `multiple_of`."""
+    """A field of `Config`. Rules: `group` (opens a group), `least`, `most`, `above`, `multiple_of`, `each_of`."""
     return field(default=default, metadata={"explanation": explanation, **rules})
 
 
@@ -57,7 +57,9 @@ class Config:
     class_prompt: str = setting(
         "a photo of a painting", "the wider class, for prior preservation (to come; not used yet)"
     )
-    image_extensions: tuple[str, ...] = setting((".jpg",), "files taken as pictures, e.g. [.jpg, .jpeg, .png]")
+    image_extensions: tuple[str, ...] = setting(
+        (".jpg",), "files taken as pictures, e.g. [.jpg, .jpeg, .png]", each_of=IMAGE_EXTENSIONS
+    )
     min_image_size: int = setting(256, "pictures with a shorter side (pixels) below this are passed over", least=8)
     random_flip: bool = setting(False, "also learn every picture mirrored")
 
@@ -139,10 +141,6 @@ class Config:
                 f"refiner_strength {self.refiner_strength:g} of {self.num_inference_steps} num_inference_steps is less "
                 "than one step: raise one of them"
             )
-        known = ", ".join(IMAGE_EXTENSIONS)
-        for extension in self.image_extensions or ("",):
-            if extension.lower() not in IMAGE_EXTENSIONS:
-                problems.append(f"image_extensions: {extension!r} cannot be read; known are {known}")
         if problems:
             raise UserError("\n".join(problems))
 
@@ -297,3 +295,5 @@ def _check_range(value: Any, rules: Any) -> None:
         raise ValueError(f"is {value}; it must be above {rules['above']}")
     if "multiple_of" in rules and value % rules["multiple_of"]:
         raise ValueError(f"is {value}; it must be a multiple of {rules['multiple_of']}")
+    if "each_of" in rules and not (value and {item.lower() for item in value} <= set(rules["each_of"])):
+        raise ValueError(f"is [{', '.join(value)}]; choose from {', '.join(rules['each_of'])}")

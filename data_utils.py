@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from config import DISK_OR_DRIVE, IMAGE_EXTENSIONS, UserError
 
@@ -61,7 +61,8 @@ def list_images(image_dir: str | Path, extensions: Collection[str] = frozenset({
 
 def _visible(image_dir: str | Path) -> list[Path]:
     try:
-        return sorted(path for path in Path(image_dir).iterdir() if not path.name.startswith("."))
+        with os.scandir(image_dir) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.name[0] != "." and not entry.is_dir())
     except FileNotFoundError:
         raise UserError(
             f"{image_dir}: there is no such folder; set images_dir to the folder of your pictures"
@@ -92,17 +93,18 @@ def open_picture(source: str | Path | io.BytesIO, at_least: int | None = None) -
             shrink = min(full) / at_least
             image.draft(None, (int(full[0] / shrink), int(full[1] / shrink)))
         image.load()  # all of it: verify() takes truncated JPEGs
-        picture = _to_srgb(_upright(image))
-    turned = (picture.width > picture.height) != (full[0] > full[1])
-    return picture, (full[1], full[0]) if turned else full
+        upright, turned = _upright(image)
+    return _to_srgb(upright), (full[1], full[0]) if turned else full
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
+    """The picture as it was seen, and whether width and height changed places."""
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return ImageOps.exif_transpose(image), turned
     except (*BROKEN, KeyError, TypeError) as error:  # broken EXIF: the picture itself is fine
         logger.debug("EXIF data cannot be read: %s", error)
-        return image.copy()
+        return image.copy(), False
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
@@ -116,6 +118,8 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         if profile:
             image.info["icc_profile"] = profile
     profile = image.info.get("icc_profile")
+    if image.mode == "P":
+        image = image.convert("RGB")
     if profile and image.mode in ("RGB", "CMYK", "L"):
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -129,9 +133,10 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """A greyscale picture of 16 or 32 bits; what uses no more than 8 of them is left at its own brightness."""
-    _, high = image.getextrema()
+    wide = image if image.mode == "F" else image.convert("I")
+    _, high = wide.getextrema()
     factor = 255 / 65535 if isinstance(high, int | float) and high > 255 else 1.0
-    return image.point(lambda value: value * factor + 0).convert("L")
+    return wide.point(lambda value: value * factor + 0).convert("L")
 
 
 def check_pictures(paths: Sequence[Path], min_image_size: int) -> list[Picture]:
@@ -164,10 +169,11 @@ def plan_annotations(
     Raises:
         UserError: a path with a tab or line break, a caption file that is not UTF-8, a broken line in a user's file.
     """
-    folder = Path(image_dir) if os.access(image_dir, os.W_OK) else Path(fallback_dir)
-    path = folder / ANNOTATIONS
-    if _by_user(path):
-        return Annotations(path, read_annotations(path), by_user=True)
+    beside, fallback = Path(image_dir, ANNOTATIONS), Path(fallback_dir, ANNOTATIONS)
+    path = beside if os.access(image_dir, os.W_OK) else fallback
+    for candidate in (path, beside):  # one in a read-only folder counts as well
+        if _by_user(candidate):
+            return Annotations(candidate, read_annotations(candidate), by_user=True)
     return Annotations(path, {image: _caption(image, prompt) for image in images}, by_user=False)
 
 
@@ -245,7 +251,7 @@ def _recorded(record: Path) -> list[str]:
 
 def _caption(image: Path, prompt: str) -> str:
     name = str(image)
-    if any(letter in name for letter in "\t\n\r") or not name.isprintable() and "\udc80" <= max(name) <= "\udcff":
+    if any(letter in "\t\n\r" or "\udc80" <= letter <= "\udcff" for letter in name):
         raise UserError(
             f"{name!r}: a path with a tab, line break or broken letters cannot stand in {ANNOTATIONS}; rename the file"
         )
@@ -289,17 +295,20 @@ def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations:
     groups = [" = ".join(names[:4]) for names in same.values() if len(names) > 1]
     if groups:
         lines.append(f"  duplicates   {len(groups)} (all are kept): {_few(groups, '; ')}")
-    counts = other_files(image_dir, {picture.path.suffix.lower() for picture in pictures})
+    looked_at = {picture.path.suffix.lower() for picture in pictures}
+    counts = other_files(image_dir, looked_at)
     if counts:
         lines.append("  not looked at: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
         readable = [kind for kind in counts if kind in IMAGE_EXTENSIONS]
         if readable:
-            lines.append(f"               to take them in, set image_extensions: [.jpg, {', '.join(readable)}]")
+            kinds_to_take = dict.fromkeys([".jpg", *sorted(looked_at), *readable])
+            lines.append(f"               to take them in, set image_extensions: [{', '.join(kinds_to_take)}]")
     plain = " ".join(prompt.split())
     own = sum(caption != plain for caption in annotations.captions.values())
     origin = f"from {annotations.path} (yours)" if annotations.by_user else f"{own} from .txt files beside the pictures"
     lines.append(f"  captions     {len(annotations.captions)}: {origin}; otherwise {plain!r}")
-    return "\n".join(lines)
+    # A file name may hold broken letters that no terminal takes.
+    return "\n".join(lines).encode(errors="backslashreplace").decode()
 
 
 def other_files(image_dir: str | Path, looked_at: Collection[str]) -> dict[str, int]:
@@ -307,7 +316,7 @@ def other_files(image_dir: str | Path, looked_at: Collection[str]) -> dict[str, 
     counts: dict[str, int] = defaultdict(int)
     for path in _visible(image_dir):
         kind = path.suffix.lower()
-        if kind not in looked_at and kind not in ("", ".txt") and path.is_file():
+        if kind not in looked_at and kind not in ("", ".txt"):
             counts[kind] += 1
     return dict(sorted(counts.items()))
 

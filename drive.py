@@ -18,8 +18,8 @@ def ensure_mounted(config: Config) -> None:
         UserError: Drive is not mounted and cannot be from here (exit 2), or mounting it failed (exit 4).
     """
     mount_path = config.drive_mount_path
-    paths = (config.images_dir, config.lora_output_dir, config.output_dir)
-    needed = any(Path(path).is_relative_to(mount_path) for path in paths)
+    settings = {name: value for name, value in vars(config).items() if name != "drive_mount_path"}
+    needed = any(isinstance(value, str) and Path(value).is_relative_to(mount_path) for value in settings.values())
     if not needed or not in_colab() or is_mounted(mount_path):
         return
     if not in_kernel():

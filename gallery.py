@@ -32,7 +32,8 @@ class Design:
 def save_picture(path: Path, picture: Image.Image, design: Design, recipe: dict[str, Any]) -> None:
     """Write a PNG or JPEG with prompt, seed and settings inside; its name never stands for half of it.
 
-    A PNG holds them as the text chunks `prompt`, `seed` and `settings` (JSON), a JPEG all three as a JSON comment.
+    A PNG holds them as the text chunks `prompt`, `seed` and `settings` (JSON), a JPEG all three as a JSON comment,
+    without the list of all prompts, which may not fit.
     """
     content = io.BytesIO()
     if path.suffix == ".png":
@@ -42,7 +43,8 @@ def save_picture(path: Path, picture: Image.Image, design: Design, recipe: dict[
         text.add_itxt("settings", json.dumps(recipe, ensure_ascii=False))
         picture.save(content, format="PNG", pnginfo=text)
     else:
-        comment = json.dumps({"prompt": design.prompt, "seed": design.seed, "settings": recipe}, ensure_ascii=False)
+        own = {name: value for name, value in recipe.items() if name != "prompts"}
+        comment = json.dumps({"prompt": design.prompt, "seed": design.seed, "settings": own}, ensure_ascii=False)
         picture.save(content, format="JPEG", quality=95, subsampling=0, comment=comment.encode())
     write_atomically(path, content.getvalue())
 
@@ -71,7 +73,9 @@ def page(title: str, designs: Sequence[Design], files: Sequence[Path], recipe: d
         {"file": path.name, "prompt": design.prompt, "seed": design.seed, "source": _as_data(path)}
         for design, path in zip(designs, files, strict=True)
     ]
-    return environment.get_template("gallery_page.html").render(title=title, cards=cards, recipe=recipe)
+    return environment.get_template("gallery_page.html").render(
+        title=title, cards=cards, settings=json.dumps(recipe, indent=2, ensure_ascii=False)
+    )
 
 
 def _as_data(path: Path) -> str:

@@ -39,6 +39,9 @@ def run(config: Config, dry_run: bool = False) -> None:
         UserError: whatever the user can mend, with its exit code.
     """
     prompts = read_prompts(config)
+    if len(prompts) > config.num_images:
+        left_over = len(prompts) - config.num_images
+        logger.warning("%d of %d prompts get no picture: num_images is %d", left_over, len(prompts), config.num_images)
     designs = [Design(index, prompts[index % len(prompts)], config.seed + index) for index in range(config.num_images)]
     lora = find_lora(config)
     recipe = {name: getattr(config, name) for name in RECIPE_SETTINGS}

@@ -26,6 +26,10 @@ ADVICE = (
     "or choose a smaller resolution"
 )
 _BUG = "training failed by a fault of this program; the traceback above says where"
+_DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOTCONN, errno.ESTALE, errno.ENOENT, errno.ENOTDIR,
+    errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM,
+)  # fmt: skip
 _PR_SET_PDEATHSIG = 1
 _REMIND_SECONDS = 0.5
 
@@ -85,8 +89,7 @@ def explain(error: Exception, advice: str) -> tuple[str, int] | None:
     # By name, since this file does not import torch: torch.OutOfMemoryError is a RuntimeError.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: {advice}", OUT_OF_MEMORY
-    gone = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOENT, errno.EROFS, errno.ENOTCONN)
-    if isinstance(error, OSError) and error.errno in gone:
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         cure = "make room, or see that the folder is there, then run the same command again"
         return f"{error.filename or 'a file'} could not be written or read ({error.strerror}): {cure}", DISK_OR_DRIVE
     return None

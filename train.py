@@ -4,6 +4,7 @@ No model is loaded here and torch is not imported: whatever can be wrong with th
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -44,33 +45,40 @@ def run(config: Config, dry_run: bool = False) -> None:
         config.images_dir, config.instance_prompt, [p.path for p in pictures if p.taken], config.lora_output_dir
     )
     pictures += data_utils.check_pictures(
-        [path for path in annotations.captions if path not in set(images)], config.min_image_size
+        [path for path in annotations.captions if path not in images], config.min_image_size
     )
     print(data_utils.report_text(config.images_dir, pictures, annotations, config.instance_prompt))
     if config.report:
-        data_utils.write_atomically(Path(config.report), data_utils.report_json(pictures).encode())
+        _write_report(Path(config.report), pictures)
     taken = _trainable(pictures, annotations)
 
     learns = what_is_learnt(config, taken, annotations.captions)
-    finished, resume = finished_step(config, learns), where_to_go_on(config, learns)
-    if finished is not None and finished >= config.max_train_steps:
+    finished = finished_step(config, learns)
+    if finished is not None and finished >= config.max_train_steps and config.resume_from_checkpoint:
         print(f"Finished already: {_lora_file(config)} has {finished} steps. Set max_train_steps higher to go on.")
         return
+    resume = where_to_go_on(config, learns)
     if finished is not None and resume is None:
         raise UserError(f"{_lora_file(config)} is finished, and no checkpoint is left to go on from: {ANEW}")
     if dry_run:
         _print_plan(config, annotations, resume)
         return
-    _write_run_files(config, taken, finished)
-    captions = data_utils.read_annotations(annotations.path)
     with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
-        job = make_job({p.path: captions[p.path] for p in taken}, learns, resume)
-        job_file = Path(folder, "job.json")
-        config_file = Path(config.accelerate_config or Path(folder, "accelerate.yaml"))
-        job_file.write_text(json.dumps(job))
-        if not config.accelerate_config:
-            config_file.write_text(accelerate_settings())
-        print(supervise.run(build_command(config, config_file, job_file), Path(folder)))
+        job_file, config_file = Path(folder, "job.json"), Path(folder, "accelerate.yaml")
+        command = build_command(config, config_file, job_file)
+        _write_run_files(config, taken, finished)
+        captions = data_utils.read_annotations(annotations.path)
+        job_file.write_text(json.dumps(make_job({p.path: captions[p.path] for p in taken}, learns, resume)))
+        config_file.write_text(accelerate_settings())
+        print(supervise.run(command, Path(folder)))
+
+
+def _write_report(path: Path, pictures: Sequence[data_utils.Picture]) -> None:
+    try:
+        # A file name's broken letters become JSON's own escapes.
+        data_utils.write_atomically(path, data_utils.report_json(pictures).encode(errors="backslashreplace"))
+    except OSError as error:
+        raise UserError(f"report: {path} cannot be written ({error.strerror})", DISK_OR_DRIVE) from error
 
 
 def _trainable(pictures: Sequence[data_utils.Picture], annotations: data_utils.Annotations) -> list[data_utils.Picture]:
@@ -164,7 +172,7 @@ def make_job(captions: dict[Path, str], learns: dict[str, Any], resume: Path | N
 
 
 def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list[str]:
-    """The whole launch. accelerate gets a file: one cached on the machine would win over flags.
+    """The whole launch. accelerate gets a file, the user's or ours: one cached on the machine would win over flags.
 
     Raises:
         UserError: `accelerate_config` is missing, or asks for DeepSpeed or FSDP.
@@ -174,7 +182,7 @@ def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [
         sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", str(accelerate_file),
+        "--config_file", config.accelerate_config or str(accelerate_file),
         "--num_cpu_threads_per_process", str(threads),  # its own default is one
         "--quiet",  # the reason of a failure is told by us, once
         str(TRAINING_SCRIPT),
@@ -218,13 +226,18 @@ def _write_run_files(config: Config, taken: Sequence[data_utils.Picture], finish
         )
         data_utils.write_atomically(output_dir / "config.yaml", dump_config(config).encode())
         if finished is not None:
-            _lora_file(config).rename(output_dir / f"pytorch_lora_weights-step{finished}.safetensors")
+            _lora_file(config).rename(_free_name(output_dir / f"pytorch_lora_weights-step{finished}.safetensors"))
     except OSError as error:
         raise UserError(
             f"{error.filename or output_dir} cannot be written ({error.strerror}): "
             "make room, or set lora_output_dir to a folder that you can write to",
             DISK_OR_DRIVE,
         ) from error
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())
 
 
 def _print_plan(config: Config, annotations: data_utils.Annotations, resume: Path | None) -> None:
