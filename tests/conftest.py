@@ -1,0 +1,69 @@
+"""What several test files need: the tiny SDXL with random weights, a few pictures, and settings for both."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from config import Config
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base` and `refiner`: SDXL's own classes and layout, tiny shapes, random weights."""
+    import torch
+
+    from demo import build_model
+
+    torch.set_num_threads(2)
+    folder = tmp_path_factory.mktemp("model")
+    build_model.build(folder, build_model.TINY, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five small pictures, landscape and portrait, each of its own colours."""
+    folder = tmp_path_factory.mktemp("photos")
+    for index in range(5):
+        picture = Image.radial_gradient("L").resize((96, 72) if index % 2 else (72, 100))
+        colours = Image.merge(
+            "RGB", (picture, picture.rotate(90 * index), picture.point(lambda v, i=index: v * i // 5))
+        )
+        colours.save(folder / f"lace_{index}.jpg", quality=95)
+    return folder
+
+
+@pytest.fixture
+def settings(tiny: Path, photos: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Makes a `Config` for the tiny model that trains and draws in seconds; keyword arguments change it."""
+
+    def make(**changes: Any) -> Config:
+        values: dict[str, Any] = {
+            "images_dir": str(photos),
+            "lora_output_dir": str(tmp_path / "lora"),
+            "output_dir": str(tmp_path / "pictures"),
+            "pretrained_model": str(tiny / "base"),
+            "refiner_model": str(tiny / "refiner"),
+            "min_image_size": 32,
+            "resolution": 64,
+            "width": 64,
+            "height": 64,
+            "max_train_steps": 4,
+            "checkpointing_steps": 2,
+            "validation_steps": 0,
+            "learning_rate": 1e-2,
+            "rank": 4,
+            "lora_alpha": 2.0,
+            "num_images": 2,
+            "num_inference_steps": 5,
+            "report_to": "none",
+        }
+        return Config(**(values | changes))
+
+    return make

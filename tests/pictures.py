@@ -1,0 +1,74 @@
+"""Small pictures of every awkward kind, and other things that several test files need."""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageCms
+
+ROOT = Path(__file__).parent.parent
+
+
+def gradient(width: int = 64, height: int = 48, turn: int = 0) -> Image.Image:
+    """A smooth picture without any symmetry; `turn` makes another of the same size."""
+    across = Image.linear_gradient("L").rotate(90).resize((width, height))
+    down = Image.linear_gradient("L").resize((width, height))
+    return Image.merge("RGB", (across, down, across.point(lambda value: (value + 20 * turn) // 2)))
+
+
+def jpg(path: Path, picture: Image.Image | None = None, orientation: int = 1) -> Path:
+    """Write a JPEG of good quality with an EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (picture or gradient()).save(path, format="JPEG", quality=98, subsampling=0, exif=exif)
+    return path
+
+
+def jpgs(folder: Path, count: int = 3) -> list[Path]:
+    """A folder of different good pictures, `lace_0.jpg` and on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [jpg(folder / f"lace_{index}.jpg", gradient(turn=index)) for index in range(count)]
+
+
+def truncated_jpg(path: Path) -> Path:
+    jpg(path, gradient(200, 150))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+    return path
+
+
+def swapped_profile() -> bytes:
+    """An ICC profile like sRGB's, whose red is sRGB's green and whose green is its red: easy to compute by hand."""
+    content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    table = 132
+    rows = [bytes(content[at : at + 4]) for at in range(table, table + 12 * content[131], 12)]
+    red, green = (table + 12 * rows.index(name) for name in (b"rXYZ", b"gXYZ"))
+    content[red : red + 4], content[green : green + 4] = content[green : green + 4], content[red : red + 4]
+    return bytes(content)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
+    """Everything under a folder: name, time of the last change, content."""
+    found = {}
+    for path in [folder, *folder.rglob("*")]:
+        content = path.read_bytes() if path.is_file() else b""
+        found[str(path)] = (path.lstat().st_mtime_ns, hashlib.sha256(content).hexdigest())
+    return found
+
+
+def main_py(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`python main.py …` as a user runs it."""
+    command = [sys.executable, str(ROOT / "main.py"), *arguments]
+    env = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+def as_file(picture: Image.Image, image_format: str = "PNG", **options: Any) -> io.BytesIO:
+    content = io.BytesIO()
+    picture.save(content, format=image_format, **options)
+    content.seek(0)
+    return content

@@ -1,0 +1,133 @@
+"""What a step sees: encodings against the VAE and diffusers' own time ids, batches as a function of the step."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image, ImageOps
+
+import batches
+import data_utils
+import models
+from config import Config, UserError
+
+CPU = torch.device("cpu")
+
+
+def made_up(pictures: int, versions: int = 1) -> batches.Encoded:
+    """Encodings whose latents tell which picture and version they are."""
+    marks = torch.arange(pictures * versions, dtype=torch.float32).view(pictures, versions, 1, 1, 1)
+    return batches.Encoded(
+        mean=marks.expand(pictures, versions, 4, 2, 2),
+        std=torch.zeros(pictures, versions, 4, 2, 2),
+        time_ids=torch.arange(pictures).float()[:, None].expand(pictures, 6),
+        caption=torch.zeros(pictures, dtype=torch.long),
+        prompt_embeds=torch.zeros(1, 77, 8),
+        pooled_prompt_embeds=torch.zeros(1, 4),
+    )
+
+
+def shown(data: batches.Encoded, seed: int, step: int, size: int) -> list[int]:
+    batch = batches.step_batch(data, seed, step, size, timesteps=1000)
+    assert torch.equal(batch.latents[:, 0, 0, 0], batch.time_ids[:, 0])
+    return [int(value) for value in batch.time_ids[:, 0]]
+
+
+def test_every_picture_once_an_epoch_in_a_new_order() -> None:
+    row = [picture for step in range(7) for picture in shown(made_up(7), seed=3, step=step, size=3)]
+    epochs = [row[start : start + 7] for start in (0, 7, 14)]
+    assert all(Counter(epoch) == Counter(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_batch_depends_on_seed_and_step_alone() -> None:
+    data = made_up(5)
+    first = batches.step_batch(data, 1, 8, 4, 1000)
+    torch.manual_seed(99)
+    again = batches.step_batch(data, 1, 8, 4, 1000)
+    other_step, other_seed = batches.step_batch(data, 1, 9, 4, 1000), batches.step_batch(data, 2, 8, 4, 1000)
+    for name, value in vars(first).items():
+        assert torch.equal(value, getattr(again, name))
+    assert not torch.equal(first.noise, other_step.noise)
+    assert not torch.equal(first.noise, other_seed.noise)
+    assert not torch.equal(first.noise[0], first.noise[1])
+
+
+def test_parts_are_the_whole_batch_cut_up() -> None:
+    batch = batches.step_batch(made_up(5), 1, 0, 6, 1000)
+    parts = [batch.part(start, start + 2, CPU) for start in (0, 2, 4)]
+    for name, value in vars(batch).items():
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), value)
+
+
+def test_mirrored_versions_are_both_drawn() -> None:
+    data = made_up(4, versions=2)
+    drawn = {float(x) for step in range(20) for x in batches.step_batch(data, 0, step, 4, 1000).latents[:, 0, 0, 0]}
+    assert drawn == set(map(float, range(8)))
+
+
+def test_latents_are_sampled_anew_from_the_posterior() -> None:
+    data = made_up(2)
+    spread = batches.Encoded(**(vars(data) | {"std": torch.full((2, 1, 4, 2, 2), 0.5)}))
+    samples = torch.stack([batches.step_batch(spread, 0, step, 2, 1000).latents for step in range(400)])
+    means = torch.stack([batches.step_batch(data, 0, step, 2, 1000).latents for step in range(400)])
+    deviation = (samples - means).std().item()
+    assert deviation == pytest.approx(0.5, rel=0.05)
+
+
+def test_timesteps_cover_the_whole_schedule() -> None:
+    drawn = torch.cat([batches.step_batch(made_up(4), 0, step, 4, 1000).timesteps for step in range(500)])
+    assert drawn.min() < 10
+    assert drawn.max() > 989
+    assert abs(drawn.float().mean() - 499.5) < 30
+
+
+def test_pictures_are_encoded_as_the_vae_does(settings: Callable[..., Config], photos: Path) -> None:
+    vae = models.load_vae(settings(), CPU)
+    path = photos / "lace_1.jpg"
+    mean, std, _ = batches.encode_pictures(vae, [path], 64, mirrored=True)
+    # By hand: 96x72 to 85x64, the middle 64 columns.
+    square = Image.open(path).convert("RGB").resize((85, 64), Image.Resampling.LANCZOS).crop((10, 0, 74, 64))
+    for version, picture in enumerate((square, ImageOps.mirror(square))):
+        pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)[None]
+        posterior = vae.encode(pixels / 127.5 - 1).latent_dist
+        torch.testing.assert_close(mean[0, version], posterior.mean[0] * 0.13025)
+        torch.testing.assert_close(std[0, version], posterior.std[0] * 0.13025)
+    # Mirrored latents are not the latents of the mirrored picture.
+    assert (mean[0, 1] - mean[0, 0].flip(-1)).abs().max() > 1e-3
+
+
+def test_time_ids_equal_the_pipelines(settings: Callable[..., Config], photos: Path) -> None:
+    config = settings()
+    vae = models.load_vae(config, CPU)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
+    paths = data_utils.list_images(photos)
+    _, _, time_ids = batches.encode_pictures(vae, paths, 64, mirrored=False)
+    for row, path in zip(time_ids, paths, strict=True):
+        width, height = Image.open(path).size
+        scaled = (round(height * 64 / min(width, height)), round(width * 64 / min(width, height)))
+        top_left = (round((scaled[0] - 64) / 2), round((scaled[1] - 64) / 2))
+        expected = pipeline._get_add_time_ids((height, width), top_left, (64, 64), torch.float32, 128)
+        assert torch.equal(row, expected[0])
+
+
+def test_equal_captions_are_encoded_once() -> None:
+    asked: list[str] = []
+
+    def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.extend(prompts)
+        return torch.full((1, 77, 2), float(len(asked))), torch.full((1, 3), float(len(asked)))
+
+    index, embeds, pooled = batches.encode_captions(["a", "b", "a"], encode)
+    assert asked == ["a", "b"]
+    assert index.tolist() == [0, 1, 0]
+    assert embeds[index][:, 0, 0].tolist() == pooled[index][:, 0].tolist() == [1.0, 2.0, 1.0]
+
+
+def test_a_picture_that_vanishes_is_named(settings: Callable[..., Config], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="gone.jpg can no longer be read"):
+        batches.encode_pictures(models.load_vae(settings(), CPU), [tmp_path / "gone.jpg"], 64, mirrored=False)

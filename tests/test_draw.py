@@ -1,0 +1,148 @@
+"""Drawing against diffusers' pipelines driven by hand, with the LoRA loaded the plain way."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image, ImageChops
+
+import draw
+import models
+from batches import stream_seed
+from config import Config, UserError
+from gallery import Design
+
+Make = Callable[..., Config]
+PROMPT, NEGATIVE = "a photo of <myspecialstyle>", "blurry"
+Pictures = dict[tuple[int, bool], Image.Image]
+
+
+@pytest.fixture(scope="module")
+def lora(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA that changes pictures visibly."""
+    unet = models.load_unet(str(tiny / "base"), None, torch.device("cpu"), torch.float32)
+    config = Config(rank=4)
+    generator = torch.Generator().manual_seed(3)
+    for weight in models.add_lora(unet, config).values():
+        weight.data = torch.randn(weight.shape, generator=generator) * 0.2
+    path = tmp_path_factory.mktemp("lora") / models.LORA_FILE
+    models.save_lora(path, models.lora_state(unet, 1.0), {})
+    return path
+
+
+def drawn(config: Config, lora: Path | None, seeds: list[int], batch_size: int = 1, prompt: str = PROMPT) -> Pictures:
+    """Every picture by (seed, refined)."""
+    designs = [Design(index, prompt, seed) for index, seed in enumerate(seeds)]
+    groups = [designs[start : start + batch_size] for start in range(0, len(designs), batch_size)]
+    pictures: Pictures = {}
+
+    def save(design: Design, picture: Image.Image, refined: bool) -> None:
+        pictures[design.seed, refined] = picture
+
+    draw.draw_pictures(config, lora, groups, save)
+    return pictures
+
+
+def difference(one: Image.Image, two: Image.Image) -> int:
+    """The largest difference of any channel of any pixel, 0..255."""
+    extrema: Any = ImageChops.difference(one, two).getextrema()
+    return max(high for _, high in extrema)
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+@pytest.mark.parametrize("flow", ["img2img", "ensemble"])
+def test_pictures_equal_hand_driven_pipelines(settings: Make, lora: Path, flow: str, scheduler: Any) -> None:
+    config = settings(
+        refiner_flow=flow, scheduler=scheduler.__name__, negative_prompt=NEGATIVE, save_base=True,
+        refiner_strength=0.4, refiner_start=0.6, aesthetic_score=7.0, height=72,
+    )  # fmt: skip
+    ours = drawn(config, lora, [11])
+
+    base = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
+    base.scheduler = scheduler.from_config(base.scheduler.config)
+    refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(
+        config.refiner_model, vae=base.vae, text_encoder_2=base.text_encoder_2, tokenizer_2=base.tokenizer_2,
+        scheduler=base.scheduler, torch_dtype=torch.float32,
+    )  # fmt: skip
+    base.load_lora_weights(str(lora.parent))
+    common = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "num_inference_steps": 5, "guidance_scale": 5.0}
+    latents = base(
+        **common, width=64, height=72, output_type="latent", denoising_end=0.6 if flow == "ensemble" else None,
+        generator=torch.Generator().manual_seed(11),
+    ).images  # fmt: skip
+    picture = refiner(
+        **common, image=latents, aesthetic_score=7.0,
+        generator=torch.Generator().manual_seed(stream_seed(11, "refiner")),
+        **({"denoising_start": 0.6} if flow == "ensemble" else {"strength": 0.4}),
+    ).images[0]  # fmt: skip
+    with torch.no_grad():
+        pixels = base.vae.decode(latents / base.vae.config.scaling_factor).sample
+    unrefined = base.image_processor.postprocess(pixels)[0]
+    assert difference(ours[11, True], picture) <= 1
+    assert difference(ours[11, False], unrefined) <= 1
+    assert difference(ours[11, True], ours[11, False]) > 5  # the refiner does do something
+
+
+def test_same_seed_same_picture_other_seed_another(settings: Make, lora: Path) -> None:
+    first, again = drawn(settings(), lora, [1, 2]), drawn(settings(), lora, [1, 2])
+    assert difference(first[1, True], again[1, True]) == 0
+    assert difference(first[1, True], first[2, True]) > 5
+
+
+def test_a_picture_is_the_same_in_any_batch(settings: Make, lora: Path) -> None:
+    alone, together = drawn(settings(), lora, [1, 2, 3]), drawn(settings(), lora, [1, 2, 3], batch_size=2)
+    assert all(difference(alone[key], together[key]) <= 2 for key in alone)
+
+
+def test_scale_zero_is_the_base_and_the_lora_shows(settings: Make, lora: Path) -> None:
+    plain = drawn(settings(refine=False), None, [1])
+    off = drawn(settings(refine=False, lora_scale=0.0), lora, [1])
+    on = drawn(settings(refine=False), lora, [1])
+    assert difference(plain[1, False], off[1, False]) == 0
+    assert difference(plain[1, False], on[1, False]) > 5
+
+
+def test_prompt_and_negative_prompt_show(settings: Make) -> None:
+    plain = drawn(settings(refine=False), None, [1])
+    assert difference(plain[1, False], drawn(settings(refine=False), None, [1], prompt="red dots")[1, False]) > 0
+    other = drawn(settings(refine=False, negative_prompt="blurry"), None, [1])
+    assert difference(plain[1, False], other[1, False]) > 0
+
+
+def test_refining_can_be_left_out(settings: Make) -> None:
+    assert set(drawn(settings(refine=False), None, [1])) == {(1, False)}
+    assert set(drawn(settings(), None, [1])) == {(1, True)}
+
+
+def test_refiner_noise_is_not_the_noise_the_picture_began_as() -> None:
+    begun, refined = (
+        torch.randn(64, generator=make([5])[0]) for make in (draw.base_generators, draw.refiner_generators)
+    )
+    assert not torch.allclose(begun, refined)
+
+
+@pytest.mark.parametrize("flow", ["img2img", "ensemble"])
+def test_announced_steps_are_made(settings: Make, flow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, float] = {}
+
+    class Counting(draw.tqdm):
+        def close(self) -> None:
+            made[self.desc] = self.n - (self.total or 0)
+            super().close()
+
+    monkeypatch.setattr(draw, "tqdm", Counting)
+    drawn(settings(refiner_flow=flow, num_inference_steps=10), None, [1, 2])
+    assert made == {"drawing": 0, "refining": 0, "saving": 0}
+
+
+def test_a_missing_refiner_is_one_sentence(settings: Make) -> None:
+    with pytest.raises(UserError, match="cannot be loaded"):
+        drawn(settings(refiner_model="no-such-folder/refiner"), None, [1])

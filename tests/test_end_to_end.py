@@ -1,0 +1,111 @@
+"""The program as a user runs it: main.py in processes of its own, training through accelerate, then drawing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+from config import Config, dump_config, load_config
+
+ROOT = Path(__file__).parent.parent
+Make = Callable[..., Config]
+
+
+def main(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "main.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def config_file(settings: Make, tmp_path: Path) -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text(dump_config(settings(num_images=3, save_base=True, prompt=("a photo of <myspecialstyle>", "edge"))))
+    return path
+
+
+def test_train_and_draw(config_file: Path, tmp_path: Path) -> None:
+    trained = main("--mode", "train", "--config", str(config_file), "validation_steps=4", "report_to=tensorboard")
+    assert trained.returncode == 0, trained.stderr
+    checkpoint = ["manifest.json", "pytorch_lora_weights.safetensors", "state.json", "training_state.safetensors"]
+    expected = {f"checkpoint-{step}/{name}" for step in (2, 4) for name in checkpoint}
+    expected |= {
+        "config.yaml",
+        "metrics.csv",
+        "loss.png",
+        "samples/step-000004.png",
+        "pytorch_lora_weights.safetensors",
+    }
+    found = files(tmp_path / "lora")
+    events = {name for name in found if name.startswith("logs/events.out.tfevents")}
+    assert len(events) == 1
+    assert found - events == expected
+    assert load_config(tmp_path / "lora" / "config.yaml").rank == 4
+    assert len((tmp_path / "lora" / "metrics.csv").read_text().splitlines()) == 5
+    pipeline = StableDiffusionXLPipeline.from_pretrained(load_config(config_file).pretrained_model)
+    pipeline.load_lora_weights(str(tmp_path / "lora"))
+
+    again = main("--mode", "train", "--config", str(config_file))
+    assert again.returncode == 0
+    assert "Finished already" in again.stdout
+    refused = main("--mode", "train", "--config", str(config_file), "rank=8")
+    assert refused.returncode == 2
+    assert "rank (was 4, is 8)" in refused.stderr
+
+    drawn = main("--mode", "inference", "--config", str(config_file))
+    assert drawn.returncode == 0, drawn.stderr
+    pictures = {f"{kind}_output_00{index}.png" for index in range(3) for kind in ("base", "refined")}
+    assert files(tmp_path / "pictures") == pictures | {"contact_sheet.png", "gallery.html", "manifest.json"}
+    opened = [Image.open(tmp_path / "pictures" / name) for name in sorted(pictures)]
+    assert len({picture.tobytes() for picture in opened}) == 6
+    refined = Image.open(tmp_path / "pictures" / "refined_output_001.png")
+    assert refined.size == (64, 64)
+    assert (refined.info["prompt"], refined.info["seed"]) == ("edge", "43")
+    assert json.loads(refined.info["settings"])["num_inference_steps"] == 5
+
+    # A picture that was lost is drawn again, the very same; the others stay.
+    lost = tmp_path / "pictures" / "refined_output_001.png"
+    before, kept = lost.read_bytes(), (tmp_path / "pictures" / "refined_output_000.png").stat().st_mtime_ns
+    lost.unlink()
+    assert main("--mode", "inference", "--config", str(config_file)).returncode == 0
+    assert lost.read_bytes() == before
+    assert (tmp_path / "pictures" / "refined_output_000.png").stat().st_mtime_ns == kept
+    # Other settings never overwrite it.
+    other = main("--mode", "inference", "--config", str(config_file), "seed=7", "num_images=1", "image_format=jpg")
+    assert other.returncode == 0, other.stderr
+    assert (tmp_path / "pictures-2" / "refined_output_000.jpg").exists()
+    comment = json.loads(Image.open(tmp_path / "pictures-2" / "refined_output_000.jpg").info["comment"])
+    assert comment["seed"] == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_and_the_same_command_goes_on(config_file: Path, tmp_path: Path, number: signal.Signals) -> None:
+    arguments = ["--mode", "train", "--config", str(config_file), "max_train_steps=100000", "checkpointing_steps=5"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "lora" / "checkpoint-5").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert "the same command goes on" in errors.splitlines()[-1]
+    steps = [int(path.name.partition("-")[2]) for path in (tmp_path / "lora").glob("checkpoint-*")]
+    assert f"stopped at step {max(steps)}" in errors.splitlines()[-1]
+    survivors = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert not survivors.stdout
+    on = main("--mode", "train", "--config", str(config_file), f"max_train_steps={max(steps) + 1}")
+    assert on.returncode == 0, on.stderr
+    assert f"going on from {tmp_path / 'lora' / f'checkpoint-{max(steps)}'}" in on.stderr

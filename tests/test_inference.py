@@ -1,0 +1,247 @@
+"""Planning the pictures: prompts, LoRA, folder, what is finished already. A stand-in plays the drawing itself."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import gallery
+import inference
+from config import Config, UserError
+from pictures import jpg, snapshot
+
+Save = Callable[[gallery.Design, Image.Image, bool], None]
+
+
+class Artist(ModuleType):
+    """In the place of draw.py: paints each picture in a plain colour that tells its seed; can be interrupted."""
+
+    def __init__(self) -> None:
+        super().__init__("draw")
+        self.batches: list[list[int]] = []
+        self.stop_after = 1000
+        self.error: Exception = RuntimeError("a bug")
+
+    def draw_pictures(self, config: Config, lora: Path | None, batches: list[list[Any]], save: Save) -> None:
+        for batch in batches:
+            if len(self.batches) == self.stop_after:
+                raise self.error
+            self.batches.append([design.index for design in batch])
+            for design in batch:
+                picture = Image.new("RGB", (config.width, config.height), (design.seed, 0, 0))
+                if config.save_base or not config.refine:
+                    save(design, picture, False)
+                if config.refine:
+                    save(design, picture, True)
+
+
+@pytest.fixture
+def artist(monkeypatch: pytest.MonkeyPatch) -> Artist:
+    drawing = Artist()
+    monkeypatch.setitem(sys.modules, "draw", drawing)
+    return drawing
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Config]:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+
+    def settings(**changes: Any) -> Config:
+        folders = {"lora_output_dir": str(tmp_path / "lora"), "output_dir": str(tmp_path / "out")}
+        sizes: dict[str, Any] = {"num_images": 4, "width": 64, "height": 64, "seed": 10}
+        return Config(**(folders | sizes | changes))
+
+    return settings
+
+
+Make = Callable[..., Config]
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def refused(call: Callable[[], object], part: str, code: int = 2) -> None:
+    with pytest.raises(UserError, match=part) as caught:
+        call()
+    assert caught.value.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts"),
+    [
+        ({}, ["a photo of <myspecialstyle>"]),
+        ({"instance_prompt": "lace"}, ["lace"]),
+        ({"prompt": ("edge",)}, ["edge"]),
+        ({"prompt": ("edge", "net")}, ["edge", "net"]),
+    ],
+)
+def test_prompts(changes: dict[str, Any], prompts: list[str], make: Make) -> None:
+    assert inference.read_prompts(make(**changes)) == prompts
+
+
+def test_a_prompts_file(tmp_path: Path, make: Make) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffein Rand, weiß 🧵\r\n\r\n  net: 'fine'  \n# no comment\n".encode())
+    assert inference.read_prompts(make(prompts_file=str(path))) == ["ein Rand, weiß 🧵", "net: 'fine'", "# no comment"]
+
+
+@pytest.mark.parametrize(("content", "part"), [(None, "No such file"), (b" \n\n", "is empty"), (b"\xe4", "UTF-8")])
+def test_a_prompts_file_that_cannot_be_used(content: bytes | None, part: str, tmp_path: Path, make: Make) -> None:
+    if content is not None:
+        (tmp_path / "prompts.txt").write_bytes(content)
+    refused(lambda: inference.read_prompts(make(prompts_file=str(tmp_path / "prompts.txt"))), part)
+
+
+def test_where_the_lora_is_looked_for(tmp_path: Path, make: Make) -> None:
+    trained = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    (tmp_path / "mine.safetensors").write_bytes(b"other")
+    assert inference.find_lora(make()) == trained
+    assert inference.find_lora(make(lora_path=str(tmp_path / "lora"))) == trained
+    assert inference.find_lora(make(lora_path=str(trained))) == trained
+    assert inference.find_lora(make(lora_path=str(tmp_path / "mine.safetensors"))) == tmp_path / "mine.safetensors"
+    assert inference.find_lora(make(lora_scale=0.0, lora_path="missing")) is None
+
+
+def test_a_lora_that_cannot_be_used(tmp_path: Path, make: Make) -> None:
+    (tmp_path / "old.bin").write_bytes(b"pickle")
+    refused(lambda: inference.find_lora(make(lora_path=str(tmp_path / "old.bin"))), "not a .safetensors file")
+    refused(lambda: inference.find_lora(make(lora_path=str(tmp_path / "no.safetensors"))), "there is no LoRA at")
+    refused(lambda: inference.find_lora(make(lora_output_dir=str(tmp_path))), "train one first")
+
+
+def test_the_files_of_a_run(tmp_path: Path, artist: Artist, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    inference.run(make(prompt=("edge", "net", "rosette"), save_base=True))
+    out = tmp_path / "out"
+    pictures = {f"{kind}_output_00{index}.png" for kind in ("base", "refined") for index in range(4)}
+    assert names(out) == pictures | {"contact_sheet.png", "gallery.html", "manifest.json"}
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [(row["prompt"], row["seed"]) for row in manifest["pictures"]] == [
+        ("edge", 10), ("net", 11), ("rosette", 12), ("edge", 13)
+    ]  # fmt: skip
+    assert manifest["pictures"][3]["files"] == {"refined": "refined_output_003.png", "base": "base_output_003.png"}
+    for row in manifest["pictures"]:
+        for name in row["files"].values():
+            with Image.open(out / name) as picture:
+                assert (picture.info["prompt"], int(picture.info["seed"])) == (row["prompt"], row["seed"])
+    said = capsys.readouterr().out
+    assert all(str(out / name) in said for name in ("gallery.html", "contact_sheet.png"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "files"),
+    [
+        ({}, {"refined_output_000.png"}),
+        ({"refine": False}, {"base_output_000.png"}),
+        ({"refine": False, "save_base": True}, {"base_output_000.png"}),
+        ({"image_format": "jpg", "save_base": True}, {"base_output_000.jpg", "refined_output_000.jpg"}),
+    ],
+)
+def test_refined_pictures_are_always_called_so(
+    changes: dict[str, Any], files: set[str], tmp_path: Path, artist: Artist, make: Make
+) -> None:
+    inference.run(make(num_images=1, **changes))
+    assert {name for name in names(tmp_path / "out") if "_output_" in name} == files
+
+
+def test_finished_already(tmp_path: Path, artist: Artist, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    inference.run(make())
+    before = snapshot(tmp_path)
+    inference.run(make())
+    assert snapshot(tmp_path) == before
+    assert artist.batches == [[0], [1], [2], [3]]
+    assert "Finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 11}, {"num_images": 5}, {"prompt": ("edge",)}, {"refine": False}, {"lora_scale": 0.5}, {"width": 72}],
+)
+def test_other_settings_get_the_next_free_name(
+    changes: dict[str, Any], tmp_path: Path, artist: Artist, make: Make
+) -> None:
+    inference.run(make())
+    before = snapshot(tmp_path / "out")
+    inference.run(make(**changes))
+    inference.run(make(negative_prompt="blur"))
+    inference.run(make(**changes))
+    assert snapshot(tmp_path / "out") == before
+    assert names(tmp_path) == {"lora", "out", "out-2", "out-3"}
+
+
+def test_another_lora_gets_the_next_free_name(tmp_path: Path, artist: Artist, make: Make) -> None:
+    inference.run(make())
+    before = snapshot(tmp_path / "out")
+    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"trained further")
+    inference.run(make())
+    assert snapshot(tmp_path / "out") == before
+    assert len(names(tmp_path / "out-2")) == 7
+
+
+def test_pictures_without_a_manifest_are_not_overwritten(tmp_path: Path, artist: Artist, make: Make) -> None:
+    (tmp_path / "out").mkdir()
+    jpg(tmp_path / "out" / "refined_output_000.png")
+    before = snapshot(tmp_path / "out")
+    inference.run(make())
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path: Path, artist: Artist, make: Make) -> None:
+    artist.stop_after = 2
+    config = make(num_images=7, inference_batch_size=2)
+    with pytest.raises(RuntimeError, match="a bug"):
+        inference.run(config)
+    assert not (tmp_path / "out" / "gallery.html").exists()
+    (tmp_path / "out" / "refined_output_001.png").unlink()
+    kept = snapshot(tmp_path / "out" / "refined_output_002.png")
+    artist.stop_after = 1000
+    inference.run(config)
+    assert artist.batches == [[0, 1], [2, 3], [0, 1], [4, 5], [6]]
+    assert snapshot(tmp_path / "out" / "refined_output_002.png") == kept
+    assert len(names(tmp_path / "out")) == 7 + 3
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "part"),
+    [
+        (MemoryError(), 3, "inference_batch_size: 1"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 3, "inference_batch_size: 1"),
+        (OSError(28, "No space left on device", "a.png"), 4, "a.png could not be written"),
+    ],
+)
+def test_failures_that_users_can_mend(error: Exception, code: int, part: str, artist: Artist, make: Make) -> None:
+    artist.stop_after, artist.error = 1, error
+    refused(lambda: inference.run(make()), part, code)
+
+
+@pytest.mark.parametrize("name", ["file", "file/out"])
+def test_a_folder_that_cannot_be_made(name: str, tmp_path: Path, artist: Artist, make: Make) -> None:
+    (tmp_path / "file").write_text("x")
+    refused(lambda: inference.run(make(output_dir=str(tmp_path / name))), "file", 4)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_dry_run_writes_nothing(
+    finished: bool, tmp_path: Path, artist: Artist, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if finished:
+        inference.run(make())
+    before, drawn = snapshot(tmp_path), list(artist.batches)
+    inference.run(make(prompt=("weiße Spitze 🧵",) if not finished else None), dry_run=True)
+    assert snapshot(tmp_path) == before
+    assert artist.batches == drawn
+    said = capsys.readouterr().out
+    assert f"Would draw {0 if finished else 4} of 4 pictures, 64x64, into {tmp_path / 'out'}" in said
+    assert str(tmp_path / "lora" / "pytorch_lora_weights.safetensors") in said
+    assert finished or "weiße Spitze 🧵" in said
+
+
+def test_prompts_left_over_are_told(artist: Artist, make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    inference.run(make(num_images=2, prompt=("edge", "net", "rosette")), dry_run=True)
+    assert "1 of 3 prompts" in caplog.text

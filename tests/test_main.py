@@ -1,0 +1,117 @@
+"""The command line: help, exit codes, and that nothing heavy is loaded before it is needed."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import main
+from config import Config
+from pictures import ROOT, jpgs, main_py, snapshot
+
+# Runs main.py's own main and tells what it loaded.
+PROBE = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import main
+try:
+    code = main.main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+heavy = sorted({"torch", "diffusers", "transformers", "accelerate", "peft"} & set(sys.modules))
+print("code", code, "loaded", heavy)
+"""
+
+
+def test_alone_it_prints_help_and_is_content(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([]) == 0
+    alone = capsys.readouterr().out
+    assert "--mode" in alone
+    with pytest.raises(SystemExit) as end:
+        main.main(["--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == alone
+
+
+def test_help_lists_every_key_with_its_explanation(capsys: pytest.CaptureFixture[str]) -> None:
+    main.main([])
+    text = capsys.readouterr().out
+    for item in dataclasses.fields(Config):
+        assert re.search(rf"^ *{item.name}=", text, re.MULTILINE), item.name
+        assert item.metadata["explanation"] in text
+    for code in ("0 done", "2 ", "3 out of memory", "4 disk or Drive", "5 loss", "130 or 143", "1 a bug"):
+        assert code in text
+
+
+@pytest.mark.parametrize("arguments", [["--mode", "draw"], ["seed=1"], ["--mode", "train", "--sed", "1"]])
+def test_a_wrong_command_line_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main.main(arguments)
+    assert end.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_mistakes_in_settings_end_with_2_and_write_nothing(tmp_path: Path) -> None:
+    jpgs(tmp_path / "photos")
+    (tmp_path / "my.yaml").write_text("images_dir: photos\nlora_output_dir: lora\noutput_dir: out\nrnk: 4\n")
+    before = snapshot(tmp_path)
+    done = main_py("--mode", "train", "--config", "my.yaml", "seed=x", "rank=0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: my.yaml:4: unknown key 'rnk'; did you mean rank?",
+        "command line: seed is 'x', not a whole number",
+        "command line: rank is 0; it must be at least 1",
+    ]
+    assert snapshot(tmp_path) == before
+
+
+def test_overrides_stand_anywhere_on_the_line(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    first = main_py("rank=0", "--mode", "train", cwd=tmp_path)
+    last = main_py("--mode", "train", "rank=0", cwd=tmp_path)
+    between = main_py("--mode", "train", "rank=0", "--dry-run", "seed=1", cwd=tmp_path)
+    assert first.stderr == last.stderr == between.stderr == "error: command line: rank is 0; it must be at least 1\n"
+
+
+def test_config_yaml_of_the_current_directory_is_read(tmp_path: Path) -> None:
+    assert "config.yaml: there is no such file" in main_py("--mode", "train", cwd=tmp_path).stderr
+    (tmp_path / "config.yaml").write_text("images_dir: nowhere\n")
+    done = main_py("--mode", "train", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nowhere: there is no such folder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        ([], 0),
+        (["--mode", "train", "lerning_rate=1"], 2),
+        (["--mode", "train", "--dry-run"], 0),
+        (["--mode", "inference", "--dry-run", "lora_scale=0"], 0),
+        (["--mode", "inference", "--dry-run"], 2),
+    ],
+)
+def test_torch_is_not_loaded_before_it_is_needed(arguments: list[str], code: int, tmp_path: Path) -> None:
+    jpgs(tmp_path / "photos")
+    (tmp_path / "config.yaml").write_text(
+        "images_dir: photos\nlora_output_dir: lora\noutput_dir: out\nmin_image_size: 16\n"
+    )
+    command = [sys.executable, "-c", PROBE, str(ROOT), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == f"code {code} loaded []", done.stderr
+
+
+def test_a_prompt_and_a_photo_in_any_language(tmp_path: Path) -> None:
+    [photo] = jpgs(tmp_path / "große Häkelei 🧵", 1)
+    photo.rename(photo.with_name("spitze ü 🌸.jpg"))
+    (tmp_path / "config.yaml").write_text("lora_output_dir: lora\nmin_image_size: 16\n")
+    done = main_py("--mode", "train", "--dry-run", f"images_dir={photo.parent}", "instance_prompt=ein Foto, weiß 🪡",
+                   cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 taken" in done.stdout
+    assert "ein Foto, weiß 🪡" in done.stdout

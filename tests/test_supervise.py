@@ -1,0 +1,247 @@
+"""Both ends of the line to the training process, with real processes: a main, a launcher and a training."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import supervise
+from config import UserError
+from pictures import ROOT
+
+# Like accelerate's: any failure becomes 1, and its own end is not passed on.
+LAUNCHER = "import subprocess, sys; sys.exit(1 if subprocess.run([sys.executable, *sys.argv[1:]]).returncode else 0)"
+
+TRAINING = """
+import errno, os, signal, sys, time
+from pathlib import Path
+ROOT, FOLDER, KIND = sys.argv[1:]
+sys.path.insert(0, ROOT)
+if KIND == "early":
+    Path(FOLDER, "pid").write_text(str(os.getpid()))
+    time.sleep(1.2)
+import supervise
+from config import UserError
+
+class OutOfMemoryError(RuntimeError):
+    pass
+
+def wait(stop, heeds):
+    Path(FOLDER, "pid").write_text(str(os.getpid()))
+    for _ in range(3000):
+        if heeds and stop.requested:
+            raise supervise.Stopped("saved at step 7; the same command goes on from there")
+        time.sleep(0.01)
+
+def work(stop):
+    if KIND == "good":
+        return "trained 8 steps"
+    if KIND == "user":
+        raise UserError("the loss is not finite: lower it", 5)
+    if KIND == "disk":
+        raise OSError(errno.ENOSPC, "No space left on device", "lora/checkpoint-4")
+    if KIND == "memory":
+        raise MemoryError
+    if KIND == "gpu":
+        raise OutOfMemoryError("CUDA out of memory")
+    if KIND == "bug":
+        raise ZeroDivisionError("a bug")
+    if KIND == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    stop.deferred = KIND != "encoding"
+    wait(stop, heeds=KIND != "deaf")
+
+sys.exit(supervise.report_outcome(work, Path(FOLDER)))
+"""
+
+MAIN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import supervise
+from config import UserError
+try:
+    print(supervise.run(sys.argv[3:], Path(sys.argv[2])))
+except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+Start = Callable[[str], subprocess.Popen[str]]
+
+
+def launch(folder: Path, kind: str) -> list[str]:
+    return [sys.executable, "-c", LAUNCHER, "-c", TRAINING, str(ROOT), str(folder), kind]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a main process over a training of some kind and waits until that is at work."""
+    started = []
+
+    def begin(kind: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", MAIN, str(ROOT), str(tmp_path), *launch(tmp_path, kind)]
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        soon(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def soon(condition: Callable[[], bool], seconds: float = 15) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def training_is_gone(folder: Path) -> None:
+    pid = int((folder / "pid").read_text())
+    soon(lambda: not alive(pid))
+
+
+def test_a_good_end_brings_the_closing_sentence(tmp_path: Path) -> None:
+    assert supervise.run(launch(tmp_path, "good"), tmp_path) == "trained 8 steps"
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "said"),
+    [
+        ("user", 5, "the loss is not finite: lower it"),
+        ("disk", 4, "lora/checkpoint-4 could not be written or read (No space left on device)"),
+        ("memory", 3, "out of memory: set gradient_checkpointing"),
+        ("gpu", 3, "out of memory: set gradient_checkpointing"),
+        ("killed", 3, "the training process was killed"),
+        ("bug", 1, "a fault of this program"),
+    ],
+)
+def test_the_reason_of_a_failure_comes_through(
+    kind: str, code: int, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        supervise.run(launch(tmp_path, kind), tmp_path)
+    assert caught.value.exit_code == code
+    assert said in str(caught.value)
+    assert ("ZeroDivisionError: a bug" in capfd.readouterr().err) == (kind == "bug")
+
+
+def test_a_launcher_that_never_starts_the_training(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="could not start the training \\(exit code 9\\)") as caught:
+        supervise.run([sys.executable, "-c", "raise SystemExit(9)"], tmp_path)
+    assert caught.value.exit_code == 2
+
+
+def test_handlers_are_put_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(UserError):
+        supervise.run(launch(tmp_path, "user"), tmp_path)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_lets_the_training_save(number: int, code: int, start: Start, tmp_path: Path) -> None:
+    main = start("loop")
+    main.send_signal(number)
+    _, said = main.communicate(timeout=15)
+    assert main.returncode == code
+    assert said == "saved at step 7; the same command goes on from there\n"
+    training_is_gone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("encoding", "stopped before the first step"), ("early", "the same command")]
+)
+def test_a_stop_before_the_loop_ends_it_at_once(kind: str, said: str, start: Start, tmp_path: Path) -> None:
+    main = start(kind)
+    main.send_signal(signal.SIGINT)
+    _, err = main.communicate(timeout=15)
+    assert main.returncode == 130
+    assert said in err
+    assert "Traceback" not in err
+    training_is_gone(tmp_path)
+
+
+def test_a_second_stop_ends_a_deaf_training(start: Start, tmp_path: Path) -> None:
+    main = start("deaf")
+    main.send_signal(signal.SIGINT)
+    time.sleep(0.7)
+    assert main.poll() is None
+    main.send_signal(signal.SIGINT)
+    _, said = main.communicate(timeout=15)
+    assert main.returncode == 130
+    assert said == "stopped at once; the same command goes on from the last checkpoint\n"
+    training_is_gone(tmp_path)
+
+
+def test_no_orphan_is_left_when_main_is_killed(start: Start, tmp_path: Path) -> None:
+    main = start("loop")
+    main.kill()
+    main.wait()
+    training_is_gone(tmp_path)
+    assert json.loads((tmp_path / "outcome.json").read_text())["exit_code"] == 130
+
+
+def test_a_training_that_is_killed_from_outside(start: Start, tmp_path: Path) -> None:
+    main = start("loop")
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    _, said = main.communicate(timeout=15)
+    assert main.returncode == 3
+    assert "the training process was killed" in said
+
+
+def test_leftovers_of_the_group_are_ended(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, pathlib\n"
+        "left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'pid').write_text(str(left.pid))"
+    )
+    with pytest.raises(UserError):
+        supervise.run([sys.executable, "-c", code], tmp_path)
+    training_is_gone(tmp_path)
+
+
+def report(folder: Path, rank: str, work: Callable[[supervise.StopSignal], str]) -> int | None:
+    """report_outcome in a process of its own, as one of several; what the outcome file says, None when nothing yet."""
+    pid = os.fork()
+    if pid == 0:
+        os.environ["RANK"] = rank
+        os._exit(supervise.report_outcome(work, folder))
+    os.waitpid(pid, 0)
+    return json.loads((folder / "outcome.json").read_text())["exit_code"]
+
+
+def test_of_several_processes_the_first_tells_the_good_end_and_any_a_failure(tmp_path: Path) -> None:
+    def fail(_: supervise.StopSignal) -> str:
+        raise MemoryError
+
+    assert report(tmp_path, "1", lambda _: "done") is None
+    assert report(tmp_path, "0", lambda _: "done") == 0
+    assert report(tmp_path, "1", fail) == 3
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "no", "x"), FileExistsError(17, "no", "x"), OSError(30, "no")])
+def test_errors_of_the_disk_are_the_users_to_mend(error: OSError) -> None:
+    explained = supervise.explain(error, "buy more")
+    assert explained
+    assert explained[1] == 4
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shape"), OSError("no number"), KeyError("x")])
+def test_a_bug_is_not_explained_away(error: Exception) -> None:
+    assert supervise.explain(error, "buy more") is None

@@ -1,0 +1,349 @@
+"""Planning a training: what is checked, written and launched. The launch itself is played by a stand-in."""
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+import checkpoint
+import data_utils
+import supervise
+import train
+from config import Config, UserError, load_config
+from pictures import gradient, jpg, jpgs, snapshot, truncated_jpg
+
+Make = Callable[..., Config]
+LORA = "pytorch_lora_weights.safetensors"
+
+
+class Launch:
+    """In the place of supervise.run: reads what the training is given and leaves checkpoints and a LoRA as it would."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+        self.jobs: list[dict[str, Any]] = []
+        self.accelerate: list[Any] = []
+        self.stop_at = 10_000
+
+    def __call__(self, command: list[str], folder: Path) -> str:
+        self.commands.append(command)
+        self.accelerate.append(yaml.safe_load(Path(command[command.index("--config_file") + 1]).read_text()))
+        job = json.loads(Path(command[command.index("--job") + 1]).read_text())
+        self.jobs.append(job)
+        config = load_config(command[command.index("--config") + 1])
+        output_dir, last = Path(config.lora_output_dir), min(config.max_train_steps, self.stop_at)
+        for step in range(config.checkpointing_steps, last + 1, config.checkpointing_steps):
+            state = json.dumps({"step": step, "learns": job["learns"]})
+            checkpoint.publish(output_dir, step, lambda to, state=state: put(to / "state.json", state), keep=9)  # type: ignore[misc]
+        if last < config.max_train_steps:
+            raise UserError(f"stopped at step {last}", 130)
+        metadata = {"step": str(last), "learns": json.dumps(job["learns"])}
+        save_file({"w": np.zeros(3, np.float32)}, output_dir / LORA, metadata)
+        return f"trained {last} steps"
+
+
+def put(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> Launch:
+    launched = Launch()
+    monkeypatch.setattr(supervise, "run", launched)
+    return launched
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    jpgs(tmp_path / "photos", 3)
+
+    def settings(**changes: Any) -> Config:
+        values = {"images_dir": str(tmp_path / "photos"), "lora_output_dir": str(tmp_path / "lora")}
+        return Config(**(values | {"min_image_size": 32, "max_train_steps": 8, "checkpointing_steps": 4} | changes))
+
+    return settings
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def refused(config: Config, part: str, code: int = 2, dry_run: bool = False) -> None:
+    with pytest.raises(UserError, match=part) as caught:
+        train.run(config, dry_run)
+    assert caught.value.exit_code == code
+
+
+def test_what_the_training_is_given(tmp_path: Path, launch: Launch, make: Make) -> None:
+    (tmp_path / "photos" / "lace_1.txt").write_text("a rosette")
+    truncated_jpg(tmp_path / "photos" / "cut.jpg")
+    jpg(tmp_path / "photos" / "tiny.jpg", gradient(20, 20))
+    config = make(learning_rate=3e-5, prompt=("edge", "no"), lora_alpha=2.0)
+    train.run(config)
+    [job] = launch.jobs
+    paths = [str(tmp_path / "photos" / f"lace_{index}.jpg") for index in range(3)]
+    assert job["captions"] == dict(
+        zip(paths, [config.instance_prompt, "a rosette", config.instance_prompt], strict=True)
+    )
+    assert job["resume"] is None
+    assert load_config(tmp_path / "lora" / "config.yaml") == config
+    annotations = (tmp_path / "photos" / "annotations.txt").read_text()
+    assert annotations == "".join(f"{path}\t{caption}\n" for path, caption in job["captions"].items())
+    [settings] = launch.accelerate
+    assert (settings["distributed_type"], settings["num_processes"]) == ("NO", 1)
+
+
+def test_the_users_files_are_not_touched(tmp_path: Path, launch: Launch, make: Make) -> None:
+    photos = tmp_path / "photos"
+    (photos / "lace_0.txt").write_text("mine")
+    (photos / "notes.docx").write_bytes(b"x")
+    truncated_jpg(photos / "cut.jpg")
+    before = snapshot(photos)
+    train.run(make())
+    after = snapshot(photos)
+    del before[str(photos)]
+    assert {name: after[name] for name in before} == before
+    assert names(photos) - {Path(name).name for name in before} == {"annotations.txt", ".annotations.sha256"}
+
+
+def test_the_command_is_one_that_accelerate_accepts(launch: Launch, make: Make, tmp_path: Path) -> None:
+    launcher = pytest.importorskip("accelerate.commands.launch")
+    train.run(make(lora_output_dir=str(tmp_path / "mit Leerzeichen ü")))
+    [command] = launch.commands
+    assert command[1:3] == ["-m", "accelerate.commands.launch"]
+    parsed = launcher.launch_command_parser().parse_args(command[3:])
+    assert Path(parsed.training_script) == train.TRAINING_SCRIPT
+    assert train.TRAINING_SCRIPT.exists()
+    assert parsed.training_script_args[:2] == ["--config", str(tmp_path / "mit Leerzeichen ü" / "config.yaml")]
+    assert Path(parsed.config_file).name == "accelerate.yaml"
+    assert parsed.num_cpu_threads_per_process >= 1
+    keys = set(launch.accelerate[0])
+    config_args = pytest.importorskip("accelerate.commands.config.config_args")
+    assert keys <= set(config_args.ClusterConfig.__dataclass_fields__)
+
+
+def test_a_file_of_the_users_own_goes_to_accelerate(tmp_path: Path, launch: Launch, make: Make) -> None:
+    put(tmp_path / "mine.yaml", "distributed_type: MULTI_GPU\nnum_processes: 2\n")
+    config = make(accelerate_config=str(tmp_path / "mine.yaml"))
+    train.run(config)
+    assert launch.accelerate == [{"distributed_type": "MULTI_GPU", "num_processes": 2}]
+    command = train.build_command(config, Path("ours.yaml"), Path("job.json"))
+    assert command[command.index("--config_file") + 1] == str(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("distributed_type: DEEPSPEED\n", "DeepSpeed or FSDP"),
+        ("distributed_type: fsdp\n", "DeepSpeed or FSDP"),
+        ("deepspeed_config: {zero_stage: 2}\n", "DeepSpeed or FSDP"),
+        ("just words", "not an accelerate file"),
+        ("a: [", "not an accelerate file"),
+        (None, "not an accelerate file"),
+    ],
+)
+def test_accelerate_files_that_are_refused(
+    text: str | None, part: str, dry_run: bool, tmp_path: Path, launch: Launch, make: Make
+) -> None:
+    if text is not None:
+        put(tmp_path / "mine.yaml", text)
+    config, before = make(accelerate_config=str(tmp_path / "mine.yaml")), snapshot(tmp_path)
+    refused(config, part, dry_run=dry_run)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("state", ["new", "stopped", "finished", "by hand"])
+def test_a_dry_run_writes_nothing(
+    state: str, tmp_path: Path, launch: Launch, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if state == "stopped":
+        launch.stop_at = 5
+        refused(make(), "stopped", 130)
+    elif state == "finished":
+        train.run(make())
+    elif state == "by hand":
+        put(tmp_path / "photos" / "annotations.txt", f"{tmp_path}/photos/lace_1.jpg\tmine\n")
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    train.run(make(), dry_run=True)
+    assert snapshot(tmp_path) == before
+    assert len(launch.commands) == (state in ("stopped", "finished"))
+    said = capsys.readouterr().out
+    assert "3 taken" in said
+    if state == "finished":
+        assert "Finished already" in said
+        return
+    assert (f"go on from {tmp_path}/lora/checkpoint-4" in said) == (state == "stopped")
+    assert f"Would {'read' if state == 'by hand' else 'write'} {tmp_path}/photos/annotations.txt" in said
+    assert "Free on that disk" in said
+    [command] = [line.removeprefix("Would run: ") for line in said.splitlines() if line.startswith("Would run: ")]
+    assert str(train.TRAINING_SCRIPT) in shlex.split(command)
+
+
+def test_a_dry_run_writes_the_report_it_was_asked_for(tmp_path: Path, make: Make) -> None:
+    truncated_jpg(tmp_path / "photos" / "häkel 🧵.jpg")
+    jpg(tmp_path / "photos" / "tiny.jpg", gradient(20, 20))
+    truncated_jpg(tmp_path / "photos" / "broken \udc80.jpg")
+    before = snapshot(tmp_path)
+    train.run(make(report=str(tmp_path / "report.json")), dry_run=True)
+    after = snapshot(tmp_path)
+    assert set(after) - set(before) == {str(tmp_path / "report.json")}
+    rows = {Path(row["path"]).name: row for row in json.loads((tmp_path / "report.json").read_text())["pictures"]}
+    taken = {name: row["taken"] for name, row in rows.items()}
+    bad = {"häkel 🧵.jpg": False, "broken \udc80.jpg": False, "tiny.jpg": False}
+    assert taken == {f"lace_{index}.jpg": True for index in range(3)} | bad
+    assert rows["lace_0.jpg"]["reason"] is None
+    assert rows["tiny.jpg"]["reason"] == "too small: 20x20, min_image_size is 32"
+
+
+def test_a_report_that_cannot_be_written(tmp_path: Path, make: Make) -> None:
+    refused(make(report=str(tmp_path / "missing" / "report.json")), "report: .*report.json cannot be written", 4, True)
+
+
+def test_without_a_good_picture_nothing_is_written(tmp_path: Path, launch: Launch, make: Make) -> None:
+    config = make(min_image_size=500)
+    before = snapshot(tmp_path)
+    refused(config, "no pictures to train on")
+    refused(make(image_extensions=(".png",)), "no pictures to train on")
+    assert snapshot(tmp_path) == before
+
+
+def test_annotations_by_hand_say_what_is_trained(
+    tmp_path: Path, launch: Launch, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    jpg(tmp_path / "elsewhere.jpg")
+    lines = [f"{tmp_path}/elsewhere.jpg\tone", f"{tmp_path}/photos/lace_2.jpg\ttwo", f"{tmp_path}/gone.jpg\tthree"]
+    put(tmp_path / "photos" / "annotations.txt", "\n".join(lines))
+    train.run(make())
+    [job] = launch.jobs
+    assert job["captions"] == {f"{tmp_path}/photos/lace_2.jpg": "two", f"{tmp_path}/elsewhere.jpg": "one"}
+    assert "2 pictures are not in" in caplog.text
+
+
+def test_finished_already(tmp_path: Path, launch: Launch, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    train.run(make())
+    before = snapshot(tmp_path)
+    train.run(make())
+    train.run(make(max_train_steps=6))
+    for folder, _ in checkpoint.checkpoints(tmp_path / "lora"):
+        put(folder / "state.json", "damaged")
+    before |= {name: seen for name, seen in snapshot(tmp_path).items() if "checkpoint-" in name}
+    train.run(make())
+    assert snapshot(tmp_path) == before
+    assert capsys.readouterr().out.count("Finished already") == 3
+    assert len(launch.jobs) == 1
+
+
+def test_more_steps_go_on_and_keep_the_finished_lora(tmp_path: Path, launch: Launch, make: Make) -> None:
+    train.run(make())
+    first = (tmp_path / "lora" / LORA).read_bytes()
+    put(tmp_path / "lora" / "pytorch_lora_weights-step8.safetensors", "the user's own")
+    train.run(make(max_train_steps=12))
+    assert launch.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-8")
+    assert (tmp_path / "lora" / "pytorch_lora_weights-step8.safetensors").read_text() == "the user's own"
+    assert (tmp_path / "lora" / "pytorch_lora_weights-step8-2.safetensors").read_bytes() == first
+    assert (tmp_path / "lora" / LORA).read_bytes() != first
+
+
+def test_an_interrupted_run_goes_on_from_the_newest_whole_checkpoint(
+    tmp_path: Path, launch: Launch, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    launch.stop_at = 7
+    refused(make(checkpointing_steps=3), "stopped at step 7", 130)
+    put(tmp_path / "lora" / "checkpoint-6" / "state.json", "damaged")
+    train.run(make(learning_rate=1e-5, max_train_steps=7))
+    assert launch.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-3")
+    assert "passed over checkpoint-6: state.json" in caplog.text
+
+
+def test_a_named_checkpoint(tmp_path: Path, launch: Launch, make: Make) -> None:
+    launch.stop_at = 9
+    refused(make(max_train_steps=12), "stopped", 130)
+    config = make(resume_from_checkpoint=str(tmp_path / "lora" / "checkpoint-4"))
+    train.run(config)
+    assert launch.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-4")
+    (tmp_path / "lora" / LORA).unlink()
+    put(tmp_path / "lora" / "checkpoint-4" / "state.json", "damaged")
+    refused(config, "checkpoint-4 cannot be used: state.json")
+    refused(make(resume_from_checkpoint="nowhere"), "nowhere cannot be used")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rank": 8}, "rank \\(was 16, is 8\\)"),
+        ({"seed": 1, "resolution": 256}, "resolution \\(was 512, is 256\\), seed \\(was 42, is 1\\)"),
+        ({"lora_alpha": 4.0}, "lora_alpha"),
+        ({"pretrained_model": "other/model"}, "pretrained_model"),
+        ({"instance_prompt": "other"}, "captions"),
+        ({"min_image_size": 40}, "pictures"),
+    ],
+)
+def test_another_thing_to_learn_is_refused(
+    changes: dict[str, Any], named: str, finished: bool, tmp_path: Path, launch: Launch, make: Make
+) -> None:
+    jpg(tmp_path / "photos" / "small.jpg", gradient(39, 39))
+    launch.stop_at = 10_000 if finished else 7
+    if finished:
+        train.run(make())
+    else:
+        refused(make(), "stopped", 130)
+    before = snapshot(tmp_path)
+    refused(make(max_train_steps=20, **changes), f"changed: .*{named}.*lora_output_dir to a new folder")
+    assert snapshot(tmp_path) == before
+
+
+def test_the_same_pictures_elsewhere_are_the_same(tmp_path: Path, launch: Launch, make: Make) -> None:
+    train.run(make())
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "annotations.txt").unlink()
+    (tmp_path / "moved" / "lace_0.jpg").rename(tmp_path / "moved" / "renamed.jpg")
+    train.run(make(images_dir=str(tmp_path / "moved"), max_train_steps=12, lora_alpha=16.0))
+    assert launch.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-8")
+
+
+def test_what_is_not_ours_is_never_overwritten(tmp_path: Path, launch: Launch, make: Make) -> None:
+    train.run(make())
+    refused(make(resume_from_checkpoint=None, max_train_steps=9), "holds an earlier run")
+    for content in (b"", b"not safetensors"):
+        (tmp_path / "lora" / LORA).write_bytes(content)
+        refused(make(), "does not come from this program")
+    save_file({"w": np.zeros(3, np.float32)}, tmp_path / "lora" / LORA)
+    refused(make(), "does not come from this program")
+    assert len(launch.jobs) == 1
+
+
+def test_no_whole_checkpoint_and_no_lora(tmp_path: Path, launch: Launch, make: Make) -> None:
+    launch.stop_at = 7
+    refused(make(), "stopped", 130)
+    put(tmp_path / "lora" / "checkpoint-4" / "state.json", "damaged")
+    refused(make(), "no checkpoint in .* is whole \\(checkpoint-4: state.json")
+
+
+def test_a_finished_lora_without_checkpoints_is_not_trained_over(tmp_path: Path, launch: Launch, make: Make) -> None:
+    train.run(make(checkpointing_steps=100))
+    before = snapshot(tmp_path)
+    refused(make(max_train_steps=12), "no checkpoint is left to go on from")
+    assert snapshot(tmp_path) == before
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path: Path, launch: Launch, make: Make) -> None:
+    put(tmp_path / "file", "x")
+    refused(make(lora_output_dir=str(tmp_path / "file" / "lora")), "cannot be written", 4)
+
+
+def test_annotations_changed_to_a_list_of_other_pictures_is_a_change(
+    tmp_path: Path, launch: Launch, make: Make
+) -> None:
+    train.run(make())
+    path = tmp_path / "photos" / data_utils.ANNOTATIONS
+    put(path, path.read_text().replace("a photo of", "one photo of"))
+    refused(make(max_train_steps=12), "changed: captions")

@@ -1,0 +1,285 @@
+"""The training step against formulas and diffusers, and whole runs against uninterrupted ones."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_snr
+from safetensors.torch import load_file
+
+import batches
+import data_utils
+import models
+import train_lora
+from config import LOSS_NOT_FINITE, Config, UserError
+from supervise import Stopped
+
+CPU = torch.device("cpu")
+Make = Callable[..., Config]
+
+
+def noise_schedule(prediction_type: str = "epsilon") -> DDPMScheduler:
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
+    )
+
+
+def random_batch(count: int) -> batches.Batch:
+    generator = torch.Generator().manual_seed(5)
+    return batches.Batch(
+        latents=torch.randn(count, 4, 8, 8, generator=generator),
+        noise=torch.randn(count, 4, 8, 8, generator=generator),
+        timesteps=torch.randint(1000, (count,), generator=generator),
+        time_ids=torch.tensor([[90.0, 70.0, 10.0, 0.0, 64.0, 64.0]] * count),
+        prompt_embeds=torch.randn(count, 77, 256, generator=generator),
+        pooled_prompt_embeds=torch.randn(count, 128, generator=generator),
+    )
+
+
+class Echo(torch.nn.Module):
+    """Stands in for a UNet where only the loss's own arithmetic matters: predicts half of its noisy input."""
+
+    dtype = torch.float32
+
+    def forward(self, sample: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
+        return (sample / 2,)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_loss_equals_the_formula(prediction_type: str, gamma: float | None) -> None:
+    batch, schedule = random_batch(4), noise_schedule(prediction_type)
+    loss = train_lora.training_loss(Echo(), batch, schedule, gamma)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas_cumprod = torch.cumprod(1 - betas, 0)[batch.timesteps]
+    expected = 0.0
+    for index, alpha in enumerate(alphas_cumprod.tolist()):
+        latents, noise = batch.latents[index].double(), batch.noise[index].double()
+        noisy = math.sqrt(alpha) * latents + math.sqrt(1 - alpha) * noise
+        velocity = math.sqrt(alpha) * noise - math.sqrt(1 - alpha) * latents
+        target = noise if prediction_type == "epsilon" else velocity
+        snr = alpha / (1 - alpha)
+        weight = 1.0 if gamma is None else min(snr, gamma) / (snr + (prediction_type == "v_prediction"))
+        expected += weight * ((noisy / 2 - target) ** 2).mean().item() / 4
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_snr_weights_equal_diffusers() -> None:
+    schedule, timesteps = noise_schedule(), torch.arange(0, 1000, 7)
+    snr = compute_snr(schedule, timesteps)
+    expected = torch.stack([snr, torch.full_like(snr, 5.0)], dim=1).min(dim=1)[0] / snr
+    torch.testing.assert_close(train_lora.loss_weights(timesteps, schedule, 5.0), expected)
+
+
+def make_run(config: Config, data: batches.Encoded | None = None) -> train_lora.Run:
+    """The parts of a run on the CPU, with made-up encodings unless given."""
+    unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
+    torch.manual_seed(0)
+    lora = models.add_lora(unet, config)
+    if data is None:
+        batch = random_batch(6)
+        data = batches.Encoded(
+            batch.latents[:, None], torch.zeros(6, 1, 4, 8, 8), batch.time_ids, torch.arange(6),
+            batch.prompt_embeds, batch.pooled_prompt_embeds,
+        )  # fmt: skip
+    process: Any = SimpleNamespace(device=CPU, num_processes=1, process_index=0, is_main_process=True)
+    optimizer = torch.optim.AdamW(lora.values(), config.learning_rate)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    job: dict[str, Any] = {"learns": {}, "resume": None, "captions": {}}
+    return train_lora.Run(
+        config, job, data, unet, lora, noise_schedule(), optimizer, scaler, torch.float32, process, None  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def test_only_the_lora_changes(settings: Make) -> None:
+    run = make_run(settings())
+    before = {name: value.clone() for name, value in run.unet.state_dict().items()}
+    train_lora.update(run, 0, 1e-2, False)
+    changed = {name for name, value in run.unet.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_accumulated_batches_equal_one_large_batch(settings: Make) -> None:
+    once = make_run(settings(train_batch_size=4))
+    summed = make_run(settings(train_batch_size=2, gradient_accumulation_steps=2))
+    for step in range(2):
+        loss_once, norm_once, _ = train_lora.update(once, step, 1e-2, False)
+        loss_summed, norm_summed, _ = train_lora.update(summed, step, 1e-2, False)
+        torch.testing.assert_close(loss_once, loss_summed, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norm_once, norm_summed, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_clipped(settings: Make) -> None:
+    run = make_run(settings(max_grad_norm=1e-4))
+    seen: list[float] = []
+
+    def note(*_: Any) -> None:
+        seen.append(math.sqrt(sum(float(w.grad.pow(2).sum()) for w in run.lora.values() if w.grad is not None)))
+
+    run.optimizer.register_step_pre_hook(note)
+    _, norm, _ = train_lora.update(run, 0, 1e-2, False)
+    assert norm > 1e-3
+    assert seen[0] == pytest.approx(1e-4, rel=0.01)
+
+
+def test_gradient_checkpointing_changes_nothing(settings: Make) -> None:
+    plain, saving = make_run(settings()), make_run(settings())
+    saving.unet.enable_gradient_checkpointing()
+    for run in (plain, saving):
+        run.unet.train()
+        train_lora.update(run, 0, 1e-2, False)
+    for name, weight in plain.lora.items():
+        torch.testing.assert_close(weight, saving.lora[name])
+
+
+def test_cached_latents_give_the_loss_of_encoding_in_the_step(settings: Make, photos: Path) -> None:
+    config = settings()
+    vae = models.load_vae(config, CPU)
+    tokenizers, encoders = (
+        models.load_tokenizers(config.pretrained_model),
+        models.load_text_encoders(config, CPU, torch.float32),
+    )
+    captions = {str(path): f"lace number {index}" for index, path in enumerate(data_utils.list_images(photos))}
+    data, _ = train_lora.encode(config, captions, CPU, torch.float32)
+    run = make_run(config, data)
+    batch = batches.step_batch(data, config.seed, 3, 2, 1000)
+    cached = train_lora.training_loss(run.unet, batch, run.noise_scheduler, None)
+
+    # The same two pictures, found by their time ids and captions, encoded here and now.
+    chosen = [int((data.prompt_embeds == embeds).flatten(1).all(1).nonzero()[0]) for embeds in batch.prompt_embeds]
+    paths = [Path(list(captions)[index]) for index in chosen]
+    embeds, pooled = models.encode_prompts([captions[str(path)] for path in paths], tokenizers, encoders)
+    squares = [data_utils.fit_square(data_utils.open_picture(path)[0], 64)[0] for path in paths]
+    posterior = vae.encode(torch.stack([batches.to_tensor(square) for square in squares])).latent_dist
+    stream = batches.stream(config.seed, "step", 3)
+    torch.randint(1, (2,), generator=stream)  # the draw of mirrored versions comes first
+    sampled = (posterior.mean + posterior.std * torch.randn(2, 4, 8, 8, generator=stream)) * vae.config.scaling_factor
+    uncached = replace(batch, latents=sampled, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+    direct = train_lora.training_loss(run.unet, uncached, run.noise_scheduler, None)
+    torch.testing.assert_close(cached, direct, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def run_training() -> Callable[..., str]:
+    """Runs `train_lora.train` in this process, from scratch or from a checkpoint."""
+
+    def go(config: Config, resume: Path | None = None, stop_at: int | None = None) -> str:
+        images = data_utils.list_images(config.images_dir)
+        job = {
+            "captions": {str(path): config.instance_prompt for path in images},
+            "learns": {"rank": config.rank},
+            "resume": str(resume) if resume else None,
+        }
+        Path(config.lora_output_dir).mkdir(parents=True, exist_ok=True)
+        return train_lora.train(config, job, StopAt(stop_at))  # type: ignore[arg-type]
+
+    return go
+
+
+class StopAt:
+    """A stop signal that comes before the n-th step is over."""
+
+    deferred = False
+
+    def __init__(self, step: int | None) -> None:
+        self.step, self.asked = step, 0
+
+    @property
+    def requested(self) -> bool:
+        self.asked += 1
+        return self.step is not None and self.asked >= self.step
+
+
+def test_resumed_run_equals_the_straight_one(settings: Make, run_training: Callable[..., str], tmp_path: Path) -> None:
+    options = {"max_train_steps": 6, "lr_scheduler": "cosine", "lora_dropout": 0.1, "random_flip": True}
+    straight = settings(lora_output_dir=str(tmp_path / "straight"), **options)
+    parted = settings(lora_output_dir=str(tmp_path / "parted"), **options)
+    run_training(straight)
+    with pytest.raises(Stopped, match="stopped at step 3"):
+        run_training(parted, stop_at=3)
+    run_training(parted, resume=tmp_path / "parted" / "checkpoint-3")
+    for name in (models.LORA_FILE, "checkpoint-6/training_state.safetensors"):
+        expected, got = load_file(tmp_path / "straight" / name), load_file(tmp_path / "parted" / name)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
+    rows = [(tmp_path / folder / "metrics.csv").read_text().splitlines() for folder in ("straight", "parted")]
+    without_seconds = [[line.rpartition(",")[0] for line in lines] for lines in rows]
+    assert without_seconds[0] == without_seconds[1]
+    assert len(rows[0]) == 7
+
+
+def test_training_learns_and_starts_are_reproducible(
+    settings: Make, run_training: Callable[..., str], tmp_path: Path
+) -> None:
+    results = []
+    for name in ("one", "two"):
+        run_training(settings(lora_output_dir=str(tmp_path / name)))
+        results.append(load_file(tmp_path / name / models.LORA_FILE))
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+    assert any(tensor.abs().max() > 0 for key, tensor in results[0].items() if "lora_B" in key)
+
+
+def test_learning_rate_follows_diffusers_schedule(
+    settings: Make, run_training: Callable[..., str], tmp_path: Path
+) -> None:
+    run_training(settings(max_train_steps=5, lr_scheduler="cosine", lr_warmup_steps=2))
+    lines = (tmp_path / "lora" / "metrics.csv").read_text().splitlines()[1:]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], 1e-2)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=5)
+    for line in lines:
+        assert float(line.split(",")[2]) == pytest.approx(schedule.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        schedule.step()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    settings: Make, run_training: Callable[..., str], tmp_path: Path
+) -> None:
+    config = settings(max_train_steps=40, learning_rate=1e30, checkpointing_steps=1)
+    with pytest.raises(UserError, match="not a finite number") as caught:
+        run_training(config)
+    assert caught.value.exit_code == LOSS_NOT_FINITE
+    assert not (tmp_path / "lora" / models.LORA_FILE).exists()
+    for folder in (tmp_path / "lora").glob("checkpoint-*"):
+        assert all(tensor.isfinite().all() for tensor in load_file(folder / "training_state.safetensors").values())
+
+
+def test_checkpoint_of_another_model_is_refused(
+    settings: Make, run_training: Callable[..., str], tmp_path: Path
+) -> None:
+    run_training(settings(max_train_steps=2))
+    with pytest.raises(UserError, match="does not fit this model"):
+        run_training(settings(rank=8), resume=tmp_path / "lora" / "checkpoint-2")
+
+
+def test_sample_grids_do_not_disturb_the_training(
+    settings: Make, run_training: Callable[..., str], tmp_path: Path
+) -> None:
+    plain = settings(lora_output_dir=str(tmp_path / "plain"))
+    watched = settings(
+        lora_output_dir=str(tmp_path / "watched"), validation_steps=2, num_validation_images=2, num_inference_steps=5
+    )
+    for config in (plain, watched):
+        run_training(config)
+    expected, got = (load_file(tmp_path / name / models.LORA_FILE) for name in ("plain", "watched"))
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    grids = sorted(path.name for path in (tmp_path / "watched" / "samples").iterdir())
+    assert grids == ["step-000002.png", "step-000004.png"]
+
+
+def test_checkpoint_state_says_what_was_learnt(
+    settings: Make, run_training: Callable[..., str], tmp_path: Path
+) -> None:
+    run_training(settings(max_train_steps=2))
+    state = json.loads((tmp_path / "lora" / "checkpoint-2" / "state.json").read_text())
+    assert state["step"] == 2
+    assert state["learns"] == {"rank": 4}
