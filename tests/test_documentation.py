@@ -1,0 +1,135 @@
+"""What the documents say is so: commands, targets, settings, links, files."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import main
+from config import Config, load_config
+from pictures import ROOT, jpgs, snapshot
+
+DOCUMENTS = ("README.md", "documentation.md", "CHANGELOG.md")
+
+
+def code_lines(document: str) -> list[str]:
+    """Lines of the fenced blocks of a page, or of a notebook's code cells; continued lines are joined."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    if document.endswith(".ipynb"):
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        blocks = ["".join(cell["source"]) for cell in cells]
+    else:
+        blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    # Inline commands count too, except those with a gap to fill in.
+    blocks += [
+        inline for inline in re.findall(r"`(!?(?:python main\.py|%run main\.py)[^`]*)`", text) if "…" not in inline
+    ]
+    return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def main_py_commands(document: str) -> list[list[str]]:
+    found = []
+    for line in code_lines(document):
+        if command := re.match(r"(?:!|%run )?(?:python )?main\.py\b(.*)", line):
+            found.append(shlex.split(command[1], comments=True))
+    return found
+
+
+COMMANDS = [
+    pytest.param(arguments, id=f"{document}: {shlex.join(arguments)}")
+    for document in ("README.md", "documentation.md", "lace_lora.ipynb")
+    for arguments in main_py_commands(document)
+]
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(COMMANDS) > 20
+
+
+@pytest.mark.parametrize("arguments", COMMANDS)
+def test_a_command_parses(arguments: list[str], tmp_path: Path) -> None:
+    if not arguments or arguments == ["--help"]:
+        return
+    options = main.build_parser().parse_intermixed_args(arguments)
+    file = ROOT / options.config
+    if not file.exists():  # the reader's own settings file
+        file = tmp_path / "mine.yaml"
+        file.write_text("")
+    assert isinstance(load_config(file, options.overrides), Config)
+
+
+def test_short_commands_run(tmp_path: Path) -> None:
+    jpgs(tmp_path / "photos")
+    folders = f"images_dir: {tmp_path}/photos\nlora_output_dir: {tmp_path}/lora\noutput_dir: {tmp_path}/out\n"
+    (tmp_path / "config.yaml").write_text(folders + "min_image_size: 16\n")
+    for arguments in ([], ["--help"], ["--mode", "train", "--dry-run"]):
+        assert arguments in [*main_py_commands("README.md"), *main_py_commands("documentation.md"), ["--help"]]
+        before = snapshot(tmp_path)
+        command = [sys.executable, str(ROOT / "main.py"), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+        assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_targets_of_make_exist(document: str) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE):
+        assert target in targets
+
+
+def test_the_manual_lists_every_setting_with_default_and_explanation() -> None:
+    text = (ROOT / "documentation.md").read_text(encoding="utf-8")
+    section = text[text.index("## 6. All settings") : text.index("## 7.")]
+    rows = {
+        key: (default, told) for key, default, told in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", section, re.M)
+    }
+    written = dict(re.findall(r"^(\w+): *(.*?)  # ", (ROOT / "config.yaml").read_text(), re.MULTILINE))
+    assert list(rows) == list(Config.__dataclass_fields__)
+    for key, (default, told) in rows.items():
+        assert default.strip("`") == written[key].strip(), key
+        assert told == Config.__dataclass_fields__[key].metadata["explanation"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_local_links_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in anchors
+        elif not target.startswith("https://"):
+            assert (ROOT / target).exists(), target
+
+
+def test_the_directory_structure_names_what_is_there() -> None:
+    block = (ROOT / ".notes" / "directory_structure.md").read_text(encoding="utf-8").split("```")[1]
+    folder, named = "", set()
+    for line in block.splitlines():
+        if not (entry := re.match(r"( *)(\S+)(.*)", line)):
+            continue
+        folder = folder if entry[1] else ""
+        path = folder + entry[2]
+        if path.endswith("/") and not entry[1]:
+            folder = path
+        if "not in git" not in entry[3]:
+            assert (ROOT / path).exists(), path
+        named.add(path.rstrip("/"))
+    modules = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *ROOT.glob("demo/*.py")]}
+    assert modules <= named
+
+
+def test_the_notebook_is_clean() -> None:
+    notebook = json.loads((ROOT / "lace_lora.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
