@@ -2,12 +2,13 @@
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,7 @@ def plan_annotations(
     """
     beside, fallback = Path(image_dir, ANNOTATIONS), Path(fallback_dir, ANNOTATIONS)
     path = beside if os.access(image_dir, os.W_OK) else fallback
-    for candidate in (path, beside):  # one in a read-only folder counts as well
+    for candidate in dict.fromkeys((path, beside)):  # one in a read-only folder counts as well
         if _by_user(candidate):
             return Annotations(candidate, read_annotations(candidate), by_user=True)
     return Annotations(path, {image: _caption(image, prompt) for image in images}, by_user=False)
@@ -330,6 +331,13 @@ def report_json(pictures: Sequence[Picture]) -> str:
 def _few(names: Sequence[str], separator: str, most: int = 3) -> str:
     rest = f"{separator}and {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + rest
+
+
+def numbered(folder: Path, stem: str, suffix: str = "") -> Iterator[Path]:
+    """Names to choose from, without end: `stem`, `stem-2`, `stem-3` … in `folder`, each with `suffix`."""
+    yield folder / (stem + suffix)
+    for number in itertools.count(2):
+        yield folder / f"{stem}-{number}{suffix}"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

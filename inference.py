@@ -16,7 +16,7 @@ from PIL import Image
 import gallery
 import supervise
 from config import DISK_OR_DRIVE, Config, UserError
-from data_utils import write_atomically
+from data_utils import numbered, write_atomically
 from gallery import Design
 
 logger = logging.getLogger(__name__)
@@ -100,18 +100,10 @@ def find_lora(config: Config) -> Path | None:
 
 def choose_folder(wanted: Path, recipe: dict[str, Any]) -> Path:
     """The folder of this recipe: `wanted`, or `wanted-2`, `wanted-3` … where other pictures are there already."""
-    for folder in _names(wanted):
+    for folder in numbered(wanted.parent, wanted.name):
         if not _holds_pictures(folder) or _recipe_of(folder) == json.loads(json.dumps(recipe)):
             return folder
     raise AssertionError("names do not end")
-
-
-def _names(wanted: Path) -> Iterator[Path]:
-    yield wanted
-    number = 2
-    while True:
-        yield wanted.with_name(f"{wanted.name}-{number}")
-        number += 1
 
 
 def _holds_pictures(folder: Path) -> bool:

@@ -4,7 +4,6 @@ No model is loaded here and torch is not imported: whatever can be wrong with th
 """
 
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -226,18 +225,14 @@ def _write_run_files(config: Config, taken: Sequence[data_utils.Picture], finish
         )
         data_utils.write_atomically(output_dir / "config.yaml", dump_config(config).encode())
         if finished is not None:
-            _lora_file(config).rename(_free_name(output_dir / f"pytorch_lora_weights-step{finished}.safetensors"))
+            names = data_utils.numbered(output_dir, f"pytorch_lora_weights-step{finished}", ".safetensors")
+            _lora_file(config).rename(next(name for name in names if not name.exists()))
     except OSError as error:
         raise UserError(
             f"{error.filename or output_dir} cannot be written ({error.strerror}): "
             "make room, or set lora_output_dir to a folder that you can write to",
             DISK_OR_DRIVE,
         ) from error
-
-
-def _free_name(path: Path) -> Path:
-    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-    return path if not path.exists() else next(name for name in names if not name.exists())
 
 
 def _print_plan(config: Config, annotations: data_utils.Annotations, resume: Path | None) -> None:
