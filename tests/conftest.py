@@ -1,7 +1,6 @@
 """What several test files need: the tiny SDXL with random weights, a few pictures, and settings for both."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 from PIL import Image
 
 from config import Config
+from pictures import Make
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 
@@ -40,7 +40,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(tiny: Path, photos: Path, tmp_path: Path) -> Callable[..., Config]:
+def settings(tiny: Path, photos: Path, tmp_path: Path) -> Make:
     """Makes a `Config` for the tiny model that trains and draws in seconds; keyword arguments change it."""
 
     def make(**changes: Any) -> Config:

@@ -5,12 +5,17 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image, ImageCms
 
+from config import Config, UserError
+
 ROOT = Path(__file__).parent.parent
+Make = Callable[..., Config]  # a Config for tests, changed by keyword arguments
 
 
 def gradient(width: int = 64, height: int = 48, turn: int = 0) -> Image.Image:
@@ -60,11 +65,23 @@ def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
     return found
 
 
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def refused(call: Callable[[], object], part: str, code: int = 2) -> str:
+    """What a UserError with this exit code, matching `part`, says."""
+    with pytest.raises(UserError, match=part) as caught:
+        call()
+    assert caught.value.exit_code == code
+    return str(caught.value)
+
+
 def main_py(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """`python main.py …` as a user runs it."""
     command = [sys.executable, str(ROOT / "main.py"), *arguments]
     env = os.environ | {"PYTHONIOENCODING": "utf-8"}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
 def as_file(picture: Image.Image, image_format: str = "PNG", **options: Any) -> io.BytesIO:

@@ -7,17 +7,9 @@ from pathlib import Path
 import pytest
 
 import data_utils
-from config import UserError
-from pictures import jpgs, snapshot
+from pictures import jpgs, refused, snapshot
 
 PROMPT = "a photo of <lace>"
-
-
-def refused(call: Callable[[], object], part: str, code: int = 2) -> str:
-    with pytest.raises(UserError, match=part) as caught:
-        call()
-    assert caught.value.exit_code == code
-    return str(caught.value)
 
 
 def test_a_line_for_every_picture(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """What a step sees: encodings against the VAE and diffusers' own time ids, batches as a function of the step."""
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,8 @@ from PIL import Image, ImageOps
 import batches
 import data_utils
 import models
-from config import Config, UserError
+from config import UserError
+from pictures import Make
 
 CPU = torch.device("cpu")
 
@@ -86,7 +86,7 @@ def test_timesteps_cover_the_whole_schedule() -> None:
     assert abs(drawn.float().mean() - 499.5) < 30
 
 
-def test_pictures_are_encoded_as_the_vae_does(settings: Callable[..., Config], photos: Path) -> None:
+def test_pictures_are_encoded_as_the_vae_does(settings: Make, photos: Path) -> None:
     vae = models.load_vae(settings(), CPU)
     path = photos / "lace_1.jpg"
     mean, std, _ = batches.encode_pictures(vae, [path], 64, mirrored=True)
@@ -101,7 +101,7 @@ def test_pictures_are_encoded_as_the_vae_does(settings: Callable[..., Config], p
     assert (mean[0, 1] - mean[0, 0].flip(-1)).abs().max() > 1e-3
 
 
-def test_time_ids_equal_the_pipelines(settings: Callable[..., Config], photos: Path) -> None:
+def test_time_ids_equal_the_pipelines(settings: Make, photos: Path) -> None:
     config = settings()
     vae = models.load_vae(config, CPU)
     pipeline = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
@@ -128,6 +128,6 @@ def test_equal_captions_are_encoded_once() -> None:
     assert embeds[index][:, 0, 0].tolist() == pooled[index][:, 0].tolist() == [1.0, 2.0, 1.0]
 
 
-def test_a_picture_that_vanishes_is_named(settings: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_picture_that_vanishes_is_named(settings: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gone.jpg can no longer be read"):
         batches.encode_pictures(models.load_vae(settings(), CPU), [tmp_path / "gone.jpg"], 64, mirrored=False)

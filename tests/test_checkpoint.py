@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import checkpoint
-from pictures import ROOT, snapshot
+from pictures import ROOT, names, snapshot
 
 CONTENT = {"weights.bin": bytes(range(256)) * 40, "state.json": b'{"step": 4}\n', "empty.bin": b""}
 
@@ -20,10 +20,6 @@ CONTENT = {"weights.bin": bytes(range(256)) * 40, "state.json": b'{"step": 4}\n'
 def write(folder: Path) -> None:
     for name, content in CONTENT.items():
         (folder / name).write_bytes(content)
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def test_a_published_checkpoint_is_whole(tmp_path: Path) -> None:

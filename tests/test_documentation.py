@@ -3,15 +3,13 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import main
 from config import Config, load_config
-from pictures import ROOT, jpgs, snapshot
+from pictures import ROOT, jpgs, main_py, snapshot
 
 DOCUMENTS = ("README.md", "documentation.md", "CHANGELOG.md")
 
@@ -62,18 +60,17 @@ def test_a_command_parses(arguments: list[str], tmp_path: Path) -> None:
     assert isinstance(load_config(file, options.overrides), Config)
 
 
-def test_short_commands_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--mode", "train", "--dry-run"]])
+def test_short_commands_run(arguments: list[str], tmp_path: Path) -> None:
+    assert arguments in [*main_py_commands("README.md"), *main_py_commands("documentation.md")]
     jpgs(tmp_path / "photos")
     folders = f"images_dir: {tmp_path}/photos\nlora_output_dir: {tmp_path}/lora\noutput_dir: {tmp_path}/out\n"
     (tmp_path / "config.yaml").write_text(folders + "min_image_size: 16\n")
-    for arguments in ([], ["--help"], ["--mode", "train", "--dry-run"]):
-        assert arguments in [*main_py_commands("README.md"), *main_py_commands("documentation.md"), ["--help"]]
-        before = snapshot(tmp_path)
-        command = [sys.executable, str(ROOT / "main.py"), *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout
-        assert snapshot(tmp_path) == before
+    before = snapshot(tmp_path)
+    done = main_py(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -1,6 +1,5 @@
 """Drawing against diffusers' pipelines driven by hand, with the LoRA loaded the plain way."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ import models
 from batches import stream_seed
 from config import Config, UserError
 from gallery import Design
+from pictures import Make
 
-Make = Callable[..., Config]
 PROMPT, NEGATIVE = "a photo of <myspecialstyle>", "blurry"
 Pictures = dict[tuple[int, bool], Image.Image]
 

@@ -6,22 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from config import Config, dump_config, load_config
-
-ROOT = Path(__file__).parent.parent
-Make = Callable[..., Config]
-
-
-def main(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "main.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+from config import dump_config, load_config
+from pictures import ROOT, Make, main_py
 
 
 def files(folder: Path) -> set[str]:
@@ -36,7 +28,7 @@ def config_file(settings: Make, tmp_path: Path) -> Path:
 
 
 def test_train_and_draw(config_file: Path, tmp_path: Path) -> None:
-    trained = main("--mode", "train", "--config", str(config_file), "validation_steps=4", "report_to=tensorboard")
+    trained = main_py("--mode", "train", "--config", str(config_file), "validation_steps=4", "report_to=tensorboard")
     assert trained.returncode == 0, trained.stderr
     checkpoint = ["manifest.json", "pytorch_lora_weights.safetensors", "state.json", "training_state.safetensors"]
     expected = {f"checkpoint-{step}/{name}" for step in (2, 4) for name in checkpoint}
@@ -56,14 +48,14 @@ def test_train_and_draw(config_file: Path, tmp_path: Path) -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(load_config(config_file).pretrained_model)
     pipeline.load_lora_weights(str(tmp_path / "lora"))
 
-    again = main("--mode", "train", "--config", str(config_file))
+    again = main_py("--mode", "train", "--config", str(config_file))
     assert again.returncode == 0
     assert "Finished already" in again.stdout
-    refused = main("--mode", "train", "--config", str(config_file), "rank=8")
+    refused = main_py("--mode", "train", "--config", str(config_file), "rank=8")
     assert refused.returncode == 2
     assert "rank (was 4, is 8)" in refused.stderr
 
-    drawn = main("--mode", "inference", "--config", str(config_file))
+    drawn = main_py("--mode", "inference", "--config", str(config_file))
     assert drawn.returncode == 0, drawn.stderr
     pictures = {f"{kind}_output_00{index}.png" for index in range(3) for kind in ("base", "refined")}
     assert files(tmp_path / "pictures") == pictures | {"contact_sheet.png", "gallery.html", "manifest.json"}
@@ -78,11 +70,11 @@ def test_train_and_draw(config_file: Path, tmp_path: Path) -> None:
     lost = tmp_path / "pictures" / "refined_output_001.png"
     before, kept = lost.read_bytes(), (tmp_path / "pictures" / "refined_output_000.png").stat().st_mtime_ns
     lost.unlink()
-    assert main("--mode", "inference", "--config", str(config_file)).returncode == 0
+    assert main_py("--mode", "inference", "--config", str(config_file)).returncode == 0
     assert lost.read_bytes() == before
     assert (tmp_path / "pictures" / "refined_output_000.png").stat().st_mtime_ns == kept
     # Other settings never overwrite it.
-    other = main("--mode", "inference", "--config", str(config_file), "seed=7", "num_images=1", "image_format=jpg")
+    other = main_py("--mode", "inference", "--config", str(config_file), "seed=7", "num_images=1", "image_format=jpg")
     assert other.returncode == 0, other.stderr
     assert (tmp_path / "pictures-2" / "refined_output_000.jpg").exists()
     comment = json.loads(Image.open(tmp_path / "pictures-2" / "refined_output_000.jpg").info["comment"])
@@ -106,6 +98,6 @@ def test_a_stop_saves_and_the_same_command_goes_on(config_file: Path, tmp_path: 
     assert f"stopped at step {max(steps)}" in errors.splitlines()[-1]
     survivors = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
     assert not survivors.stdout
-    on = main("--mode", "train", "--config", str(config_file), f"max_train_steps={max(steps) + 1}")
+    on = main_py("--mode", "train", "--config", str(config_file), f"max_train_steps={max(steps) + 1}")
     assert on.returncode == 0, on.stderr
     assert f"going on from {tmp_path / 'lora' / f'checkpoint-{max(steps)}'}" in on.stderr

@@ -12,8 +12,8 @@ from PIL import Image
 
 import gallery
 import inference
-from config import Config, UserError
-from pictures import jpg, snapshot
+from config import Config
+from pictures import Make, jpg, names, refused, snapshot
 
 Save = Callable[[gallery.Design, Image.Image, bool], None]
 
@@ -48,7 +48,7 @@ def artist(monkeypatch: pytest.MonkeyPatch) -> Artist:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Callable[..., Config]:
+def make(tmp_path: Path) -> Make:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
 
@@ -58,19 +58,6 @@ def make(tmp_path: Path) -> Callable[..., Config]:
         return Config(**(folders | sizes | changes))
 
     return settings
-
-
-Make = Callable[..., Config]
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def refused(call: Callable[[], object], part: str, code: int = 2) -> None:
-    with pytest.raises(UserError, match=part) as caught:
-        call()
-    assert caught.value.exit_code == code
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Loading parts, prompts to embeddings, and the LoRA file, each against diffusers' own pipelines."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 from config import Config, UserError
+from pictures import Make
 
 CPU = torch.device("cpu")
 PROMPTS = ["a photo of <myspecialstyle>", "white lace, scalloped edge"]
@@ -32,7 +32,7 @@ def run_unet(unet: UNet2DConditionModel) -> torch.Tensor:
         return unet(latents, torch.tensor([100, 900]), embeds, added_cond_kwargs=inputs).sample
 
 
-def trained_unet(settings: Callable[..., Config]) -> tuple[UNet2DConditionModel, Config]:
+def trained_unet(settings: Make) -> tuple[UNet2DConditionModel, Config]:
     """A UNet whose LoRA does something, with alpha unequal to rank."""
     config = settings()
     unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
@@ -42,9 +42,7 @@ def trained_unet(settings: Callable[..., Config]) -> tuple[UNet2DConditionModel,
     return unet, config
 
 
-def test_prompt_embeddings_equal_the_pipelines(
-    base: StableDiffusionXLPipeline, settings: Callable[..., Config]
-) -> None:
+def test_prompt_embeddings_equal_the_pipelines(base: StableDiffusionXLPipeline, settings: Make) -> None:
     config = settings()
     tokenizers = models.load_tokenizers(config.pretrained_model)
     encoders = models.load_text_encoders(config, CPU, torch.float32)
@@ -54,9 +52,7 @@ def test_prompt_embeddings_equal_the_pipelines(
     assert torch.equal(pooled, expected_pooled)
 
 
-def test_refiner_embeddings_equal_the_pipelines(
-    tiny: Path, base: StableDiffusionXLPipeline, settings: Callable[..., Config]
-) -> None:
+def test_refiner_embeddings_equal_the_pipelines(tiny: Path, base: StableDiffusionXLPipeline, settings: Make) -> None:
     config = settings()
     refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(
         tiny / "refiner", vae=base.vae, text_encoder_2=base.text_encoder_2, tokenizer_2=base.tokenizer_2
@@ -75,7 +71,7 @@ def test_too_long_prompts_are_noticed(tiny: Path) -> None:
     assert models.too_long("white lace " * 40, tokenizer)
 
 
-def test_a_new_lora_changes_nothing_and_is_fp32(settings: Callable[..., Config]) -> None:
+def test_a_new_lora_changes_nothing_and_is_fp32(settings: Make) -> None:
     config = settings()
     unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
     before = run_unet(unet)
@@ -85,7 +81,7 @@ def test_a_new_lora_changes_nothing_and_is_fp32(settings: Callable[..., Config])
     assert all("lora_" in name for name, parameter in unet.named_parameters() if parameter.requires_grad)
 
 
-def test_saved_lora_acts_in_a_plain_pipeline_as_in_training(settings: Callable[..., Config], tmp_path: Path) -> None:
+def test_saved_lora_acts_in_a_plain_pipeline_as_in_training(settings: Make, tmp_path: Path) -> None:
     unet, config = trained_unet(settings)
     assert config.alpha != config.rank
     expected = run_unet(unet)
@@ -98,7 +94,7 @@ def test_saved_lora_acts_in_a_plain_pipeline_as_in_training(settings: Callable[.
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_merged_lora_equals_the_loaded_one(settings: Callable[..., Config], tmp_path: Path, scale: float) -> None:
+def test_merged_lora_equals_the_loaded_one(settings: Make, tmp_path: Path, scale: float) -> None:
     unet, config = trained_unet(settings)
     path = tmp_path / models.LORA_FILE
     models.save_lora(path, models.lora_state(unet, config.alpha / config.rank), {})
@@ -111,7 +107,7 @@ def test_merged_lora_equals_the_loaded_one(settings: Callable[..., Config], tmp_
     torch.testing.assert_close(run_unet(merged), run_unet(plain.unet), rtol=1e-3, atol=1e-4)
 
 
-def test_scale_zero_is_the_base(settings: Callable[..., Config], tmp_path: Path) -> None:
+def test_scale_zero_is_the_base(settings: Make, tmp_path: Path) -> None:
     unet, config = trained_unet(settings)
     path = tmp_path / models.LORA_FILE
     models.save_lora(path, models.lora_state(unet, config.alpha / config.rank), {})
@@ -121,7 +117,7 @@ def test_scale_zero_is_the_base(settings: Callable[..., Config], tmp_path: Path)
     assert torch.equal(run_unet(base_unet), before)
 
 
-def test_what_is_no_lora_is_refused(settings: Callable[..., Config], tmp_path: Path) -> None:
+def test_what_is_no_lora_is_refused(settings: Make, tmp_path: Path) -> None:
     unet, config = trained_unet(settings)
     path = tmp_path / models.LORA_FILE
     state = models.lora_state(unet, 1.0)
@@ -150,7 +146,7 @@ def test_the_variant_is_preferred_where_it_is_there(tiny: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("source", ["no/such-folder-or-repository", "empty"])
-def test_a_missing_model_is_one_sentence(settings: Callable[..., Config], tmp_path: Path, source: str) -> None:
+def test_a_missing_model_is_one_sentence(settings: Make, tmp_path: Path, source: str) -> None:
     (tmp_path / "empty" / "unet").mkdir(parents=True)
     place = str(tmp_path / source) if source == "empty" else source
     with pytest.raises(UserError, match="cannot be loaded") as caught:
@@ -173,7 +169,7 @@ def test_number_format_goes_by_capability(
             models.pick_dtype("bf16", torch.device("cuda"))
 
 
-def test_lora_file_holds_its_metadata_and_only_the_unet(settings: Callable[..., Config], tmp_path: Path) -> None:
+def test_lora_file_holds_its_metadata_and_only_the_unet(settings: Make, tmp_path: Path) -> None:
     unet, _ = trained_unet(settings)
     path = tmp_path / models.LORA_FILE
     models.save_lora(path, models.lora_state(unet, 1.0), {"step": "7"})

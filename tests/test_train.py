@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from safetensors.numpy import save_file
 
 import checkpoint
 import data_utils
+import pictures
 import supervise
 import train
 from config import Config, UserError, load_config
-from pictures import gradient, jpg, jpgs, snapshot, truncated_jpg
+from pictures import Make, gradient, jpg, jpgs, names, snapshot, truncated_jpg
 
-Make = Callable[..., Config]
 LORA = "pytorch_lora_weights.safetensors"
 
 
@@ -70,14 +69,8 @@ def make(tmp_path: Path) -> Make:
     return settings
 
 
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
 def refused(config: Config, part: str, code: int = 2, dry_run: bool = False) -> None:
-    with pytest.raises(UserError, match=part) as caught:
-        train.run(config, dry_run)
-    assert caught.value.exit_code == code
+    pictures.refused(lambda: train.run(config, dry_run), part, code)
 
 
 def test_what_the_training_is_given(tmp_path: Path, launch: Launch, make: Make) -> None:

@@ -20,10 +20,10 @@ import data_utils
 import models
 import train_lora
 from config import LOSS_NOT_FINITE, Config, UserError
+from pictures import Make
 from supervise import Stopped
 
 CPU = torch.device("cpu")
-Make = Callable[..., Config]
 
 
 def noise_schedule(prediction_type: str = "epsilon") -> DDPMScheduler:
