@@ -6,9 +6,6 @@ two pixels wide once the picture is resized for a 256-pixel model. Each thread i
 twisted cylinder into a height map, and the height map is lit from the upper left.
 """
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
@@ -51,7 +48,7 @@ def main() -> None:
                 picture = picture.transpose(ROTATIONS[orientation])
             quality = int(lace.rng.integers(80, 85))
             picture.save(HERE / folder / f"lace_{index:03d}.jpg", quality=quality, exif=exif)
-        sys.stdout.write(f"{folder}: {count} pictures\n")
+        print(f"{folder}: {count} pictures")
 
 
 @dataclass
