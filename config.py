@@ -7,6 +7,7 @@ A setting is declared once, in `Config`: name, type, default, range and the line
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ class Config:
     checkpointing_steps: int = setting(250, "a checkpoint every so many steps", least=1)
     checkpoints_total_limit: int = setting(2, "how many checkpoints to keep", least=1)
     resume_from_checkpoint: str | None = setting(
-        "latest", "latest goes on where the last run stopped; or a checkpoint folder; empty starts anew"
+        "latest", "latest goes on where the last run stopped; or a checkpoint folder; empty: a new run in a new folder"
     )
     validation_prompt: str | None = setting(None, "prompt of the sample pictures; empty means instance_prompt")
     validation_steps: int = setting(250, "a grid of sample pictures every so many steps; 0 is off", least=0)
@@ -261,7 +262,7 @@ def _scalar(node: yaml.Node, wanted: Any) -> Any:
     text, tag = node.value, node.tag.rpartition(":")[2]
     shown = text if len(text) <= 40 else text[:40] + "…"
     if wanted is str:
-        return text
+        return os.path.expanduser(text) if text.startswith("~/") else text  # no prompt begins so
     if get_origin(wanted) is Literal:
         if text in get_args(wanted):
             return text

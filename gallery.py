@@ -50,7 +50,8 @@ def save_picture(path: Path, picture: Image.Image, design: Design, recipe: dict[
 
 
 def contact_sheet(pictures: Sequence[Image.Image], side: int = 384, gap: int = 8) -> bytes:
-    """All pictures in rows on one PNG, each fitted into a square of `side` pixels."""
+    """All pictures in rows on one PNG, each fitted into a square of at most `side` pixels."""
+    side = min(side, max(max(picture.size) for picture in pictures))
     columns = max(1, math.ceil(math.sqrt(len(pictures) * 1.5)))
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + gap) + gap), "white")

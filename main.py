@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import drive
-from config import UserError, describe, load_config
+from config import BAD_INPUT, UserError, describe, load_config
 
 SETTINGS = """settings (in config.yaml, or key=value on the command line; empty means none):
 
@@ -47,8 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped = error.exit_code in (130, 143)
         print(str(error) if stopped else f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command makes what is missing", file=sys.stderr)
         return 130
     return 0
 

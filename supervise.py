@@ -49,7 +49,7 @@ class StopSignal:
     def _handle(self, _number: int, _frame: Any) -> None:
         first, self.requested = not self.requested, True
         if first and not self.deferred:
-            raise Stopped("stopped before the first step; the same command begins again")
+            raise Stopped("stopped before a step was made; the same command goes on")
 
 
 def report_outcome(work: Callable[[StopSignal], str], folder: Path) -> int:
@@ -75,7 +75,7 @@ def report_outcome(work: Callable[[StopSignal], str], folder: Path) -> int:
     except Exception:
         _write(folder, 1, _BUG)
         raise
-    if os.environ.get("RANK", "0") == "0" or code not in (0, STOPPED):
+    if os.environ.get("LOCAL_RANK", "0") == "0" or code not in (0, STOPPED):
         _write(folder, code, message)
     return code
 

@@ -234,3 +234,9 @@ def test_dumped_settings_read_back_equal(tmp_path: Path, config: Config) -> None
 def test_alpha_is_the_rank_unless_set() -> None:
     assert Config(rank=12).alpha == 12
     assert Config(rank=12, lora_alpha=3).alpha == 3
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = load(tmp_path, "images_dir: ~/photos\n", "lora_output_dir=~/lora")
+    assert (config.images_dir, config.lora_output_dir) == ("/home/ada/photos", "/home/ada/lora")

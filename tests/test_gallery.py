@@ -72,6 +72,11 @@ def test_a_contact_sheet_shows_every_picture_once_in_order(count: int, columns: 
     assert seen == colours + [(255, 255, 255)] * (columns * rows - count)
 
 
+def test_a_contact_sheet_of_small_pictures_has_small_cells() -> None:
+    with Image.open(io.BytesIO(gallery.contact_sheet([Image.new("RGB", (30, 20))] * 2, side=384, gap=8))) as sheet:
+        assert sheet.size == (2 * 38 + 8, 38 + 8)
+
+
 @pytest.mark.parametrize(("size", "box"), [((80, 40), (10, 18, 50, 38)), ((40, 80), (20, 8, 40, 48))])
 def test_a_contact_sheet_keeps_proportions(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
     content = gallery.contact_sheet([Image.new("RGB", size, "black")], side=40, gap=8)

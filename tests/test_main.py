@@ -115,3 +115,12 @@ def test_a_prompt_and_a_photo_in_any_language(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "1 taken" in done.stdout
     assert "ein Foto, weiß 🪡" in done.stdout
+
+
+def test_a_missing_package_is_said_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("images_dir: photos\n")
+    monkeypatch.setitem(sys.modules, "train", None)  # importing it fails as a package that is not installed does
+    assert main.main(["--mode", "train", "--config", str(tmp_path / "config.yaml")]) == 2
+    assert "train is not installed: pip install -r requirements.txt" in capsys.readouterr().err

@@ -165,7 +165,7 @@ def test_a_stop_lets_the_training_save(number: int, code: int, start: Start, tmp
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [("encoding", "stopped before the first step"), ("early", "the same command")]
+    ("kind", "said"), [("encoding", "stopped before a step was made"), ("early", "the same command")]
 )
 def test_a_stop_before_the_loop_ends_it_at_once(kind: str, said: str, start: Start, tmp_path: Path) -> None:
     main = start(kind)
@@ -220,7 +220,7 @@ def report(folder: Path, rank: str, work: Callable[[supervise.StopSignal], str])
     """report_outcome in a process of its own, as one of several; what the outcome file says, None when nothing yet."""
     pid = os.fork()
     if pid == 0:
-        os.environ["RANK"] = rank
+        os.environ["LOCAL_RANK"] = rank
         os._exit(supervise.report_outcome(work, folder))
     os.waitpid(pid, 0)
     return json.loads((folder / "outcome.json").read_text())["exit_code"]
