@@ -32,7 +32,8 @@ thread threads embroidery embroidered crochet knitted woven printed white ivory 
 blue teal green forest yellow gold orange red wine pink purple brown beige dark light pale bright small fine large big
 tiny thin thick wide narrow soft horizontal vertical diagonal striped stripes checked checks tartan plaid dots polka
 dotted chevron chevrons herringbone houndstooth floral flower flowers leaf leaves branch branches damask ornament weave
-basket paisley diamond diamonds wave waves wavy ring rings ringed rosette rosettes scallop scalloped edge border corner
+basket paisley diamond diamonds wave waves wavy leafy swirls swirling outlined solid raised ring rings ringed rosette
+rosettes scallop scalloped edge border corner
 doily round curtain tablecloth table dress wedding veil collar ribbon handmade vintage delicate elegant beautiful old
 new best high low quality sharp blurry bad good highly detailed clear simple painting drawing garden house person
 """
@@ -85,32 +86,55 @@ def main() -> None:
     print(f"built {arguments.folder}/base and {arguments.folder}/refiner ({arguments.shapes} shapes)")
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The networks of base and refiner, which shares the base's VAE and second text encoder."""
+
+    text_encoder: CLIPTextModel
+    text_encoder_2: CLIPTextModelWithProjection
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    refiner_unet: UNet2DConditionModel
+
+
 def build(folder: Path, shapes: Shapes, seed: int = 0) -> None:
     """Write `folder/base` and `folder/refiner` in diffusers' layout, fp16 safetensors, random weights."""
-    write_tokenizer(folder / "base" / "tokenizer", pad_token=END)
-    write_tokenizer(folder / "base" / "tokenizer_2", pad_token="!")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "base" / "tokenizer")
-    tokenizer_2 = CLIPTokenizer.from_pretrained(folder / "base" / "tokenizer_2")
-    torch.manual_seed(seed)
+    tokenizers = write_tokenizers(folder)
     # Made where it is fast: filling 6 billion random weights takes minutes on a CPU, seconds on a GPU.
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        text_encoder = CLIPTextModel(text_config(shapes.encoder_1, "quick_gelu", tokenizer)).half()
-        text_encoder_2 = CLIPTextModelWithProjection(text_config(shapes.encoder_2, "gelu", tokenizer)).half()
-        vae = AutoencoderKL(**vae_config(shapes)).half()
-        unet = UNet2DConditionModel(**base_config(shapes)).half()
-        refiner_unet = UNet2DConditionModel(**refiner_config(shapes)).half()
+        parts = make_parts(shapes, tokenizers[0], seed, torch.float16)
+    write(folder, parts, tokenizers)
+
+
+def make_parts(shapes: Shapes, tokenizer: CLIPTokenizer, seed: int, dtype: torch.dtype = torch.float32) -> Parts:
+    """All networks with random weights, on PyTorch's default device."""
+    torch.manual_seed(seed)
+    return Parts(
+        CLIPTextModel(text_config(shapes.encoder_1, "quick_gelu", tokenizer)).to(dtype),
+        CLIPTextModelWithProjection(text_config(shapes.encoder_2, "gelu", tokenizer)).to(dtype),
+        AutoencoderKL(**vae_config(shapes)).to(dtype),
+        UNet2DConditionModel(**base_config(shapes)).to(dtype),
+        UNet2DConditionModel(**refiner_config(shapes)).to(dtype),
+    )
+
+
+def write(folder: Path, parts: Parts, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]) -> None:
+    """Write the networks beside their tokenizers, which are there already, in fp16."""
+    for network in vars(parts).values():
+        network.half()
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
     )
     StableDiffusionXLPipeline(
-        vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler
+        parts.vae, parts.text_encoder, parts.text_encoder_2, *tokenizers, parts.unet, scheduler
     ).save_pretrained(folder / "base")
     # The refiner shares the base's VAE and second text encoder; only what differs is stored again.
-    refiner_unet.save_pretrained(folder / "refiner" / "unet")
+    parts.refiner_unet.save_pretrained(folder / "refiner" / "unet")
     scheduler.save_pretrained(folder / "refiner" / "scheduler")
     index = StableDiffusionXLImg2ImgPipeline(
-        vae=vae, text_encoder=None, text_encoder_2=text_encoder_2, tokenizer=None, tokenizer_2=tokenizer_2,
-        unet=refiner_unet, scheduler=scheduler, requires_aesthetics_score=True, force_zeros_for_empty_prompt=False,
+        vae=parts.vae, text_encoder=None, text_encoder_2=parts.text_encoder_2, tokenizer=None, tokenizer_2=None,
+        unet=parts.refiner_unet, scheduler=scheduler, requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
     )  # fmt: skip
     index.save_config(folder / "refiner")
 
@@ -184,6 +208,14 @@ def text_config(size: tuple[int, int, int, int], activation: str, tokenizer: CLI
         pad_token_id=1,
         max_position_embeddings=77,
     )
+
+
+def write_tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """Both of SDXL's tokenizers into `folder/base`, which differ in what they pad with."""
+    for name, pad_token in (("tokenizer", END), ("tokenizer_2", "!")):
+        write_tokenizer(folder / "base" / name, pad_token)
+    first, second = (CLIPTokenizer.from_pretrained(folder / "base" / name) for name in ("tokenizer", "tokenizer_2"))
+    return first, second
 
 
 def write_tokenizer(folder: Path, pad_token: str) -> None:

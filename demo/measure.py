@@ -1,0 +1,175 @@
+"""Judge what the demo draws, against lace the training never saw.
+
+    python -m demo.measure FOLDER...
+
+prints, for each folder of pictures, its distance to `demo/held_out`, the share called lace and how crisp the
+pictures are. The judge is a small classifier taught by `demo/teach.py` on real drawings of textiles and lace; sets
+of pictures are compared in its features, not in pixels, and not by texture statistics, which a plain net fools.
+"""
+
+import argparse
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import batches
+import data_utils
+import draw
+from config import IMAGE_EXTENSIONS, Config
+from demo.draw_textiles import COLOURS, PATTERNS, SIDE, Textile, choose
+from gallery import Design
+
+HERE = Path(__file__).resolve().parent
+JUDGE_FILE = HERE / "model" / "judge.safetensors"
+KINDS = [*PATTERNS, "lace"]
+
+
+class Judge(nn.Module):
+    """Which of `KINDS` a picture shows, and which colours; pictures are (n, 3, SIDE, SIDE) from 0 to 1."""
+
+    spread: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 24, 48, 96, 160)
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(narrow, wide, 3, 2, 1), nn.BatchNorm2d(wide), nn.ReLU(),
+                nn.Conv2d(wide, wide, 3, 1, 1), nn.BatchNorm2d(wide), nn.ReLU(),
+            )
+            for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
+        )  # fmt: skip
+        self.kind = nn.Linear(2 * (widths[-2] + widths[-1]), len(KINDS))
+        self.colour = nn.Linear(2 * (widths[-2] + widths[-1]), len(COLOURS))
+        # The features' standard deviations over textiles, so that all count alike in a distance.
+        self.register_buffer("spread", torch.ones(self.kind.in_features))
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Means and maxima over the last two stages, (n, 512), not yet divided by `spread`."""
+        maps = [pictures * 2 - 1]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return torch.cat([pooled for last in maps[-2:] for pooled in (last.mean((2, 3)), last.amax((2, 3)))], dim=1)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the kinds (n, 19) and, each on its own, of the colours (n, 13)."""
+        features = self.features(pictures)
+        return self.kind(features), self.colour(features)
+
+
+def load_judge(path: Path = JUDGE_FILE) -> Judge:
+    judge = Judge()
+    judge.load_state_dict({name: value.float() for name, value in load_file(path).items()}, strict=False)
+    return judge.eval()
+
+
+@torch.no_grad()
+def in_chunks(work: Callable[[Tensor], Tensor], pictures: Tensor, size: int = 64) -> Tensor:
+    return torch.cat([work(chunk) for chunk in pictures.split(size)])
+
+
+def features_of(judge: Judge, pictures: Tensor) -> Tensor:
+    return in_chunks(lambda chunk: judge.features(chunk) / judge.spread, pictures)
+
+
+def kinds_of(judge: Judge, pictures: Tensor) -> list[str]:
+    return [KINDS[index] for index in in_chunks(lambda chunk: judge(chunk)[0].argmax(1), pictures).tolist()]
+
+
+def lace_share(judge: Judge, pictures: Tensor) -> float:
+    """Share of the pictures that the judge calls lace."""
+    return kinds_of(judge, pictures).count("lace") / len(pictures)
+
+
+def energy_distance(one: Tensor, other: Tensor) -> float:
+    """How far two sets of features (n, d) and (m, d) lie apart: 0 for sets of one distribution.
+
+    Székely and Rizzo 2013, "Energy statistics: a class of statistics based on distances"; the root of it, with
+    pairs of a picture and itself left out.
+    """
+
+    def within(features: Tensor) -> Tensor:
+        return torch.cdist(features, features).sum() / (len(features) * (len(features) - 1))
+
+    squared = 2 * torch.cdist(one, other).mean() - within(one) - within(other)
+    return float(squared.clamp(min=0).sqrt())
+
+
+def crispness(pictures: Tensor) -> float:
+    """Mean size of the differences between neighbouring pixels' lightness, in grey levels of 255."""
+    grey = pictures.mean(1)
+    across, down = grey.diff(dim=2).abs().mean(), grey.diff(dim=1).abs().mean()
+    return float((across + down) / 2 * 255)
+
+
+def load_pictures(paths: Sequence[Path]) -> Tensor:
+    """Pictures (n, 3, SIDE, SIDE) from 0 to 1, cut and resized as for training."""
+    return to_pixels([data_utils.fit_square(data_utils.open_picture(path)[0], SIDE)[0] for path in paths])
+
+
+def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size as (n, 3, h, w) from 0 to 1."""
+    return torch.stack([batches.to_tensor(picture) for picture in pictures]) / 2 + 0.5
+
+
+# --- does the base model draw what the prompt says?
+
+
+def spoken_prompts(count: int, seed: int = 3) -> list[tuple[str, Textile]]:
+    """Prompts that name a pattern and its colours plainly, and what each asks for; all patterns in turn."""
+    choices = random.Random(seed)
+    asked = []
+    for index in range(count):
+        pattern = list(PATTERNS)[index % len(PATTERNS)]
+        textile = choose(choices, pattern, 0.5, {"figure": "solid", "direction": ""})
+        what = f"{textile.colour} {pattern} on {textile.ground}" if pattern != "plain" else f"plain {textile.colour}"
+        asked.append((f"a photo of {what} {textile.material}", textile))
+    return asked
+
+
+def draw_prompts(model: Path, prompts: Sequence[str], lora: Path | None = None, steps: int = 20) -> Tensor:
+    """One base picture for each prompt, seeds counting from 0, as (n, 3, SIDE, SIDE) from 0 to 1."""
+    config = Config(
+        pretrained_model=str(model), refine=False, width=SIDE, height=SIDE, num_inference_steps=steps, variant=None
+    )
+    designs = [Design(index, prompt, index) for index, prompt in enumerate(prompts)]
+    drawn: dict[int, Image.Image] = {}
+    twenties = [designs[start : start + 20] for start in range(0, len(designs), 20)]
+    draw.draw_pictures(config, lora, twenties, lambda design, picture, _: drawn.update({design.index: picture}))
+    return to_pixels([drawn[index] for index in range(len(designs))])
+
+
+def obeyed(judge: Judge, pictures: Tensor, asked: Sequence[Textile]) -> tuple[float, float]:
+    """Share of the pictures that show the pattern asked for, and share with all the colours asked for."""
+    kinds = kinds_of(judge, pictures)
+    seen = in_chunks(lambda chunk: judge(chunk)[1] > 0, pictures)
+    names = list(COLOURS)
+    patterns = sum(kind == textile.pattern for kind, textile in zip(kinds, asked, strict=True))
+    colours = sum(
+        all(row[names.index(colour)] for colour in textile.colours)
+        for row, textile in zip(seen.tolist(), asked, strict=True)
+    )
+    return patterns / len(asked), colours / len(asked)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    arguments = parser.parse_args()
+    judge = load_judge()
+    held_out = load_pictures(data_utils.list_images(HERE / "held_out", IMAGE_EXTENSIONS))
+    lace = features_of(judge, held_out)
+    for folder in arguments.folders:
+        pictures = load_pictures(data_utils.list_images(folder, IMAGE_EXTENSIONS))
+        distance = energy_distance(features_of(judge, pictures), lace)
+        print(f"{folder}: distance to held-out lace {distance:.2f}, called lace {lace_share(judge, pictures):.0%}, "
+              f"crispness {crispness(pictures):.1f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
