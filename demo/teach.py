@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +54,7 @@ class Amounts:
     prompts: int
 
 
-FULL = Amounts(64, 55, 768, vae=6000, decoder=2500, judge=1500, unet=14_000, refiner=3000, batch=256, prompts=200)
+FULL = Amounts(64, 55, 768, vae=4800, decoder=1400, judge=700, unet=10_800, refiner=1200, batch=256, prompts=200)
 SMALL = Amounts(2, 1, 8, vae=3, decoder=3, judge=3, unet=3, refiner=3, batch=12, prompts=4)
 
 
