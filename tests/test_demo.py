@@ -1,0 +1,89 @@
+"""The demo's teaching material: textiles drawn and described as they are, no lace among them, and honest distances."""
+
+import random
+
+import pytest
+import torch
+
+from demo import draw_textiles, measure
+from demo.draw_textiles import COLOURS, PATTERNS, SIDE, Textile, caption, choose, draw
+
+TOKEN = "myspecialstyle"
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_textile_has_its_two_colours_and_is_the_same_for_the_same_seed(pattern: str) -> None:
+    fixed = {"colour": "white", "ground": "black", "figure": "solid", "material": "cotton"}
+    pictures, textiles = draw(pattern, 2, 5, **fixed)
+    assert pictures.shape == (2, 3, SIDE, SIDE)
+    assert torch.equal(pictures, draw(pattern, 2, 5, **fixed)[0])
+    assert {textile.colour for textile in textiles} == {"white"}
+    for picture in pictures:
+        light = (picture.float().mean(0) > 128).float().mean()
+        assert light > 0.9 if pattern == "plain" else 0.03 < light < 0.97
+
+
+def test_outlined_is_less_than_solid() -> None:
+    fixed = {"colour": "white", "ground": "black", "material": "cotton"}
+    solid, outlined = (
+        draw("diamonds", 2, 5, figure=figure, **fixed)[0].float().mean() for figure in ("solid", "outlined")
+    )
+    assert outlined < 0.7 * solid
+
+
+def test_captions_say_what_is_there_and_never_lace_nor_the_token() -> None:
+    choices = random.Random(1)
+    for index in range(4000):
+        textile = choose(choices, list(PATTERNS)[index % len(PATTERNS)], choices.random(), {})
+        text = caption(textile, choices)
+        assert "lace" not in text
+        assert TOKEN not in text
+        named = set(text.replace(",", "").split()) & set(COLOURS)
+        assert named <= textile.colours, (text, textile)
+
+
+def test_textiles_side_by_side_can_be_told_apart() -> None:
+    choices = random.Random(2)
+    for _ in range(500):
+        textile = choose(choices, "dots", 0.5, {})
+        assert {textile.colour, textile.ground} not in draw_textiles.ALIKE
+        assert textile.colour != textile.ground
+
+
+def test_energy_distance_grows_with_what_differs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, same = torch.randn(200, 4, generator=generator), torch.randn(200, 4, generator=generator)
+    distances = [measure.energy_distance(one, same + shift) for shift in (0, 1, 3)]
+    assert distances[0] < 0.2 < distances[1] < distances[2]
+
+
+def test_energy_distance_of_points() -> None:
+    # 2 * 3 - 0 - 0, by hand: every pair across is 3 apart, every pair within is not apart.
+    assert measure.energy_distance(torch.zeros(2, 1), torch.full((3, 1), 3.0)) == pytest.approx(6**0.5)
+
+
+def test_crispness_is_in_grey_levels() -> None:
+    steps = torch.arange(SIDE).float().expand(1, 3, SIDE, SIDE) / 255
+    assert measure.crispness(steps) == pytest.approx(0.5)  # one level across, none down
+    assert measure.crispness(torch.full((1, 3, 8, 8), 0.5)) == 0
+
+
+def test_prompts_name_what_is_asked_for() -> None:
+    for prompt, textile in measure.spoken_prompts(40):
+        assert textile.pattern in prompt
+        assert all(colour in prompt for colour in textile.colours)
+
+
+def test_obedience_counts_patterns_and_colours_apart() -> None:
+    class Fixed(measure.Judge):
+        def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            kinds, colours = torch.zeros(len(pictures), 19), -torch.ones(len(pictures), 13)
+            kinds[:, measure.KINDS.index("dots")] = 1
+            colours[:, [list(COLOURS).index("red"), list(COLOURS).index("white")]] = 1
+            return kinds, colours
+
+    asked = [
+        Textile(pattern, "red", ground, "silk", 0.5, "", "solid")
+        for pattern, ground in (("dots", "white"), ("dots", "blue"), ("net", "white"), ("net", "black"))
+    ]
+    assert measure.obeyed(Fixed(), torch.zeros(4, 3, 8, 8), asked) == (0.5, 0.5)
