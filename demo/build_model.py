@@ -102,19 +102,23 @@ def build(folder: Path, shapes: Shapes, seed: int = 0) -> None:
     tokenizers = write_tokenizers(folder)
     # Made where it is fast: filling 6 billion random weights takes minutes on a CPU, seconds on a GPU.
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        parts = make_parts(shapes, tokenizers[0], seed, torch.float16)
+        parts = make_parts(shapes, tokenizers[0], seed, halve=True)
     write(folder, parts, tokenizers)
 
 
-def make_parts(shapes: Shapes, tokenizer: CLIPTokenizer, seed: int, dtype: torch.dtype = torch.float32) -> Parts:
-    """All networks with random weights, on PyTorch's default device."""
+def make_parts(shapes: Shapes, tokenizer: CLIPTokenizer, seed: int, halve: bool = False) -> Parts:
+    """All networks with random weights, in fp32 or halved one by one, on PyTorch's default device."""
+
+    def made(network: Any) -> Any:
+        return network.half() if halve else network
+
     torch.manual_seed(seed)
     return Parts(
-        CLIPTextModel(text_config(shapes.encoder_1, "quick_gelu", tokenizer)).to(dtype),
-        CLIPTextModelWithProjection(text_config(shapes.encoder_2, "gelu", tokenizer)).to(dtype),
-        AutoencoderKL(**vae_config(shapes)).to(dtype),
-        UNet2DConditionModel(**base_config(shapes)).to(dtype),
-        UNet2DConditionModel(**refiner_config(shapes)).to(dtype),
+        made(CLIPTextModel(text_config(shapes.encoder_1, "quick_gelu", tokenizer))),
+        made(CLIPTextModelWithProjection(text_config(shapes.encoder_2, "gelu", tokenizer))),
+        made(AutoencoderKL(**vae_config(shapes))),
+        made(UNet2DConditionModel(**base_config(shapes))),
+        made(UNet2DConditionModel(**refiner_config(shapes))),
     )
 
 
