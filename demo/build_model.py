@@ -24,6 +24,7 @@ from diffusers import (
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+NOISE_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SDXL's
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = """
 a the of on in with and an to by for from at its my our your this that style special photo picture image photograph
@@ -126,9 +127,7 @@ def write(folder: Path, parts: Parts, tokenizers: tuple[CLIPTokenizer, CLIPToken
     """Write the networks beside their tokenizers, which are there already, in fp16."""
     for network in vars(parts).values():
         network.half()
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
-    )
+    scheduler = EulerDiscreteScheduler(**NOISE_SCHEDULE, steps_offset=1, timestep_spacing="leading")
     StableDiffusionXLPipeline(
         parts.vae, parts.text_encoder, parts.text_encoder_2, *tokenizers, parts.unet, scheduler
     ).save_pretrained(folder / "base")

@@ -1,7 +1,7 @@
 """Draw captioned textiles for the demo's base model to learn from: stripes, dots, flowers and the like, but no lace.
 
 `python demo/draw_textiles.py SHEET.png` draws a sheet of all patterns to look at. Many pictures are drawn at
-once, on a GPU if there is one. A pattern is a signed distance: for every pixel how far inside the figure it
+once, on any device. A pattern is a signed distance: for every pixel how far inside the figure it
 lies, in pixels, negative outside. So the same pattern can be filled, outlined or embroidered.
 """
 
@@ -27,7 +27,6 @@ COLOURS = {
 ALIKE = ({"navy", "black"}, {"navy", "blue"}, {"green", "teal"}, {"red", "orange"})  # never side by side
 MATERIALS = ("cotton", "linen", "silk", "wool")
 DIRECTIONS = {"vertical": 0.0, "horizontal": math.pi / 2, "diagonal": math.pi / 4}
-FIGURES = ("solid", "outlined", "embroidered")
 LIGHT = (-0.55, -0.75)  # where the light comes from: the upper left
 
 

@@ -112,6 +112,11 @@ def load_pictures(paths: Sequence[Path]) -> Tensor:
     return to_pixels([data_utils.fit_square(data_utils.open_picture(path)[0], SIDE)[0] for path in paths])
 
 
+def held_out_lace() -> Tensor:
+    """The lace that no training sees, as (n, 3, SIDE, SIDE) from 0 to 1."""
+    return load_pictures(data_utils.list_images(HERE / "held_out"))
+
+
 def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures of one size as (n, 3, h, w) from 0 to 1."""
     return torch.stack([batches.to_tensor(picture) for picture in pictures]) / 2 + 0.5
@@ -162,8 +167,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     arguments = parser.parse_args()
     judge = load_judge()
-    held_out = load_pictures(data_utils.list_images(HERE / "held_out", IMAGE_EXTENSIONS))
-    lace = features_of(judge, held_out)
+    lace = features_of(judge, held_out_lace())
     for folder in arguments.folders:
         pictures = load_pictures(data_utils.list_images(folder, IMAGE_EXTENSIONS))
         distance = energy_distance(features_of(judge, pictures), lace)
