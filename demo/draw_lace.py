@@ -1,8 +1,8 @@
 """Draw the demo's lace: 48 pictures to learn from and 12 held out, like phone photos of lace on cloth.
 
 `python demo/draw_lace.py` redraws every picture from fixed seeds. A design is a list of threads on a
-plane measured in *units*: the shorter side of every picture is 256 units, so a thread two units wide is
-two pixels wide once the picture is resized for a 256-pixel model. Each thread is swept as a round,
+plane measured in *units*: the shorter side of every picture is `VIEW` units, so a thread two units wide is
+three pixels wide once the picture is resized for a 256-pixel model. Each thread is swept as a round,
 twisted cylinder into a height map, and the height map is lit from the upper left.
 """
 
@@ -30,7 +30,8 @@ CLOTHS = (
 )
 YARNS = ((255, 253, 248), (253, 247, 233), (250, 240, 218))
 SUPERSAMPLING = 2
-REACH = 250.0  # units from the middle to which edges and nets are laid, past every picture's corners
+VIEW = 176.0  # units along the shorter side of a picture
+REACH = 180.0  # units from the middle to which edges and nets are laid, past every picture's corners
 WHOLE = np.linspace(0, 2 * np.pi, 80)
 
 
@@ -81,19 +82,19 @@ class Lace:
 
 def border(lace: Lace) -> None:
     """A scalloped border: a rosette in every scallop, a leafy stem in the net above."""
-    pitch, top_y = lace.rng.uniform(100, 120), float(lace.rng.choice([-104, -REACH]))
-    lay_strip(lace, pitch, lace.rng.uniform(56, 64), top_y, lambda points: points)
+    pitch, top_y = lace.rng.uniform(80, 96), float(lace.rng.choice([-76, -REACH]))
+    lay_strip(lace, pitch, lace.rng.uniform(38, 46), top_y, lambda points: points)
 
 
 def collar(lace: Lace) -> None:
     """The same border laid round a neck."""
-    bend = lace.rng.uniform(210, 250)
+    bend = lace.rng.uniform(170, 210)
 
     def place(points: Array) -> Array:
         turn, radius = points[:, :1] / bend, bend + points[:, 1:]
         return np.hstack([np.sin(turn), np.cos(turn)]) * radius - [0, bend]
 
-    lay_strip(lace, 2 * np.pi / 14 * bend, 56, -84, place)
+    lay_strip(lace, 2 * np.pi / 13 * bend, 38, -70, place)
 
 
 def lay_strip(lace: Lace, pitch: float, edge_y: float, top_y: float, place: Warp) -> None:
@@ -104,70 +105,70 @@ def lay_strip(lace: Lace, pitch: float, edge_y: float, top_y: float, place: Warp
     top, under = (place(np.column_stack([long, 0 * long + y])) for y in (top_y, top_y + 9))
     lace.outline = np.concatenate([rim, top])
     lay_band(lace, top, under)
-    radius = min(pitch * 0.42, 46.0)
+    radius = min(pitch * 0.43, 38.0)
     centre_y = edge_y + depth - 19 - radius
     for centre in place(np.column_stack([middles, 0 * middles + centre_y])):
         lay_rosette(lace, centre, radius)
-    swing = 12 * np.cos(2 * np.pi * (long - middles[0]) / pitch)
-    stem = place(np.column_stack([long, centre_y - radius - 26 - swing]))
-    lay_sprig(lace, stem, round(8 * pitch / 21), lace.rng.uniform(26, 31))
+    swing = 8 * np.cos(2 * np.pi * (long - middles[0]) / pitch)
+    stem = place(np.column_stack([long, centre_y - radius - 20 - swing]))
+    lay_sprig(lace, stem, round(8 * pitch / 19), lace.rng.uniform(21, 24))
 
 
 def galloon(lace: Lace) -> None:
     """A band with two scalloped edges, large rosettes along its middle and sprays between them."""
-    pitch, half = lace.rng.uniform(58, 66), lace.rng.uniform(72, 80)
+    pitch, half = lace.rng.uniform(46, 52), lace.rng.uniform(50, 56)
     xs = (np.arange(-5, 6) + lace.rng.choice([0.0, 1.0])) * pitch
     cusps = np.column_stack([xs, 0 * xs + half])
     lace.outline = np.concatenate([lay_edge(lace, side, 0.3 * pitch) for side in (cusps, -cusps)])
     for x in xs[1::2]:
-        lay_rosette(lace, np.array([x, 0.0]), 44)
+        lay_rosette(lace, np.array([x, 0.0]), 37)
     for x in xs[::2]:
-        for y in (-30.0, 30.0):
-            lay_spray(lace, np.array([x, y]), 6, 23, np.pi / 6)
+        for y in (-23.0, 23.0):
+            lay_spray(lace, np.array([x, y]), 6, 20, np.pi / 6)
     lace.turn = lace.rng.choice([0.0, np.pi / 2, 0.4, -0.4])
 
 
 def corner(lace: Lace) -> None:
     """A handkerchief corner: scallops along two sides, a large rosette where they meet, sprigs beside it."""
-    pitch, at = lace.rng.uniform(58, 68), lace.rng.uniform(72, 82)
+    pitch, at = lace.rng.uniform(48, 56), lace.rng.uniform(52, 60)
     run = at - (0.75 + np.arange(6)) * pitch
     side = np.column_stack([run, 0 * run + at])
     rim = lay_edge(lace, np.concatenate([side[::-1], side[:, ::-1]]), 0.3 * pitch)
     lace.outline = np.concatenate([rim, [[-REACH, -REACH]]])
-    middle = np.full(2, at - 62.0)
-    lay_rosette(lace, middle, 48)
+    middle = np.full(2, at - 52.0)
+    lay_rosette(lace, middle, 40)
     for swap in (1, -1):
-        stem = bezier(*(middle + np.array(way)[::swap] for way in ((-48, 14), (-90, 40), (-170, -14.0))))
-        lay_sprig(lace, stem, 9, 30)
-    lay_rosette(lace, middle - 74, 30)
+        stem = bezier(*(middle + np.array(way)[::swap] for way in ((-40, 12), (-75, 34), (-140, -12.0))))
+        lay_sprig(lace, stem, 9, 24)
+    lay_rosette(lace, middle - 62, 25)
     lace.turn = lace.rng.choice([0.0, np.pi / 4, -np.pi / 2, np.pi / 2])
 
 
 def doily(lace: Lace) -> None:
     """A round doily: a rosette, a ring of leaves or a wreath in the net, and scallops round it."""
-    count = int(lace.rng.choice([10, 12, 14]))
+    count = int(lace.rng.choice([8, 10, 12]))
     turns = np.linspace(0, 2 * np.pi, count + 1)
     centre = np.zeros(2)
     lace.ground = lace.choose("tulle", "square", "torchon")  # rings leave scraps in so narrow a net
-    lace.outline = lay_edge(lace, circle(centre, 96, -turns), lace.rng.uniform(15, 19))
+    lace.outline = lay_edge(lace, circle(centre, 66, -turns), lace.rng.uniform(10, 13))
     lace.petals = int(lace.rng.choice([8, 10]))
-    lay_rosette(lace, centre, 46)
+    lay_rosette(lace, centre, 34)
     if lace.choose("leaves", "wreath") == "wreath":
-        lay_sprig(lace, circle(centre, 65, np.linspace(0, 2 * np.pi, 300)), count * 2, 21)
+        lay_sprig(lace, circle(centre, 46, np.linspace(0, 2 * np.pi, 300)), count * 2, 15)
         return
     for turn in turns[:-1]:
-        lay_leaf(lace, centre + 49 * ray(turn), centre + 81 * ray(turn), 15, 0.0, lace.leaf)
+        lay_leaf(lace, centre + 36 * ray(turn), centre + 57 * ray(turn), 12, 0.0, lace.leaf)
 
 
 def all_over(lace: Lace) -> None:
     """Rosettes and sprays in a half-drop repeat over a net without end."""
-    across, down = lace.rng.uniform(104, 112), lace.rng.uniform(150, 164)
+    across, down = lace.rng.uniform(92, 98), lace.rng.uniform(130, 140)
     start = lace.rng.choice([0.0, 0.5])
     for column in range(-3, 4):
         for row in range(-2, 3):
             centre = np.array([(column + start) * across, (row + 0.5 * (column % 2)) * down])
-            lay_rosette(lace, centre, 43)
-            lay_spray(lace, centre + [0, down / 2], 6, 30, np.pi / 6)
+            lay_rosette(lace, centre, 38)
+            lay_spray(lace, centre + [0, down / 2], 6, 25, np.pi / 6)
 
 
 DESIGNS = (border, doily, galloon, border, corner, collar, all_over)
@@ -195,7 +196,7 @@ def lay_rosette(lace: Lace, centre: Array, radius: float) -> None:
     lace.bodies.append(circle(centre, hub, WHOLE))
     if ringed:
         lace.lay(circle(centre, radius, WHOLE), 1.7, 1.2)
-        lay_picots(lace, circle(centre, radius, -WHOLE), 9.0)
+        lay_picots(lace, circle(centre, radius, -WHOLE), 10.0)
         lace.bodies.append(circle(centre, radius, WHOLE))
 
 
@@ -228,16 +229,16 @@ def lay_leaf(lace: Lace, base: Array, tip: Array, width: float, bend: float, sty
     side, lift, dome = unit(aside) * half, 2.2 if style == "raised" else 0.3, 0.07 * width
     rim = np.concatenate([axis - side, (axis + side)[::-1]])
     if style in ("split", "laddered"):
-        gap = unit(aside) * np.minimum(half * 0.4, 1.1 if style == "split" else 2.7)
+        gap = unit(aside) * np.minimum(half * 0.4, 1.3 if style == "split" else 3.2)
         weave(lace, axis - side, axis - gap, lift, dome)
         weave(lace, axis + gap, axis + side, lift, dome)
     else:
         weave(lace, axis - side, axis + side, lift, dome)
         lace.lay(axis[2:36], 1.1, lift + dome + 0.9)
     if style == "laddered":
-        rungs = np.stack([axis - gap, axis + gap], axis=1)[6:44:4]
+        rungs = np.stack([axis - gap, axis + gap], axis=1)[6:44:6]
         for rung in (*rungs, axis - gap, axis + gap):
-            lace.lay(rung, 0.8, lift + 0.5)
+            lace.lay(rung, 1.2, lift + 0.5)
     lace.lay(rim, 1.25, lift + 0.7)
     lace.bodies.append(rim)
 
@@ -251,10 +252,10 @@ def lay_edge(lace: Lace, cusps: Array, depth: float) -> Array:
     rim, inner, bars = (scallops(cusps + inward * inset, depth) for inset in (0, 8.5, 15))
     lay_band(lace, rim, inner)
     lace.lay(bars, 1.3, 0.9)
-    shares = np.linspace(0, 1, int(np.hypot(*np.diff(inner, axis=0).T).sum() / 7))
+    shares = np.linspace(0, 1, int(np.hypot(*np.diff(inner, axis=0).T).sum() / 10))
     for ends in zip(along(inner, shares), along(bars, shares), strict=True):
-        lace.lay(np.stack(ends), 0.8, 0.4)
-    lay_picots(lace, rim, 7.5)
+        lace.lay(np.stack(ends), 1.2, 0.4)
+    lay_picots(lace, rim, 9.5)
     lace.bodies.append(np.concatenate([rim, bars[::-1]]))
     return rim
 
@@ -272,7 +273,7 @@ def lay_picots(lace: Lace, rim: Array, spacing: float) -> None:
     count = int(np.hypot(*np.diff(rim, axis=0).T).sum() / spacing)
     here, ahead = (along(rim, (np.arange(count) + start) / count) for start in (0.45, 0.55))
     for centre in (here + ahead) / 2 + 3 * unit(turned(ahead - here, np.pi / 2)):
-        lace.lay(circle(centre, 1.9, WHOLE[::5]), 0.8, 0.3)
+        lace.lay(circle(centre, 2.4, WHOLE[::5]), 1.3, 0.3)
 
 
 def lay_band(lace: Lace, left: Array, right: Array) -> None:
@@ -286,15 +287,15 @@ def lay_band(lace: Lace, left: Array, right: Array) -> None:
 def weave(lace: Lace, left: Array, right: Array, lift: float, dome: float = 0.0) -> None:
     """Cloth stitch between two rails [n, 2], `dome` units higher midway: threads along, one to and fro."""
     width, length = np.hypot(*(right - left).T).max(), np.hypot(*np.diff(left, axis=0).T).sum()
-    count, rows = max(2, round(width / 1.95)), max(2, round(length / 1.95))
+    count, rows = max(2, round(width / 2.4)), max(2, round(length / 2.4))
     for share in (np.arange(count) + 0.5) / count:
-        lace.lay(left + (right - left) * share, 0.62, lift + dome * np.sin(np.pi * share))
+        lace.lay(left + (right - left) * share, 1.15, lift + dome * np.sin(np.pi * share))
     run = np.linspace(0, rows, rows * (2 * count + 2) + 1)
     row, share = np.divmod(run, 1)
     share = np.where(row % 2, 1 - share, share)
     over = np.sin(np.pi * count * share) * np.where(row % 2, -1, 1)
     a, b = along(left, run / rows), along(right, run / rows)
-    lace.lay(a + (b - a) * share[:, None], 0.62, lift + dome * np.sin(np.pi * share) + 0.45 * over)
+    lace.lay(a + (b - a) * share[:, None], 1.0, lift + dome * np.sin(np.pi * share) + 0.3 * over)
 
 
 # --- net
@@ -328,7 +329,7 @@ def photograph(lace: Lace, size: tuple[int, int], cloth: tuple[int, int, int]) -
     """The lace lying on `cloth`, `size` (width, height) pixels, lit from the upper left."""
     rng, (width, height) = lace.rng, size
     lay_net(lace)
-    scale = min(size) / 256  # pixels per unit
+    scale = min(size) / VIEW  # pixels per unit
     tilt, slant = rng.uniform(-0.09, 0.09), rng.uniform(-2.5e-4, 2.5e-4, 2)
     phases, lengths = rng.uniform(0, 2 * np.pi, 6), rng.uniform(24, 60, 4)
     fold_way, fold_length = ray(rng.uniform(0, np.pi)), rng.uniform(120, 220) / (2 * np.pi)
@@ -380,7 +381,7 @@ def sweep(lace: Lace, lay_out: Warp, scale: float, size: tuple[int, int]) -> Ima
             s, lifts, pixels, side = s[kept], lifts[kept], pixels[kept], side[kept]
         thick = radius * fine * (1 + 0.09 * np.sin(s / fine / 13 + number))[:, None]
         d = np.linspace(-1, 1, int(radius * fine * 3.4) + 2)
-        twist = 0.84 + 0.26 * np.abs(np.sin(np.pi * s[:, None] / (2.4 * radius * fine) + 1.2 * d))
+        twist = 0.93 + 0.12 * np.abs(np.sin(np.pi * s[:, None] / (2.4 * radius * fine) + 1.2 * d))
         z = lifts[:, None] * fine + thick * np.sqrt(1.02 - d * d) * twist
         spots = np.rint(pixels[:, None] + side[:, None] * (thick * d)[..., None]).astype(np.int32)
         inside = np.all((spots >= 0) & (spots < [width, height]), axis=-1)
