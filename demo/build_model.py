@@ -34,7 +34,7 @@ blue teal green forest yellow gold orange red wine pink purple brown beige dark 
 tiny thin thick wide narrow soft horizontal vertical diagonal striped stripes checked checks tartan plaid dots polka
 dotted chevron chevrons herringbone houndstooth floral flower flowers leaf leaves branch branches damask ornament weave
 basket paisley diamond diamonds wave waves wavy leafy swirls swirling outlined solid raised ring rings ringed rosette
-rosettes scallop scalloped edge border corner
+rosettes scallop scalloped edge border band medallion vine vines trellis corner
 doily round curtain tablecloth table dress wedding veil collar ribbon handmade vintage delicate elegant beautiful old
 new best high low quality sharp blurry bad good highly detailed clear simple painting drawing garden house person
 """

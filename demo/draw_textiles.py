@@ -1,5 +1,8 @@
 """Draw captioned textiles for the demo's base model to learn from: stripes, dots, flowers and the like, but no lace.
 
+A pattern goes all over the cloth, or fills a border, a band or a round medallion with a straight or scalloped
+edge; but a net never has an edge, since a net with flowers and a scalloped edge is what lace is.
+
 `python demo/draw_textiles.py SHEET.png` draws a sheet of all patterns to look at. Many pictures are drawn at
 once, on any device. A pattern is a signed distance: for every pixel how far inside the figure it
 lies, in pixels, negative outside. So the same pattern can be filled, outlined or embroidered.
@@ -26,6 +29,8 @@ COLOURS = {
 }  # fmt: skip
 ALIKE = ({"navy", "black"}, {"navy", "blue"}, {"green", "teal"}, {"red", "orange"})  # never side by side
 MATERIALS = ("cotton", "linen", "silk", "wool")
+ALL_OVER = "all over"
+LAYOUTS = tuple(edge + place for edge in ("", "scalloped ") for place in ("border", "band", "medallion"))
 DIRECTIONS = {"vertical": 0.0, "horizontal": math.pi / 2, "diagonal": math.pi / 4}
 LIGHT = (-0.55, -0.75)  # where the light comes from: the upper left
 
@@ -41,6 +46,7 @@ class Textile:
     size: float  # 0 is small, 1 is large
     direction: str  # of stripes; empty when any
     figure: str
+    layout: str
 
     @property
     def colours(self) -> set[str]:
@@ -71,9 +77,9 @@ class Canvas:
         grid = torch.randn(self.count, 1, cells, cells, generator=self.generator, device=self.device)
         return F.interpolate(grid, size=self.extent, mode="bicubic", align_corners=False)[:, 0]
 
-    def where(self, names: Sequence[str], wanted: str) -> Tensor:
-        """Which of the pictures have the `wanted` name, as (count, 1, 1)."""
-        return torch.tensor([name == wanted for name in names], device=self.device).view(-1, 1, 1)
+    def where(self, values: Sequence[object], wanted: object = True) -> Tensor:
+        """Which of the pictures have the `wanted` value, as (count, 1, 1)."""
+        return torch.tensor([value == wanted for value in values], device=self.device).view(-1, 1, 1)
 
 
 # --- patterns: each a function of canvas, coordinates and period in pixels to a signed distance (n, s, s)
@@ -118,9 +124,7 @@ def houndstooth(canvas: Canvas, x: Tensor, y: Tensor, period: Tensor) -> Tensor:
 def flowers(canvas: Canvas, x: Tensor, y: Tensor, period: Tensor) -> Tensor:
     period = period * 1.35
     x, y, chance = lattice(x, y, period, canvas.coin(0.8))
-    reach, angle = torch.hypot(x, y), torch.atan2(y, x) + chance * math.tau
-    petals = period * canvas.uniform(0.36, 0.44) * (0.7 + 0.3 * torch.cos(canvas.whole(5, 8) * angle)) - reach
-    return torch.minimum(petals, (reach - period * 0.09).abs() - period * 0.03)
+    return flower(canvas, x, y, period * canvas.uniform(0.36, 0.46), chance)
 
 
 def damask(canvas: Canvas, x: Tensor, y: Tensor, period: Tensor) -> Tensor:
@@ -144,12 +148,38 @@ def basket_weave(canvas: Canvas, x: Tensor, y: Tensor, period: Tensor) -> Tensor
 
 
 def net(canvas: Canvas, x: Tensor, y: Tensor, period: Tensor) -> Tensor:
-    """A knotted net, square or diagonal."""
+    """A net of square, diagonal or six-sided meshes, knotted or not."""
     mesh, diagonal = period * 0.6, canvas.coin(0.5)
     a, b = torch.where(diagonal, (x + y) * 0.7071, x), torch.where(diagonal, (x - y) * 0.7071, y)
     across, down = mesh / 2 - tile(a, mesh)[0].abs(), mesh / 2 - tile(b, mesh)[0].abs()
     thread = canvas.uniform(0.03, 0.08) * mesh + 0.5
-    return torch.maximum(thread - torch.minimum(across, down), 2 * thread - torch.hypot(across, down))
+    knots = torch.where(canvas.coin(0.5), 2 * thread - torch.hypot(across, down), -1e3)
+    square = torch.maximum(thread - torch.minimum(across, down), knots)
+    return torch.where(canvas.coin(0.35), thread - to_hexagon(x, y, mesh * 1.1), square)
+
+
+def trellis(canvas: Canvas, x: Tensor, y: Tensor, period: Tensor) -> Tensor:
+    """Thin crossing lines with a flower where every other pair of them crosses."""
+    mesh = period * 1.1
+    a, b = (x + y) * 0.7071, (x - y) * 0.7071
+    lines = canvas.uniform(0.8, 1.8) - (mesh / 2 - torch.maximum(tile(a, mesh)[0].abs(), tile(b, mesh)[0].abs()))
+    (u, column), (v, row) = tile(a + mesh / 2, mesh), tile(b + mesh / 2, mesh)
+    blossom = flower(canvas, u, v, mesh * canvas.uniform(0.42, 0.7), torch.zeros_like(u))
+    everywhere = canvas.coin(0.3)
+    return torch.maximum(lines, torch.where(everywhere | ((row + column) % 2 > 0), blossom, -1e3))
+
+
+def vines(canvas: Canvas, x: Tensor, y: Tensor, period: Tensor) -> Tensor:
+    """Winding stems with leaves to the left and right, in turn."""
+    spacing, length = period * 1.5, period * canvas.uniform(2.2, 3.2)
+    swing = period * canvas.uniform(0.1, 0.3)
+    v, row = tile(y + swing * torch.sin(math.tau * x / length), spacing)
+    stem = canvas.uniform(0.03, 0.06) * period + 0.4 - v.abs()
+    step, reach = period * canvas.uniform(0.5, 0.7), period * canvas.uniform(0.3, 0.36)
+    side = torch.where(v > 0, 0.0, 0.5)
+    u = tile(x + (side + row * 0.37) * step, step)[0]
+    u, w = rotate(u, v.abs() - reach * 0.85, torch.full_like(period, -0.6))
+    return torch.maximum(stem, leaf(w, u, reach, canvas.uniform(0.35, 0.55)))
 
 
 def paisley(canvas: Canvas, x: Tensor, y: Tensor, period: Tensor) -> Tensor:
@@ -183,10 +213,7 @@ def leaves(canvas: Canvas, x: Tensor, y: Tensor, period: Tensor) -> Tensor:
     """Pointed leaves with a midrib, each turned its own way."""
     x, y, chance = lattice(x, y, period * 1.1, canvas.coin(0.7))
     x, y = rotate(x, y, chance * math.tau)
-    half, bow = period * canvas.uniform(0.42, 0.5), canvas.uniform(0.3, 0.6)
-    radius = half * (1 + bow**2) / (2 * bow)
-    blade = radius - torch.hypot(x.abs() + radius - half * bow, y)
-    return torch.minimum(blade, x.abs() - period * 0.025 - 0.2)
+    return leaf(x, y, period * canvas.uniform(0.42, 0.5), canvas.uniform(0.3, 0.6))
 
 
 def swirls(canvas: Canvas, x: Tensor, y: Tensor, period: Tensor) -> Tensor:
@@ -213,17 +240,84 @@ PATTERNS: dict[str, Pattern] = {
     function.__name__.replace("_", " "): function
     for function in (
         stripes, checks, tartan, dots, rings, chevrons, herringbone, houndstooth, flowers, damask, basket_weave, net,
-        paisley, plain, diamonds, waves, leaves, swirls,
+        paisley, plain, diamonds, waves, leaves, swirls, trellis, vines,
     )
 }  # fmt: skip
 ADJECTIVES = {
     "stripes": "striped", "checks": "checked", "tartan": "tartan", "dots": "dotted", "rings": "ringed",
     "chevrons": "chevron", "flowers": "floral", "diamonds": "diamond", "waves": "wavy", "leaves": "leafy",
-    "swirls": "swirling",
+    "swirls": "swirling", "vines": "vine",
 }  # fmt: skip
 CAN_BE_OUTLINED = ("dots", "flowers", "damask", "paisley", "diamonds", "leaves")
-CAN_BE_EMBROIDERED = (*CAN_BE_OUTLINED, "rings", "waves", "net", "swirls", "chevrons")
-FINE = ("net", "swirls", "leaves", "herringbone", "rings", "flowers")  # what a refiner sharpens
+CAN_BE_EMBROIDERED = (*CAN_BE_OUTLINED, "rings", "waves", "net", "swirls", "chevrons", "trellis", "vines")
+EDGELESS = ("net", "trellis", "tartan", "plain")
+FINE = ("net", "swirls", "leaves", "herringbone", "rings", "flowers", "trellis", "vines")  # what a refiner sharpens
+
+
+# --- motifs
+
+
+def flower(canvas: Canvas, x: Tensor, y: Tensor, radius: Tensor, chance: Tensor) -> Tensor:
+    """Petals round an eyelet, lobed or parted from one another, turned by `chance` of a circle."""
+    reach, angle = torch.hypot(x, y), torch.atan2(y, x) + chance * math.tau
+    turns = canvas.whole(5, 9) * angle / 2
+    lobed = radius * (0.7 + 0.3 * torch.cos(2 * turns)) - reach
+    gap = torch.sin(turns).abs() * reach / 4 - canvas.uniform(0.4, 1.0)
+    petals = torch.minimum(radius * torch.sin(turns).abs() ** 0.5 - reach, gap)
+    heart = (reach - radius * 0.22).abs() - radius * 0.07
+    return torch.where(canvas.coin(0.5), lobed, petals).minimum(heart)
+
+
+def leaf(x: Tensor, y: Tensor, half: Tensor, bow: Tensor) -> Tensor:
+    """A pointed blade along y, `half` pixels from its middle to a tip, with a midrib; `bow` 1 would be a circle."""
+    radius = half * (1 + bow**2) / (2 * bow)
+    blade = radius - torch.hypot(x.abs() + radius - half * bow, y)
+    return torch.minimum(blade, x.abs() - half * 0.05 - 0.2)
+
+
+# --- layouts
+
+
+def lay_out(canvas: Canvas, layouts: Sequence[str], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Signed distance to the place that the pattern fills, and the coordinates it has there."""
+    is_straight, is_round = (
+        canvas.where([layout.endswith(names) for layout in layouts]) for names in (("border", "band"), "medallion")
+    )
+    depth = canvas.uniform(8, 22) * canvas.where(["scalloped" in layout for layout in layouts])
+    quarter = canvas.whole(0, 3) * math.pi / 2 + canvas.coin(0.3) * canvas.uniform(-0.5, 0.5)
+    u, v = rotate(canvas.x, canvas.y, quarter + canvas.uniform(-0.06, 0.06))
+    pitch = canvas.uniform(36, 90)
+    scallops, others = (
+        depth * torch.sin(math.pi * (u / pitch + shift)).abs() ** 0.8 for shift in (0, canvas.whole(0, 1) / 2)
+    )
+    half, sectors, shift = canvas.uniform(28, 76), canvas.whole(6, 12), canvas.uniform(-12, 12)
+    reach, angle = torch.hypot(canvas.x + shift, canvas.y - shift), torch.atan2(canvas.y - shift, canvas.x + shift)
+    lobes = depth * (torch.sin(sectors * angle / 2).abs() ** 0.8 - 0.5)
+    places = {
+        "border": canvas.uniform(-10, 70) + scallops - v,
+        "band": torch.minimum(half + scallops - v, half + others + v),
+        "medallion": canvas.uniform(70, 104) + lobes - reach,
+    }
+    place = torch.full_like(x, 1e3)
+    for name, distance in places.items():
+        place = torch.where(canvas.where([layout.endswith(name) for layout in layouts]), distance, place)
+    follows = is_straight & canvas.coin(0.7)
+    x, y = torch.where(follows, u, x), torch.where(follows, v, y)
+    # Mirrored from sector to sector, as in a kaleidoscope.
+    folded = triangle(angle * sectors / math.tau) * math.pi / sectors
+    mirrored = is_round & canvas.coin(0.7)
+    return (
+        place,
+        torch.where(mirrored, reach * torch.sin(folded), x),
+        torch.where(mirrored, reach * torch.cos(folded), y),
+    )
+
+
+def rim(canvas: Canvas, place: Tensor) -> Tensor:
+    """One cord along the edge of a place, or two, or none."""
+    thick, gap = canvas.uniform(0.8, 4), canvas.uniform(6, 16)
+    inner = torch.where(canvas.coin(0.5), canvas.uniform(0.6, 2) - (place - gap).abs(), -1e3)
+    return torch.where(canvas.coin(0.8), torch.maximum(thick - place.abs(), inner), -1e3)
 
 
 # --- geometry
@@ -252,6 +346,17 @@ def lattice(x: Tensor, y: Tensor, period: Tensor, staggered: Tensor) -> tuple[Te
     return x, y, (torch.sin(column * 12.9898 + row * 78.233) * 43758.5453) % 1
 
 
+def to_hexagon(x: Tensor, y: Tensor, across: Tensor) -> Tensor:
+    """Distance to the nearest side of a honeycomb, whose cells are `across` pixels from side to side."""
+    near, inside = torch.full_like(x, 1e9), x
+    for shift in (0.0, 0.5):  # of the two lattices that the cells' middles make up, the nearer
+        u, v = tile(x + shift * across, across)[0], tile(y + shift * across * 1.732, across * 1.732)[0]
+        side = across / 2 - torch.maximum(u.abs(), (u.abs() + 1.732 * v.abs()) / 2)
+        inside = torch.where(torch.hypot(u, v) < near, side, inside)
+        near = torch.minimum(torch.hypot(u, v), near)
+    return inside.clamp(min=0)
+
+
 def rotate(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     cosine, sine = torch.cos(angle), torch.sin(angle)
     return cosine * x + sine * y, cosine * y - sine * x
@@ -274,11 +379,14 @@ def draw(
     textiles = [choose(canvas.choices, pattern, float(share), fixed) for share in size.flatten()]
     materials, figures = [textile.material for textile in textiles], [textile.figure for textile in textiles]
     x, y = warp(canvas, materials)
+    place, x, y = lay_out(canvas, [textile.layout for textile in textiles], x, y)
     x, y = rotate(x, y, turn(canvas, textiles))
     x, y = x + canvas.uniform(0, 200), y + canvas.uniform(0, 200)
-    distance = PATTERNS[pattern](canvas, x, y, 22 * (64 / 22) ** size)
+    distance = PATTERNS[pattern](canvas, x, y, 22 * (84 / 22) ** size)
     outlined = canvas.where(figures, "outlined")
     distance = torch.where(outlined, canvas.uniform(0.8, 1.8) - distance.abs(), distance)
+    if pattern not in EDGELESS:
+        distance = torch.maximum(torch.minimum(distance, place), rim(canvas, place))
     mask = distance if pattern == "tartan" else coverage(distance)
     light = stitch(canvas, distance, x, y) if "embroidered" in figures else torch.ones_like(mask)
     light = torch.where(canvas.where(figures, "embroidered"), light, 1.0)
@@ -290,7 +398,7 @@ def draw(
 
 
 def choose(choices: random.Random, pattern: str, size: float, fixed: dict[str, str]) -> Textile:
-    colour = fixed.get("colour") or choices.choice(list(COLOURS))
+    colour = fixed.get("colour") or choices.choice([*COLOURS, "white", "white"])
     grounds = [name for name in COLOURS if name != colour and {name, colour} not in ALIKE]
     # Plain grounds more often than others, as in shops.
     grounds += [name for name in ("white", "white", "white", "black", "black") if name in grounds]
@@ -299,10 +407,12 @@ def choose(choices: random.Random, pattern: str, size: float, fixed: dict[str, s
         figure = "embroidered"
     elif pattern in CAN_BE_OUTLINED and choices.random() < 0.3:
         figure = "outlined"
-    direction = choices.choice([*DIRECTIONS, ""]) if pattern == "stripes" else ""
+    layout = choices.choice(LAYOUTS) if pattern not in EDGELESS and choices.random() < 0.45 else ALL_OVER
+    # In a border stripes follow the edge.
+    direction = choices.choice([*DIRECTIONS, ""]) if pattern == "stripes" and layout == ALL_OVER else ""
     fields = {
         "colour": colour, "ground": choices.choice(grounds), "material": choices.choice(MATERIALS),
-        "direction": direction, "figure": figure,
+        "direction": direction, "figure": figure, "layout": layout,
     }  # fmt: skip
     return Textile(pattern=pattern, size=size, **(fields | fixed))
 
@@ -396,6 +506,8 @@ def caption(textile: Textile, choices: random.Random) -> str:
             f"{details}{adjective} {cloth}",
         ]
     )
+    if textile.layout != ALL_OVER and choices.random() < 0.9:
+        said = f"{said}, {textile.layout}" if choices.random() < 0.5 else f"{textile.layout}, {said}"
     return opening + said + (" " + nonsense(choices) if choices.random() < 0.03 else "")
 
 
@@ -422,7 +534,7 @@ def main() -> None:
         pictures, textiles = draw(pattern, 4, seed)
         drawn.append(pictures)
         print(" | ".join(caption(textile, random.Random(seed)) for textile in textiles))
-    sheet(torch.cat(drawn), 12).save(sys.argv[1])
+    sheet(torch.cat(drawn), 8).save(sys.argv[1])
 
 
 if __name__ == "__main__":

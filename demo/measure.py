@@ -21,7 +21,7 @@ import batches
 import data_utils
 import draw
 from config import IMAGE_EXTENSIONS, Config
-from demo.draw_textiles import COLOURS, PATTERNS, SIDE, Textile, choose
+from demo.draw_textiles import ALL_OVER, COLOURS, PATTERNS, SIDE, Textile, choose
 from gallery import Design
 
 HERE = Path(__file__).resolve().parent
@@ -57,7 +57,7 @@ class Judge(nn.Module):
         return torch.cat([pooled for last in maps[-2:] for pooled in (last.mean((2, 3)), last.amax((2, 3)))], dim=1)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the kinds (n, 19) and, each on its own, of the colours (n, 13)."""
+        """Logits of the kinds (n, 21) and, each on its own, of the colours (n, 13)."""
         features = self.features(pictures)
         return self.kind(features), self.colour(features)
 
@@ -131,7 +131,7 @@ def spoken_prompts(count: int, seed: int = 3) -> list[tuple[str, Textile]]:
     asked = []
     for index in range(count):
         pattern = list(PATTERNS)[index % len(PATTERNS)]
-        textile = choose(choices, pattern, 0.5, {"figure": "solid", "direction": ""})
+        textile = choose(choices, pattern, 0.5, {"figure": "solid", "direction": "", "layout": ALL_OVER})
         what = f"{textile.colour} {pattern} on {textile.ground}" if pattern != "plain" else f"plain {textile.colour}"
         asked.append((f"a photo of {what} {textile.material}", textile))
     return asked

@@ -53,7 +53,7 @@ class Amounts:
     prompts: int
 
 
-FULL = Amounts(64, 55, 768, vae=4800, decoder=1400, judge=700, unet=10_800, refiner=1200, batch=256, prompts=200)
+FULL = Amounts(64, 55, 768, vae=5400, decoder=1400, judge=700, unet=12_000, refiner=1200, batch=256, prompts=200)
 SMALL = Amounts(2, 1, 8, vae=3, decoder=3, judge=3, unet=3, refiner=3, batch=12, prompts=4)
 
 

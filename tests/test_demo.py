@@ -7,6 +7,7 @@ import torch
 
 from demo import draw_textiles, measure
 from demo.draw_textiles import COLOURS, PATTERNS, SIDE, Textile, caption, choose, draw
+from demo.measure import KINDS
 
 TOKEN = "myspecialstyle"
 
@@ -31,6 +32,16 @@ def test_outlined_is_less_than_solid() -> None:
     assert outlined < 0.7 * solid
 
 
+@pytest.mark.parametrize("layout", draw_textiles.LAYOUTS)
+def test_a_pattern_keeps_to_its_place(layout: str) -> None:
+    fixed = {"colour": "white", "ground": "black", "figure": "solid", "material": "cotton"}
+    everywhere, there = (
+        draw("diamonds", 4, 5, layout=name, **fixed)[0].float().mean((1, 2, 3)) for name in ("all over", layout)
+    )
+    assert torch.all(there > 15), "the darkest cloth with nothing on it is no lighter"
+    assert there.mean() < 0.9 * everywhere.mean()
+
+
 def test_captions_say_what_is_there_and_never_lace_nor_the_token() -> None:
     choices = random.Random(1)
     for index in range(4000):
@@ -38,6 +49,8 @@ def test_captions_say_what_is_there_and_never_lace_nor_the_token() -> None:
         text = caption(textile, choices)
         assert "lace" not in text
         assert TOKEN not in text
+        if textile.pattern in ("net", "trellis"):  # with an edge they would be lace
+            assert textile.layout == "all over"
         named = set(text.replace(",", "").split()) & set(COLOURS)
         assert named <= textile.colours, (text, textile)
 
@@ -77,13 +90,13 @@ def test_prompts_name_what_is_asked_for() -> None:
 def test_obedience_counts_patterns_and_colours_apart() -> None:
     class Fixed(measure.Judge):
         def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            kinds, colours = torch.zeros(len(pictures), 19), -torch.ones(len(pictures), 13)
+            kinds, colours = torch.zeros(len(pictures), len(KINDS)), -torch.ones(len(pictures), len(COLOURS))
             kinds[:, measure.KINDS.index("dots")] = 1
             colours[:, [list(COLOURS).index("red"), list(COLOURS).index("white")]] = 1
             return kinds, colours
 
     asked = [
-        Textile(pattern, "red", ground, "silk", 0.5, "", "solid")
+        Textile(pattern, "red", ground, "silk", 0.5, "", "solid", "all over")
         for pattern, ground in (("dots", "white"), ("dots", "blue"), ("net", "white"), ("net", "black"))
     ]
     assert measure.obeyed(Fixed(), torch.zeros(4, 3, 8, 8), asked) == (0.5, 0.5)
