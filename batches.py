@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import data_utils
-from config import UserError
+from config import LOSS_NOT_FINITE, UserError
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Batch:
 
 @torch.no_grad()
 def encode_pictures(
-    vae: AutoencoderKL, paths: Sequence[Path], resolution: int, mirrored: bool, show_progress: bool = True
+    vae: AutoencoderKL, paths: Sequence[Path], resolution: int, mirrored: bool, kinds: Sequence[str] = ("JPEG",)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every picture through the VAE once.
 
@@ -57,18 +57,26 @@ def encode_pictures(
 
     Returns:
         mean and std (N, F, 4, resolution / 8, resolution / 8) times the VAE's scaling factor, and time ids (N, 6).
+
+    Raises:
+        UserError: a picture can no longer be read, or the VAE makes no finite numbers of it (exit 5).
     """
     means, stds, time_ids = [], [], []
-    for path in tqdm(paths, desc="encoding pictures", unit="picture", disable=not show_progress):
+    for path in tqdm(paths, desc="encoding pictures", unit="picture"):
         try:
             # Twice the training size is enough to scale down from, and much faster to decode.
-            picture, (width, height) = data_utils.open_picture(path, at_least=2 * resolution)
+            picture, (width, height) = data_utils.open_picture(path, 2 * resolution, kinds)
         except data_utils.BROKEN as error:
             raise UserError(f"{path} can no longer be read ({error}): was it changed or moved meanwhile?") from error
         square, (top, left) = data_utils.fit_square(picture, resolution)
         versions = [square, ImageOps.mirror(square)] if mirrored else [square]
         pixels = torch.stack([to_tensor(version) for version in versions]).to(vae.device, vae.dtype)
         posterior = vae.encode(pixels).latent_dist
+        if not posterior.mean.isfinite().all():
+            raise UserError(
+                f"the VAE makes no finite numbers of {path}: its weights are damaged, or overflow in fp16",
+                LOSS_NOT_FINITE,
+            )
         means.append((posterior.mean * vae.config.scaling_factor).float().cpu())
         stds.append((posterior.std * vae.config.scaling_factor).float().cpu())
         time_ids.append([height, width, top, left, resolution, resolution])

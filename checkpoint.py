@@ -1,7 +1,8 @@
 """A checkpoint as one thing: a folder that is whole and proven, or not there.
 
-`publish` lets the caller write files into a temporary folder, flushes them to disk, seals them with a manifest of
-sizes and SHA-256 sums, and gives the folder its name by a rename. `verify` reads it all back. Knows nothing of tensors.
+`publish` lets the caller write files on a local disk, notes their sizes and SHA-256 sums in a manifest, copies all
+beside their final place, flushes them, and gives the folder its name by a rename. `verify` reads everything back and
+compares it with what was written locally, so that bytes lost on the way to a Drive are noticed. Knows no tensors.
 """
 
 import errno
@@ -10,37 +11,47 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_UNFINISHED = re.compile(r"\.checkpoint-\d+\..*")
+_UNFINISHED = re.compile(r"\..+\.\d+\.tmp")  # as named here and by data_utils.write_atomically
+_DISPLACED = re.compile(r"\.(checkpoint-\d+)\.\d+\.old")
 
 
 def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
     """Write `output_dir/checkpoint-<step>` through `write(folder)`, then drop the oldest beyond `keep`.
 
     Raises:
-        OSError: the disk is full or gone; whatever stood under the final name before is untouched.
+        OSError: a disk is full or gone; whatever stood under the final name before is untouched.
     """
     folder = output_dir / f"checkpoint-{step}"
     temporary = output_dir / f".{folder.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    local = _local_folder(output_dir)
+    for leftover in (temporary, local):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        files = {path.name: _seal(path) for path in sorted(temporary.iterdir())}
+        local.mkdir(mode=0o700)
+        write(local)
+        written = sorted(local.iterdir())
+        files = {path.name: _seal(path) for path in written}
+        temporary.mkdir()  # not its parents: a Drive that is gone must not be replaced by a folder of that name
+        for path in written:
+            shutil.copyfile(path, temporary / path.name)
+            _flush(temporary / path.name)
         manifest = temporary / MANIFEST
         manifest.write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
         _flush(manifest)
-        _flush(temporary)
-        if folder.exists():  # a damaged one of the same step: a rename cannot replace a full folder
+        _flush_names(temporary)
+        if folder.exists():  # one of the same step: a rename cannot replace a full folder
             os.replace(folder, output_dir / f".{folder.name}.{os.getpid()}.old")
         os.replace(temporary, folder)
-        _flush(output_dir)
+        _flush_names(output_dir)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in (temporary, local):
+            shutil.rmtree(unfinished, ignore_errors=True)
     if reason := verify(folder):
         raise OSError(errno.EIO, f"it did not read back as it was written: {reason}", str(folder))
     sweep(output_dir)
@@ -50,8 +61,13 @@ def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: in
     return folder
 
 
+def _local_folder(output_dir: Path) -> Path:
+    """One for each output folder, so that what a killed write left in it goes with the next."""
+    digest = hashlib.sha256(str(output_dir.absolute()).encode()).hexdigest()
+    return Path(tempfile.gettempdir(), f"lace-lora-{digest[:16]}")
+
+
 def _seal(path: Path) -> dict[str, int | str]:
-    _flush(path)
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
@@ -62,6 +78,14 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush_names(folder: Path) -> None:
+    try:
+        _flush(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # what Drives say that cannot do it
+            raise
 
 
 def _sha256(path: Path) -> str:
@@ -111,7 +135,15 @@ def step_of(folder: Path) -> int:
 
 
 def sweep(output_dir: Path) -> None:
-    """Remove what writes that were killed left behind."""
-    for path in output_dir.glob(".checkpoint-*"):
-        if _UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove what writes that were killed left behind; a checkpoint killed while it changed places gets its name back.
+
+    Only for whoever has the folder to itself: another run's unfinished writes look the same.
+    """
+    for path in [*output_dir.glob(".*.tmp"), *output_dir.glob(".checkpoint-*.old")]:
+        if match := _DISPLACED.fullmatch(path.name):
+            if not (output_dir / match[1]).exists():
+                os.replace(path, output_dir / match[1])
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        elif _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

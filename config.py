@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,19 @@ BAD_INPUT, OUT_OF_MEMORY, DISK_OR_DRIVE, LOSS_NOT_FINITE = 2, 3, 4, 5
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
+NO_SECRETS = "settings are written into files and pictures, so log in with `hf auth login`, or set HF_TOKEN"
+# A hub's access token, or the user's name and password in a URL.
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|(?<=://)[^/@\s]+(?=@)")
+
+
 class UserError(Exception):
-    """What a user can mend: one sentence that says what happened and what to do, and the exit code for it."""
+    """What a user can mend: one sentence that says what happened and what to do, and the exit code for it.
+
+    Secrets in the message are blotted out, whoever quoted them.
+    """
 
     def __init__(self, message: str, exit_code: int = BAD_INPUT) -> None:
-        super().__init__(message)
+        super().__init__(_SECRET.sub("***", message))
         self.exit_code = exit_code
 
 
@@ -62,6 +71,8 @@ class Config:
         (".jpg",), "files taken as pictures, e.g. [.jpg, .jpeg, .png]", each_of=IMAGE_EXTENSIONS
     )
     min_image_size: int = setting(256, "pictures with a shorter side (pixels) below this are passed over", least=8)
+    min_images: int = setting(3, "with fewer good pictures than this, training does not start", least=1)
+    skip_bad_images: bool = setting(False, "train even if more than a tenth of the pictures cannot be taken")
     random_flip: bool = setting(False, "also learn every picture mirrored")
 
     resolution: int = setting(512, "side of the training square in pixels", group="training", least=64, multiple_of=8)
@@ -142,6 +153,9 @@ class Config:
                 f"refiner_strength {self.refiner_strength:g} of {self.num_inference_steps} num_inference_steps is less "
                 "than one step: raise one of them"
             )
+        for name, value in vars(self).items():
+            if _SECRET.search(repr(value)):
+                problems.append(f"{name} holds a token or a password: {NO_SECRETS}")
         if problems:
             raise UserError("\n".join(problems))
 
@@ -163,7 +177,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     for place, key, node in [*_file_entries(Path(path)), *_override_entries(overrides, hints)]:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1)
-            problems.append(f"{place}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            advice = f"; did you mean {near[0]}?" if near else f"; {NO_SECRETS}" if "token" in key else ""
+            problems.append(f"{place}: unknown key {key!r}{advice}")
             continue
         try:
             values[key] = _convert(node, hints[key])

@@ -5,12 +5,17 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
 import os
+import stat
 import struct
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageCms, ImageOps
@@ -21,7 +26,9 @@ logger = logging.getLogger(__name__)
 
 ANNOTATIONS = "annotations.txt"
 _RECORD = ".annotations.sha256"  # hashes of the annotations we wrote: any other content is the user's
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+_FORMATS = dict(
+    zip(IMAGE_EXTENSIONS, ("JPEG", "JPEG", "PNG", "WEBP", "BMP", "TIFF", "TIFF"), strict=True)
+)  # by extension
 # What Pillow's decoders raise on broken files, besides OSError (truncated, unidentified, unreadable).
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -56,6 +63,11 @@ def list_images(image_dir: str | Path, extensions: Collection[str] = frozenset({
     Raises:
         UserError: the folder is missing or cannot be read.
     """
+    return [path for path in named_as_pictures(image_dir, extensions) if not path.is_dir()]
+
+
+def named_as_pictures(image_dir: str | Path, extensions: Collection[str]) -> list[Path]:
+    """Everything with a picture's name, folders too, so that `check_pictures` can say why it is passed over."""
     wanted = {extension.lower() for extension in extensions} - {".txt"}
     return [path for path in _visible(image_dir) if path.suffix.lower() in wanted]
 
@@ -63,7 +75,7 @@ def list_images(image_dir: str | Path, extensions: Collection[str] = frozenset({
 def _visible(image_dir: str | Path) -> list[Path]:
     try:
         with os.scandir(image_dir) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.name[0] != "." and not entry.is_dir())
+            return sorted(Path(entry.path) for entry in entries if entry.name[0] != ".")
     except FileNotFoundError:
         raise UserError(
             f"{image_dir}: there is no such folder; set images_dir to the folder of your pictures"
@@ -74,11 +86,19 @@ def _visible(image_dir: str | Path) -> list[Path]:
         raise UserError(f"{image_dir}: cannot be read ({error.strerror})", DISK_OR_DRIVE) from error
 
 
-def open_picture(source: str | Path | io.BytesIO, at_least: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+def formats(extensions: Collection[str]) -> tuple[str, ...]:
+    """The kinds of files, by Pillow's names, that stand behind extensions: no other decoder sees a picture's bytes."""
+    return tuple(dict.fromkeys(_FORMATS[extension.lower()] for extension in extensions))
+
+
+def open_picture(
+    source: str | Path | io.BytesIO, at_least: int | None = None, kinds: Sequence[str] = ("JPEG",)
+) -> tuple[Image.Image, tuple[int, int]]:
     """Decode one picture upright in sRGB.
 
     Args:
         source: a file or its bytes; opened for reading only.
+        kinds: what it may be, see `formats`; its name says nothing.
         at_least: a JPEG may be decoded at a half, quarter or eighth, as long as its shorter side keeps this many
             pixels: that is several times faster on a phone's photos.
 
@@ -88,7 +108,7 @@ def open_picture(source: str | Path | io.BytesIO, at_least: int | None = None) -
     Raises:
         OSError, SyntaxError, ValueError, EOFError, struct.error, DecompressionBombError: it cannot be decoded.
     """
-    with Image.open(source, formats=_FORMATS) as image:
+    with Image.open(source, formats=tuple(kinds)) as image:
         full = image.size
         if at_least:
             shrink = min(full) / at_least
@@ -140,20 +160,48 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     return wide.point(lambda value: value * factor + 0).convert("L")
 
 
-def check_pictures(paths: Sequence[Path], min_image_size: int) -> list[Picture]:
-    """Decode every picture once and say which are taken. Order is kept."""
-    # Threads are enough: Pillow decodes without the interpreter lock, and Drive answers slowly.
-    with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) * 2)) as pool:
-        return list(pool.map(lambda path: _check(path, min_image_size), paths))
+def check_pictures(paths: Sequence[Path], min_image_size: int, kinds: Sequence[str] = ("JPEG",)) -> list[Picture]:
+    """Decode every picture once, in processes of their own, and say which are taken. Order is kept."""
+    check = partial(_check, min_image_size=min_image_size, kinds=kinds)
+    found = _check_side_by_side(check, paths)
+    while left := [path for path in paths if path not in found]:
+        with _processes(1) as pool:  # one at a time, so that it is plain which one ends its process
+            for path in left:
+                try:
+                    found[path] = pool.submit(check, path).result()
+                except BrokenProcessPool:
+                    found[path] = Picture(path, reason="unreadable: the decoder crashes on it, or runs out of memory")
+                    break
+    return [found[path] for path in paths]
 
 
-def _check(path: Path, min_image_size: int) -> Picture:
+def _check_side_by_side(check: Callable[[Path], Picture], paths: Sequence[Path]) -> dict[Path, Picture]:
+    """What was found before all were checked, or one of them took its process along."""
+    found: dict[Path, Picture] = {}
+    with _processes(min(8, os.cpu_count() or 1, len(paths) // 8 or 1)) as pool, suppress(BrokenProcessPool):
+        for picture in pool.map(check, paths, chunksize=8):
+            found[picture.path] = picture
+    return found
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    # From a server, not forked off this process: a notebook's has threads, and a fork of it may hang.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(count, context)
+
+
+def _check(path: Path, min_image_size: int, kinds: Sequence[str]) -> Picture:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return Picture(path, reason=f"unreadable: {'a folder' if path.is_dir() else 'not a file'}")
         content = path.read_bytes()
-        _, (width, height) = open_picture(io.BytesIO(content), at_least=64)
+        _, (width, height) = open_picture(io.BytesIO(content), at_least=64, kinds=kinds)
     except Image.UnidentifiedImageError:
-        return Picture(path, reason="unreadable: not a picture that can be opened")
-    except BROKEN as error:
+        return Picture(path, reason=f"unreadable: not a {' or '.join(kinds)} that can be opened")
+    except FileNotFoundError:
+        return Picture(path, reason="unreadable: a link to nowhere" if path.is_symlink() else "unreadable: it is gone")
+    except (*BROKEN, MemoryError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
         return Picture(path, reason=f"unreadable: {reason}")
     reason = ""
@@ -316,7 +364,7 @@ def other_files(image_dir: str | Path, looked_at: Collection[str]) -> dict[str, 
     """How many files of other extensions lie in the folder (captions and annotations do not count)."""
     counts: dict[str, int] = defaultdict(int)
     for path in _visible(image_dir):
-        kind = path.suffix.lower()
+        kind = path.suffix.lower() if not path.is_dir() else ""
         if kind not in looked_at and kind not in ("", ".txt"):
             counts[kind] += 1
     return dict(sorted(counts.items()))

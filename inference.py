@@ -54,8 +54,9 @@ def run(config: Config, dry_run: bool = False) -> None:
     try:
         if missing:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_manifest(folder, recipe, designs, config)
-            _draw(config, lora, missing, folder, recipe)
+            with supervise.sole_use(folder):
+                _write_manifest(folder, recipe, designs, config)
+                _draw(config, lora, missing, folder, recipe)
         elif (folder / gallery.PAGE).exists():
             print("Finished already; other settings get a folder of their own.")
         if missing or not (folder / gallery.PAGE).exists():

@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -37,21 +38,18 @@ class Logbook:
         self.pending.append((step, loss, learning_rate, grad_norm))
         self.bar.update()
 
-    def read(self) -> list[float]:
-        """Fetch the pending losses, show the last, and return them."""
-        losses = []
+    def read(self) -> None:
+        """Fetch the pending losses and norms into `rows`, and show the last."""
         for step, loss, learning_rate, grad_norm in self.pending:
             seconds = time.monotonic() - self.started
             row = dict(zip(COLUMNS, (step, loss.item(), learning_rate, grad_norm.item(), seconds), strict=True))
             self.rows.append(row)
-            losses.append(row["loss"])
             if self.writer:
                 for name in COLUMNS[1:4]:
                     self.writer.add_scalar(f"train/{name}", row[name], step)
         if self.pending:
             self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{learning_rate:.1e}")
         self.pending.clear()
-        return losses
 
     def publish(self) -> None:
         """Write metrics.csv and loss.png as they stand."""
@@ -94,10 +92,10 @@ def _plot(rows: list[dict[str, float]]) -> bytes:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    smooth, mean = [], losses[0] if losses else 0.0
+    smooth, mean = [], next(filter(math.isfinite, losses), 0.0)
     weight = max(0.02, 2 / (len(losses) + 1))
     for loss in losses:
-        mean += weight * (loss - mean)
+        mean += weight * (loss - mean) if math.isfinite(loss) else 0
         smooth.append(mean)
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
     axes.plot(steps, smooth, color="tab:blue", label="running mean")

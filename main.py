@@ -7,8 +7,10 @@ python main.py --mode inference
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import drive
 from config import BAD_INPUT, UserError, describe, load_config
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     options = parser.parse_intermixed_args(arguments)
+    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about torchvision, which nothing here needs
     try:
@@ -50,10 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; the same command makes what is missing", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     return 0
+
+
+def _stop(number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def build_parser() -> argparse.ArgumentParser:

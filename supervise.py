@@ -1,23 +1,30 @@
 """Both ends of the line between main.py and the training process that accelerate launches for it.
 
 The launcher between them turns every failure into exit code 1 and does not pass signals on. So the reason of an end
-travels in a file, a stop goes to the whole process group, and whoever loses its parent leaves too.
+travels in a file, a stop goes to the whole process group, and whoever loses its parent saves and leaves too. An output
+folder is locked by whoever works in it, so that no two runs write into one.
 """
 
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from config import DISK_OR_DRIVE, OUT_OF_MEMORY, UserError
 from data_utils import write_atomically
+
+logger = logging.getLogger(__name__)
 
 OUTCOME = "outcome.json"
 STOPPED = 130
@@ -30,8 +37,14 @@ _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOTCONN, errno.ESTALE, errno.ENOENT, errno.ENOTDIR,
     errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM,
 )  # fmt: skip
-_PR_SET_PDEATHSIG = 1
+_MEMORY_ERRORS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _REMIND_SECONDS = 0.5
+# Python runs this instead of accelerate's own file, so that a SIGINT ends the launcher without a traceback.
+LAUNCHER = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "runpy.run_module('accelerate.commands.launch', run_name='__main__', alter_sys=True)"
+)
 
 
 class Stopped(Exception):
@@ -57,8 +70,7 @@ def report_outcome(work: Callable[[StopSignal], str], folder: Path) -> int:
 
     A failure that is a bug of ours goes on as it is, with its traceback.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # so that the launcher's death reaches us
+    _set_for_process(_PR_SET_PDEATHSIG, signal.SIGTERM)  # so that the launcher's death reaches us
     _write(folder, None, "")
     try:
         message, code = work(StopSignal()), 0
@@ -86,13 +98,49 @@ def _write(folder: Path, code: int | None, message: str) -> None:
 
 def explain(error: Exception, advice: str) -> tuple[str, int] | None:
     """The sentence and exit code for a failure that the user can mend; None for a bug of ours."""
-    # By name, since this file does not import torch: torch.OutOfMemoryError is a RuntimeError.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    # By words, since this file does not import torch, and not all of its libraries raise torch.OutOfMemoryError.
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    if isinstance(error, MemoryError) or any(words in said for words in _MEMORY_ERRORS):
         return f"out of memory: {advice}", OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         cure = "make room, or see that the folder is there, then run the same command again"
         return f"{error.filename or 'a file'} could not be written or read ({error.strerror}): {cure}", DISK_OR_DRIVE
     return None
+
+
+@contextmanager
+def sole_use(folder: Path) -> Iterator[int]:
+    """Lock an output folder that is there; yields the lock, for `share`. It dies with all processes that hold it.
+
+    Raises:
+        UserError: another run on this machine works in that folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, fcntl.LOCK_EX, folder)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def share(descriptor: int, folder: Path) -> None:
+    """Let the processes of this run hold the lock too: whoever wants the folder waits for the last of them."""
+    _lock(descriptor, fcntl.LOCK_SH, folder)
+
+
+def hold_shared(folder: Path) -> None:
+    """The training process's part in the lock, until it ends: the descriptor is left open on purpose."""
+    share(os.open(folder, os.O_RDONLY), folder)
+
+
+def _lock(descriptor: int, kind: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        advice = "wait for it or stop it, or name another folder"
+        raise UserError(f"another run is at work in {folder}: {advice}") from None
+    except OSError as error:  # some network folders have no locks
+        logger.warning("%s cannot be locked (%s): start no second run in it", folder, error.strerror)
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -106,6 +154,7 @@ def run(command: list[str], folder: Path) -> str:
     stops: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     old = {number: signal.signal(number, lambda got, _: stops.append(got)) for number in numbers}
+    _set_for_process(_PR_SET_CHILD_SUBREAPER, 1)  # a training that loses its launcher becomes our child
     try:
         launcher = subprocess.Popen(command, start_new_session=True, preexec_fn=_as_launcher)
         while True:
@@ -115,18 +164,26 @@ def run(command: list[str], folder: Path) -> str:
             except subprocess.TimeoutExpired:
                 # Again and again: a process that is only just starting has no ear for it yet.
                 if stops:
-                    _signal_group(launcher.pid, signal.SIGKILL if len(stops) > 1 else signal.SIGINT)
-        _signal_group(launcher.pid, signal.SIGKILL)  # whoever of the group is left over
+                    _signal_group(launcher.pid, signal.SIGKILL if len(stops) > 1 else signal.SIGTERM)
+        # The launcher can end before the training, by the signal that was for both: then that still saves.
+        while _group_lives(launcher.pid):
+            told = _outcome(folder).get("exit_code") is not None
+            _signal_group(launcher.pid, signal.SIGKILL if told or len(stops) > 1 else signal.SIGTERM)
+            time.sleep(_REMIND_SECONDS / 5)
     finally:
+        _set_for_process(_PR_SET_CHILD_SUBREAPER, 0)
         for number, handler in old.items():
             signal.signal(number, handler)
-    return _verdict(code, stops, folder / OUTCOME)
+    return _verdict(code, stops, _outcome(folder))
 
 
 def _as_launcher() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is to outlive the training process, and report its end
+    _set_for_process(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _set_for_process(option: int, value: int) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(option, value)
 
 
 def _signal_group(group: int, number: int) -> None:
@@ -134,12 +191,32 @@ def _signal_group(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def _verdict(code: int, stops: list[int], outcome: Path) -> str:
-    said = json.loads(outcome.read_text()) if outcome.exists() else {}
+def _group_lives(group: int) -> bool:
+    """Whether any process of the group is left; the dead among them that are ours are put to rest."""
+    try:
+        while os.waitpid(-group, os.WNOHANG) != (0, 0):
+            pass
+    except ChildProcessError:
+        pass
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _outcome(folder: Path) -> dict[str, Any]:
+    path = folder / OUTCOME
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _verdict(code: int, stops: list[int], said: dict[str, Any]) -> str:
     ended, message = said.get("exit_code"), said.get("message", "")
     if ended == 0:
         return message
-    if stops or ended == STOPPED:
+    if not stops and code in (-signal.SIGINT, -signal.SIGTERM):
+        stops = [-code]  # the launcher alone was stopped
+    if stops and ended in (None, STOPPED) or ended == STOPPED:
         message = message or "stopped at once; the same command goes on from the last checkpoint"
         raise UserError(message, 128 + (stops[0] if stops else signal.SIGINT))
     if ended is not None:

@@ -11,7 +11,8 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 TRAINING_SCRIPT = Path(__file__).with_name("train_lora.py")
 # A run cannot go on when one of these changes: it would be learning something else.
 LEARNT_SETTINGS = ("pretrained_model", "resolution", "rank", "lora_alpha", "seed")
+MOST_BAD = 0.1  # share of the pictures
 ANEW = "to start anew, set lora_output_dir to a new folder"
 
 
@@ -38,38 +40,47 @@ def run(config: Config, dry_run: bool = False) -> None:
     Raises:
         UserError: whatever the user can mend, with its exit code.
     """
-    images = data_utils.list_images(config.images_dir, config.image_extensions)
-    pictures = data_utils.check_pictures(images, config.min_image_size)
+    if config.accelerate_config:
+        check_accelerate_config(Path(config.accelerate_config))
+    taken, annotations = look_at_pictures(config)
+    learns = what_is_learnt(config, taken, annotations.captions)
+    output_dir = Path(config.lora_output_dir)
+    with nullcontext(0) if dry_run else _own(output_dir) as lock:
+        finished = finished_step(config, learns)
+        if finished is not None and finished >= config.max_train_steps and config.resume_from_checkpoint:
+            print(f"Finished already: {_lora_file(config)} has {finished} steps. Set max_train_steps higher to go on.")
+            return
+        resume = where_to_go_on(config, learns)
+        if finished is not None and resume is None:
+            raise UserError(f"{_lora_file(config)} is finished, and no checkpoint is left to go on from: {ANEW}")
+        if dry_run:
+            _print_plan(config, annotations, resume)
+            return
+        with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
+            job_file, config_file = Path(folder, "job.json"), Path(folder, "accelerate.yaml")
+            command = build_command(config, config_file, job_file)
+            _write_run_files(config, taken, finished)
+            captions = data_utils.read_annotations(annotations.path)
+            job_file.write_text(json.dumps(make_job({p.path: captions[p.path] for p in taken}, learns, resume)))
+            config_file.write_text(accelerate_settings())
+            supervise.share(lock, output_dir)
+            print(supervise.run(command, Path(folder)))
+
+
+def look_at_pictures(config: Config) -> tuple[list[data_utils.Picture], data_utils.Annotations]:
+    """The pictures to train on and all captions, after the report on them is printed and, if wanted, written."""
+    kinds = data_utils.formats(config.image_extensions)
+    images = data_utils.named_as_pictures(config.images_dir, config.image_extensions)
+    pictures = data_utils.check_pictures(images, config.min_image_size, kinds)
     annotations = data_utils.plan_annotations(
         config.images_dir, config.instance_prompt, [p.path for p in pictures if p.taken], config.lora_output_dir
     )
-    pictures += data_utils.check_pictures(
-        [path for path in annotations.captions if path not in images], config.min_image_size
-    )
+    others = [path for path in annotations.captions if path not in images]
+    pictures += data_utils.check_pictures(others, config.min_image_size, kinds)
     print(data_utils.report_text(config.images_dir, pictures, annotations, config.instance_prompt))
     if config.report:
         _write_report(Path(config.report), pictures)
-    taken = _trainable(pictures, annotations)
-
-    learns = what_is_learnt(config, taken, annotations.captions)
-    finished = finished_step(config, learns)
-    if finished is not None and finished >= config.max_train_steps and config.resume_from_checkpoint:
-        print(f"Finished already: {_lora_file(config)} has {finished} steps. Set max_train_steps higher to go on.")
-        return
-    resume = where_to_go_on(config, learns)
-    if finished is not None and resume is None:
-        raise UserError(f"{_lora_file(config)} is finished, and no checkpoint is left to go on from: {ANEW}")
-    if dry_run:
-        _print_plan(config, annotations, resume)
-        return
-    with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
-        job_file, config_file = Path(folder, "job.json"), Path(folder, "accelerate.yaml")
-        command = build_command(config, config_file, job_file)
-        _write_run_files(config, taken, finished)
-        captions = data_utils.read_annotations(annotations.path)
-        job_file.write_text(json.dumps(make_job({p.path: captions[p.path] for p in taken}, learns, resume)))
-        config_file.write_text(accelerate_settings())
-        print(supervise.run(command, Path(folder)))
+    return _trainable(config, pictures, annotations), annotations
 
 
 def _write_report(path: Path, pictures: Sequence[data_utils.Picture]) -> None:
@@ -80,14 +91,32 @@ def _write_report(path: Path, pictures: Sequence[data_utils.Picture]) -> None:
         raise UserError(f"report: {path} cannot be written ({error.strerror})", DISK_OR_DRIVE) from error
 
 
-def _trainable(pictures: Sequence[data_utils.Picture], annotations: data_utils.Annotations) -> list[data_utils.Picture]:
-    """The pictures that are both good and annotated."""
-    taken = [picture for picture in pictures if picture.taken and picture.path in annotations.captions]
-    left_out = sum(picture.taken for picture in pictures) - len(taken)
-    if left_out:
+def _trainable(
+    config: Config, pictures: Sequence[data_utils.Picture], annotations: data_utils.Annotations
+) -> list[data_utils.Picture]:
+    """The pictures that are both good and annotated.
+
+    Raises:
+        UserError: they are too few, or too many of all are bad.
+    """
+    good = [picture for picture in pictures if picture.taken]
+    bad = len(pictures) - len(good)
+    if bad > len(pictures) * MOST_BAD and good and not config.skip_bad_images:
+        raise UserError(
+            f"{bad} of {len(pictures)} pictures cannot be taken: mend or remove those in the list above, "
+            "or set skip_bad_images: true to train without them"
+        )
+    taken = [picture for picture in good if picture.path in annotations.captions]
+    if len(taken) < len(good):
+        left_out = len(good) - len(taken)
         logger.warning("%d pictures are not in %s, which is yours: they are left out", left_out, annotations.path)
     if not taken:
         raise UserError("no pictures to train on: see the list above, and set images_dir or image_extensions")
+    if len(taken) < config.min_images:
+        raise UserError(
+            f"{len(taken)} pictures to train on, and min_images is {config.min_images}: see the list above, "
+            "add pictures, or set min_images lower"
+        )
     return taken
 
 
@@ -171,16 +200,10 @@ def make_job(captions: dict[Path, str], learns: dict[str, Any], resume: Path | N
 
 
 def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list[str]:
-    """The whole launch. accelerate gets a file, the user's or ours: one cached on the machine would win over flags.
-
-    Raises:
-        UserError: `accelerate_config` is missing, or asks for DeepSpeed or FSDP.
-    """
-    if config.accelerate_config:
-        _check_accelerate_config(Path(config.accelerate_config))
+    """The whole launch. accelerate gets a file, the user's or ours: one cached on the machine would win over flags."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [
-        sys.executable, "-m", "accelerate.commands.launch",
+        sys.executable, "-c", supervise.LAUNCHER,
         "--config_file", config.accelerate_config or str(accelerate_file),
         "--num_cpu_threads_per_process", str(threads),  # its own default is one
         "--quiet",  # the reason of a failure is told by us, once
@@ -204,7 +227,11 @@ def accelerate_settings() -> str:
     return yaml.safe_dump(settings)
 
 
-def _check_accelerate_config(path: Path) -> None:
+def check_accelerate_config(path: Path) -> None:
+    """
+    Raises:
+        UserError: the file is missing, or asks for DeepSpeed or FSDP.
+    """
     try:
         settings = yaml.safe_load(path.read_text())
         kind = str(settings.get("distributed_type", "NO")).upper()
@@ -215,11 +242,26 @@ def _check_accelerate_config(path: Path) -> None:
         raise UserError(f"accelerate_config: {path} asks for DeepSpeed or FSDP; a LoRA needs neither: use MULTI_GPU")
 
 
+@contextmanager
+def _own(output_dir: Path) -> Iterator[int]:
+    """The output folder, made if missing and locked for this run; it goes again where nothing was written into it."""
+    is_new = not output_dir.exists()
+    with _writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with supervise.sole_use(output_dir) as lock:
+            yield lock
+    finally:
+        if is_new:
+            with suppress(OSError):  # not empty: kept
+                output_dir.rmdir()
+
+
 def _write_run_files(config: Config, taken: Sequence[data_utils.Picture], finished: int | None) -> None:
     """Annotations and the resolved settings; a finished LoRA that is to be trained further keeps a name of its own."""
     output_dir = Path(config.lora_output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+    with _writing(output_dir):
+        checkpoint.sweep(output_dir)
         data_utils.create_annotations(
             config.images_dir, config.instance_prompt, images=[p.path for p in taken], fallback_dir=output_dir
         )
@@ -227,6 +269,13 @@ def _write_run_files(config: Config, taken: Sequence[data_utils.Picture], finish
         if finished is not None:
             names = data_utils.numbered(output_dir, f"pytorch_lora_weights-step{finished}", ".safetensors")
             _lora_file(config).rename(next(name for name in names if not name.exists()))
+
+
+@contextmanager
+def _writing(output_dir: Path) -> Iterator[None]:
+    """Turns an error of the disk into a sentence."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"{error.filename or output_dir} cannot be written ({error.strerror}): "

@@ -7,6 +7,7 @@ launcher turns every failure into exit code 1.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -32,9 +33,12 @@ import gallery
 import models
 from config import LOSS_NOT_FINITE, Config, UserError, load_config
 from logbook import READ_EVERY, Logbook
-from supervise import Stopped, StopSignal, report_outcome
+from supervise import Stopped, StopSignal, hold_shared, report_outcome
 
 logger = logging.getLogger("train_lora")
+
+# Updates in a row that may be left out because the loss or the gradients are not finite; fp16 begins with a few such.
+MOST_LOST, MOST_OVERFLOWN = 5, 25
 
 
 def main() -> int:
@@ -46,7 +50,9 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
 
     def work(stop: StopSignal) -> str:
-        return train(load_config(arguments.config), json.loads(arguments.job.read_text()), stop)
+        config = load_config(arguments.config)
+        hold_shared(Path(config.lora_output_dir))
+        return train(config, json.loads(arguments.job.read_text()), stop)
 
     return report_outcome(work, arguments.job.parent)
 
@@ -91,7 +97,7 @@ def train(config: Config, job: dict[str, Any], stop: StopSignal) -> str:
         unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(
         lora.values(), config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay, fused=device.type == "cuda",
+        weight_decay=config.adam_weight_decay, fused=True,
     )  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     noise_scheduler = models.load_noise_scheduler(config)
@@ -136,7 +142,8 @@ def encode(
 
     vae = models.load_vae(config, device)
     paths = [Path(path) for path in captions]
-    mean, std, time_ids = batches.encode_pictures(vae, paths, config.resolution, config.random_flip)
+    kinds = data_utils.formats(config.image_extensions)
+    mean, std, time_ids = batches.encode_pictures(vae, paths, config.resolution, config.random_flip, kinds)
     vae.to("cpu")
     draw.free(device)
     return batches.Encoded(mean, std, time_ids, caption_ids, prompt_embeds, pooled), (preview, vae)
@@ -162,9 +169,12 @@ def loop(run: Run, log: Logbook, first_step: int, stop: StopSignal) -> int:
         loss, grad_norm, stopping = update(run, done, learning_rate, stop.requested)
         done += 1
         log.record(done, loss, learning_rate, grad_norm)
-        saving = stopping or done % config.checkpointing_steps == 0 or done == config.max_train_steps
+        ending = stopping or done == config.max_train_steps
+        saving = ending or done % config.checkpointing_steps == 0
         if saving or done % READ_EVERY == 0:
-            _check_finite(log.read(), done, config)
+            log.read()
+            # What came before a row of bad losses may be their cause: no checkpoint of that.
+            saving = check_finite(run, log.rows, ending) and saving
         if saving and is_main:
             log.publish()
             save_checkpoint(run, done)
@@ -200,6 +210,8 @@ def update(run: Run, step: int, learning_rate: float, stop_requested: bool) -> t
     grad_norm = torch.nn.utils.clip_grad_norm_(run.lora.values(), config.max_grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
+    # The fused optimizer leaves its step out where this is 1, without waiting for the GPU; the scaler sets it itself.
+    run.optimizer.found_inf = (~(total + grad_norm).isfinite()).float()  # type: ignore[attr-defined]
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
@@ -249,12 +261,24 @@ def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, bool
     return flat[-2], bool(flat[-1] > 0)
 
 
-def _check_finite(losses: list[float], step: int, config: Config) -> None:
-    if all(math.isfinite(loss) for loss in losses):
-        return
+def check_finite(run: Run, rows: list[dict[str, float]], ending: bool) -> bool:
+    """Whether the last loss is a finite number.
+
+    Raises:
+        UserError: too many in a row are not, or the last before the end is not (exit 5).
+    """
+    lost, overflown = (
+        len(list(itertools.takewhile(lambda row: not math.isfinite(row[column]), reversed(rows))))  # noqa: B023
+        for column in ("loss", "grad_norm")
+    )
+    if lost < MOST_LOST and overflown < MOST_OVERFLOWN and not (lost and ending):
+        return not lost
+    cure = f"lower learning_rate ({run.config.learning_rate:g})"
+    if run.dtype == torch.float16:
+        cure = f"use mixed_precision: bf16 or no, or {cure}"
     raise UserError(
-        f"the loss is not a finite number at step {step}: lower learning_rate ({config.learning_rate:g}), "
-        "or use mixed_precision: bf16 or no instead of fp16; the same command goes on from the last checkpoint",
+        f"the loss is not a finite number at step {rows[-1]['step']}, nor shortly before; those updates were left out: "
+        f"{cure}; the same command then goes on from the last checkpoint",
         LOSS_NOT_FINITE,
     )
 
@@ -315,7 +339,7 @@ def draw_samples(run: Run, step: int) -> None:
     vae.to("cpu")
     run.unet.train()
     path = run.folder / "samples" / f"step-{step:06d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     data_utils.write_atomically(path, gallery.contact_sheet(pictures))
 
 

@@ -109,7 +109,9 @@ def crispness(pictures: Tensor) -> float:
 
 def load_pictures(paths: Sequence[Path]) -> Tensor:
     """Pictures (n, 3, SIDE, SIDE) from 0 to 1, cut and resized as for training."""
-    return to_pixels([data_utils.fit_square(data_utils.open_picture(path)[0], SIDE)[0] for path in paths])
+    kinds = data_utils.formats(IMAGE_EXTENSIONS)
+    opened = [data_utils.open_picture(path, kinds=kinds)[0] for path in paths]
+    return to_pixels([data_utils.fit_square(picture, SIDE)[0] for picture in opened])
 
 
 def held_out_lace() -> Tensor:

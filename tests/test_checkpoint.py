@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -23,8 +22,9 @@ def write(folder: Path) -> None:
 
 
 def test_a_published_checkpoint_is_whole(tmp_path: Path) -> None:
-    folder = checkpoint.publish(tmp_path / "new" / "lora", 4, write, keep=2)
-    assert folder == tmp_path / "new" / "lora" / "checkpoint-4"
+    (tmp_path / "lora").mkdir()
+    folder = checkpoint.publish(tmp_path / "lora", 4, write, keep=2)
+    assert folder == tmp_path / "lora" / "checkpoint-4"
     assert names(folder) == {*CONTENT, "manifest.json"}
     assert {name: (folder / name).read_bytes() for name in CONTENT} == CONTENT
     assert checkpoint.verify(folder) == ""
@@ -122,26 +122,93 @@ def test_a_writer_that_fails_leaves_everything_as_it_was(tmp_path: Path, error: 
     assert names(tmp_path) == {"checkpoint-4"}
 
 
-def test_a_writer_that_is_killed_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
-    code = (
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import checkpoint; from pathlib import Path\n"
-        "def die(folder): (folder / 'weights.bin').write_bytes(b'half'); os.kill(os.getpid(), 9)\n"
-        f"checkpoint.publish(Path({str(tmp_path)!r}), 4, die, 2)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
-    [left] = names(tmp_path)
-    assert re.fullmatch(r"\.checkpoint-4\..*", left)
-    assert checkpoint.newest(tmp_path) == (None, [])
+# Where a write can be killed: the n-th call of one of these, in a process that replaces an older checkpoint-4.
+KILLS = [("shutil", "copyfile", 1), ("shutil", "copyfile", 3), ("os", "replace", 1), ("os", "replace", 2)]
+
+
+@pytest.mark.parametrize(("module", "function", "call"), KILLS)
+def test_a_write_that_is_killed_leaves_a_whole_checkpoint_or_none(
+    module: str, function: str, call: int, tmp_path: Path
+) -> None:
+    older = checkpoint.publish(tmp_path, 4, lambda folder: put(folder / "weights.bin", b"older"), keep=2)
+    code = f"""
+import os, shutil, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import checkpoint, test_checkpoint
+from pathlib import Path
+real, calls = {module}.{function}, []
+def die(source, target):
+    calls.append(target)
+    if len(calls) == {call}:
+        if {function!r} == "copyfile":
+            Path(target).write_bytes(Path(source).read_bytes()[:10])
+        os.kill(os.getpid(), 9)
+    return real(source, target)
+{module}.{function} = die
+checkpoint.publish(Path({str(tmp_path)!r}), 4, test_checkpoint.write, 2)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert all(name == older.name or name.startswith(".checkpoint-4.") for name in names(tmp_path))
+    checkpoint.sweep(tmp_path)
+    assert names(tmp_path) == {older.name}
+    assert checkpoint.verify(older) == ""
+    assert (older / "weights.bin").read_bytes() == b"older"
     checkpoint.publish(tmp_path, 6, write, keep=2)
-    assert names(tmp_path) == {"checkpoint-6"}
+    assert names(tmp_path) == {older.name, "checkpoint-6"}
+
+
+def put(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def test_a_folder_that_vanished_is_not_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "drive").mkdir()
+    checkpoint.publish(tmp_path / "drive", 4, write, keep=2)
+    (tmp_path / "drive").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        checkpoint.publish(tmp_path / "drive", 6, write, keep=2)
+    assert names(tmp_path) == {"elsewhere"}
+
+
+def test_what_a_drive_changes_on_the_way_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def copy(source: Path, target: Path) -> None:
+        Path(target).write_bytes(Path(source).read_bytes())
+        if Path(target).name == "weights.bin":
+            flip_a_bit(Path(target))
+
+    monkeypatch.setattr(checkpoint.shutil, "copyfile", copy)
+    with pytest.raises(OSError, match="weights.bin is damaged"):
+        checkpoint.publish(tmp_path, 4, write, keep=2)
+
+
+def test_everything_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_flush(descriptor: int) -> None:
+        order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_name(source: Path, target: Path) -> None:
+        order.append(f"named {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", note_flush)
+    monkeypatch.setattr(checkpoint.os, "replace", note_name)
+    checkpoint.publish(tmp_path, 4, write, keep=2)
+    folder = f".checkpoint-4.{os.getpid()}.tmp"
+    assert order == [*sorted(CONTENT), "manifest.json", folder, "named checkpoint-4", tmp_path.name]
 
 
 def test_sweep_takes_only_what_is_ours(tmp_path: Path) -> None:
     for name in (".checkpoint-4.77.tmp", ".checkpoint-4.77.old", ".checkpoint-mine", "checkpoint-4", ".hidden"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
+    (tmp_path / ".metrics.csv.77.tmp").write_text("half")
+    (tmp_path / ".mine.tmp").write_text("mine")
     checkpoint.sweep(tmp_path)
-    assert names(tmp_path) == {".checkpoint-mine", "checkpoint-4", ".hidden"}
+    assert names(tmp_path) == {".checkpoint-mine", "checkpoint-4", ".hidden", ".mine.tmp"}
 
 
 def test_a_disk_that_loses_bytes_is_a_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

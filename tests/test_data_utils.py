@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image, ImageChops, ImageCms, ImageStat
 
 import data_utils
-from config import UserError
+from config import IMAGE_EXTENSIONS, UserError
 from pictures import as_file, gradient, jpg, jpgs, snapshot, swapped_profile, truncated_jpg
 
 Transpose = Image.Transpose
@@ -28,8 +30,11 @@ UPRIGHT: dict[int, tuple[Transpose, ...]] = {
 }
 
 
+ANY = data_utils.formats(IMAGE_EXTENSIONS)
+
+
 def opened(source: Any, at_least: int | None = None) -> Image.Image:
-    picture, _ = data_utils.open_picture(source, at_least)
+    picture, _ = data_utils.open_picture(source, at_least, ANY)
     assert picture.mode == "RGB"
     return picture
 
@@ -56,7 +61,7 @@ def test_list_images(tmp_path: Path) -> None:
 def test_a_link_to_nowhere_is_reported_not_lost(tmp_path: Path) -> None:
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
     [found] = data_utils.check_pictures(data_utils.list_images(tmp_path), 16)
-    assert found.reason.startswith("unreadable: No such file")
+    assert found.reason == "unreadable: a link to nowhere"
 
 
 def test_relative_folders_give_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +91,7 @@ def test_exif_orientation_equals_turning_by_hand(orientation: int, kind: str) ->
     by_hand = gradient(64, 48)
     for turn in UPRIGHT[orientation]:
         by_hand = by_hand.transpose(turn)
-    picture, size = data_utils.open_picture(content)
+    picture, size = data_utils.open_picture(content, kinds=ANY)
     assert size == by_hand.size == picture.size
     assert far(picture, by_hand) < 1.5
 
@@ -178,17 +183,23 @@ def test_checking_says_what_is_wrong_with_each(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("not a picture")
     gradient().save(tmp_path / "other.jpg", format="PPM")
     gradient().save(tmp_path / "really a png.jpg", format="PNG")
-    paths = data_utils.list_images(tmp_path)
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "bomb.jpg").write_bytes(bomb())
+    paths = data_utils.named_as_pictures(tmp_path, [".jpg"])
     before = snapshot(tmp_path)
     found = data_utils.check_pictures(paths, 32)
     assert snapshot(tmp_path) == before
     assert [picture.path for picture in found] == paths
     reasons = {picture.path.name: picture.reason for picture in found}
     assert reasons.pop("cut.jpg").startswith("unreadable: ")
-    unknown = "unreadable: not a picture that can be opened"
+    assert "exceeds limit" in reasons.pop("bomb.jpg")
+    unknown = "unreadable: not a JPEG that can be opened"
     assert reasons == {
         "good.jpg": "",
-        "really a png.jpg": "",
+        "really a png.jpg": unknown,
+        "folder.jpg": "unreadable: a folder",
+        "pipe.jpg": "unreadable: not a file",
         "small.jpg": "too small: 100x31, min_image_size is 32",
         "empty.jpg": unknown,
         "text.jpg": unknown,
@@ -198,8 +209,57 @@ def test_checking_says_what_is_wrong_with_each(tmp_path: Path) -> None:
     assert (good.width, good.height, good.taken) == (48, 64, True)
 
 
+def bomb() -> bytes:
+    """A JPEG of a few bytes that says it is 60,000 pixels wide and high."""
+    content = bytearray(as_file(gradient(), "JPEG").getvalue())
+    frame = content.index(b"\xff\xc0")
+    content[frame + 5 : frame + 9] = (60_000).to_bytes(2, "big") * 2
+    return bytes(content)
+
+
+def test_other_kinds_are_taken_when_asked_for(tmp_path: Path) -> None:
+    gradient().save(tmp_path / "really a png.jpg", format="PNG")
+    kinds = data_utils.formats([".JPG", ".jpeg", ".png"])
+    assert kinds == ("JPEG", "PNG")
+    [found] = data_utils.check_pictures(data_utils.list_images(tmp_path), 32, kinds)
+    assert found.taken
+
+
+def test_a_picture_that_ends_its_process_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = jpgs(tmp_path, 20)
+    paths[3].write_bytes(b"die")
+    paths[15].write_bytes(b"die")
+    monkeypatch.setattr(data_utils, "_check", check_or_die)
+    found = data_utils.check_pictures(paths, 32)
+    assert [picture.path for picture in found] == paths
+    crashed = [picture.path for picture in found if "the decoder crashes on it" in picture.reason]
+    assert crashed == [paths[3], paths[15]]
+    assert sum(picture.taken for picture in found) == 18
+
+
+def check_or_die(path: Path, min_image_size: int, kinds: Sequence[str]) -> data_utils.Picture:
+    """As a decoder with a fault does on some files."""
+    if path.read_bytes() == b"die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return data_utils.Picture(path, 64, 48, "0")
+
+
+def test_a_file_without_permission_is_passed_over(tmp_path: Path) -> None:
+    [path] = jpgs(tmp_path, 1)
+    path.chmod(0)
+    tmp_path.chmod(0o755)
+    reader, writer = os.pipe()
+    child = os.fork()  # root may read everything: a child gives that up
+    if not child:
+        os.seteuid(65534)
+        os.write(writer, data_utils._check(path, 32, ("JPEG",)).reason.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 200).decode() == "unreadable: Permission denied"
+
+
 def report(folder: Path, *extensions: str) -> str:
-    pictures = data_utils.check_pictures(data_utils.list_images(folder, extensions or (".jpg",)), 32)
+    pictures = data_utils.check_pictures(data_utils.list_images(folder, extensions or (".jpg",)), 32, ANY)
     annotations = data_utils.plan_annotations(folder, "lace", [p.path for p in pictures if p.taken], folder)
     return data_utils.report_text(folder, pictures, annotations, "lace")
 

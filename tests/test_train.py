@@ -64,6 +64,7 @@ def make(tmp_path: Path) -> Make:
 
     def settings(**changes: Any) -> Config:
         values = {"images_dir": str(tmp_path / "photos"), "lora_output_dir": str(tmp_path / "lora")}
+        values |= {"min_images": 1, "skip_bad_images": True}
         return Config(**(values | {"min_image_size": 32, "max_train_steps": 8, "checkpointing_steps": 4} | changes))
 
     return settings
@@ -109,7 +110,7 @@ def test_the_command_is_one_that_accelerate_accepts(launch: Launch, make: Make, 
     launcher = pytest.importorskip("accelerate.commands.launch")
     train.run(make(lora_output_dir=str(tmp_path / "mit Leerzeichen ü")))
     [command] = launch.commands
-    assert command[1:3] == ["-m", "accelerate.commands.launch"]
+    assert command[1:3] == ["-c", supervise.LAUNCHER]
     parsed = launcher.launch_command_parser().parse_args(command[3:])
     assert Path(parsed.training_script) == train.TRAINING_SCRIPT
     assert train.TRAINING_SCRIPT.exists()
@@ -206,6 +207,26 @@ def test_without_a_good_picture_nothing_is_written(tmp_path: Path, launch: Launc
     refused(config, "no pictures to train on")
     refused(make(image_extensions=(".png",)), "no pictures to train on")
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(("bad", "refuses"), [(1, False), (2, True)])
+def test_more_than_a_tenth_bad_is_refused(bad: int, refuses: bool, tmp_path: Path, launch: Launch, make: Make) -> None:
+    jpgs(tmp_path / "photos", 10)
+    for index in range(bad):
+        truncated_jpg(tmp_path / "photos" / f"cut_{index}.jpg")
+    if refuses:
+        refused(make(skip_bad_images=False), "2 of 12 pictures cannot be taken.*skip_bad_images: true")
+        assert not launch.jobs
+        train.run(make(skip_bad_images=True))
+    else:
+        train.run(make(skip_bad_images=False))
+    assert len(launch.jobs[0]["captions"]) == 10
+
+
+def test_too_few_pictures_are_refused(tmp_path: Path, launch: Launch, make: Make) -> None:
+    truncated_jpg(tmp_path / "photos" / "lace_0.jpg")
+    refused(make(min_images=3), "2 pictures to train on, and min_images is 3")
+    train.run(make(min_images=2))
 
 
 def test_annotations_by_hand_say_what_is_trained(

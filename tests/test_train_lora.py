@@ -91,7 +91,7 @@ def make_run(config: Config, data: batches.Encoded | None = None) -> train_lora.
             batch.prompt_embeds, batch.pooled_prompt_embeds,
         )  # fmt: skip
     process: Any = SimpleNamespace(device=CPU, num_processes=1, process_index=0, is_main_process=True)
-    optimizer = torch.optim.AdamW(lora.values(), config.learning_rate)
+    optimizer = torch.optim.AdamW(lora.values(), config.learning_rate, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     job: dict[str, Any] = {"learns": {}, "resume": None, "captions": {}}
     return train_lora.Run(
