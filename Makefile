@@ -2,11 +2,12 @@
 # make install  the environment in .venv
 # make demo     train and draw on the embedded demo model, offline, without a GPU
 # make test     the test suite
+# make torture  a hundred kills and thousands of broken inputs, about half an hour
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: check install demo demo-data test lint format clean
+.PHONY: check install demo test torture lint format clean
 
 check: lint test
 
@@ -27,6 +28,9 @@ demo/model/refiner/model_index.json: demo/build_model.py
 
 test: install
 	$(RUN) -m pytest
+
+torture: install
+	KILLS=100 EXAMPLES=3000 $(RUN) -m pytest tests/test_nothing_lost.py tests/test_properties.py
 
 lint: install
 	$(RUN) -m ruff check

@@ -271,8 +271,13 @@ def _convert(node: yaml.Node, hint: Any) -> Any:
     return _scalar(node, wanted)
 
 
+# What YAML makes of words by itself; any other tag was written by hand.
+_KINDS = ("null", "bool", "int", "float", "str", "timestamp", "merge", "value")
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in _KINDS}
+
+
 def _scalar(node: yaml.Node, wanted: Any) -> Any:
-    if not isinstance(node, yaml.ScalarNode) or not node.tag.startswith("tag:yaml.org,2002:"):
+    if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN_TAGS:
         raise ValueError(f"is not {_name(wanted)}")
     text, tag = node.value, node.tag.rpartition(":")[2]
     shown = text if len(text) <= 40 else text[:40] + "…"

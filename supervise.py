@@ -37,7 +37,7 @@ _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOTCONN, errno.ESTALE, errno.ENOENT, errno.ENOTDIR,
     errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM,
 )  # fmt: skip
-_MEMORY_ERRORS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+_MEMORY_ERRORS = ("OutOfMemoryError", "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _REMIND_SECONDS = 0.5
 # Python runs this instead of accelerate's own file, so that a SIGINT ends the launcher without a traceback.
@@ -99,12 +99,13 @@ def _write(folder: Path, code: int | None, message: str) -> None:
 def explain(error: Exception, advice: str) -> tuple[str, int] | None:
     """The sentence and exit code for a failure that the user can mend; None for a bug of ours."""
     # By words, since this file does not import torch, and not all of its libraries raise torch.OutOfMemoryError.
-    said = str(error) if isinstance(error, RuntimeError) else ""
+    said = f"{type(error).__name__}: {error}" if isinstance(error, RuntimeError) else ""
     if isinstance(error, MemoryError) or any(words in said for words in _MEMORY_ERRORS):
         return f"out of memory: {advice}", OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         cure = "make room, or see that the folder is there, then run the same command again"
-        return f"{error.filename or 'a file'} could not be written or read ({error.strerror}): {cure}", DISK_OR_DRIVE
+        name = error.filename2 or error.filename or "a file"  # of a copy, where it was to go
+        return f"{name} could not be written or read ({error.strerror}): {cure}", DISK_OR_DRIVE
     return None
 
 

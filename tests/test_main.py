@@ -109,7 +109,7 @@ def test_torch_is_not_loaded_before_it_is_needed(arguments: list[str], code: int
 def test_a_prompt_and_a_photo_in_any_language(tmp_path: Path) -> None:
     [photo] = jpgs(tmp_path / "große Häkelei 🧵", 1)
     photo.rename(photo.with_name("spitze ü 🌸.jpg"))
-    (tmp_path / "config.yaml").write_text("lora_output_dir: lora\nmin_image_size: 16\n")
+    (tmp_path / "config.yaml").write_text("lora_output_dir: lora\nmin_image_size: 16\nmin_images: 1\n")
     done = main_py("--mode", "train", "--dry-run", f"images_dir={photo.parent}", "instance_prompt=ein Foto, weiß 🪡",
                    cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr

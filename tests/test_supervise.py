@@ -245,3 +245,12 @@ def test_errors_of_the_disk_are_the_users_to_mend(error: OSError) -> None:
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shape"), OSError("no number"), KeyError("x")])
 def test_a_bug_is_not_explained_away(error: Exception) -> None:
     assert supervise.explain(error, "buy more") is None
+
+
+def test_memory_that_the_machine_does_not_have_is_explained() -> None:
+    import torch
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    explained = supervise.explain(caught.value, "take less")
+    assert explained == ("out of memory: take less", 3)

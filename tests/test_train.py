@@ -63,7 +63,7 @@ def make(tmp_path: Path) -> Make:
     jpgs(tmp_path / "photos", 3)
 
     def settings(**changes: Any) -> Config:
-        values = {"images_dir": str(tmp_path / "photos"), "lora_output_dir": str(tmp_path / "lora")}
+        values: dict[str, Any] = {"images_dir": str(tmp_path / "photos"), "lora_output_dir": str(tmp_path / "lora")}
         values |= {"min_images": 1, "skip_bad_images": True}
         return Config(**(values | {"min_image_size": 32, "max_train_steps": 8, "checkpointing_steps": 4} | changes))
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ import data_utils
 import models
 import train_lora
 from config import LOSS_NOT_FINITE, Config, UserError
-from pictures import Make
+from pictures import Make, refused
 from supervise import Stopped
 
 CPU = torch.device("cpu")
@@ -168,23 +167,6 @@ def test_cached_latents_give_the_loss_of_encoding_in_the_step(settings: Make, ph
     torch.testing.assert_close(cached, direct, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def run_training() -> Callable[..., str]:
-    """Runs `train_lora.train` in this process, from scratch or from a checkpoint."""
-
-    def go(config: Config, resume: Path | None = None, stop_at: int | None = None) -> str:
-        images = data_utils.list_images(config.images_dir)
-        job = {
-            "captions": {str(path): config.instance_prompt for path in images},
-            "learns": {"rank": config.rank},
-            "resume": str(resume) if resume else None,
-        }
-        Path(config.lora_output_dir).mkdir(parents=True, exist_ok=True)
-        return train_lora.train(config, job, StopAt(stop_at))  # type: ignore[arg-type]
-
-    return go
-
-
 class StopAt:
     """A stop signal that comes before the n-th step is over."""
 
@@ -199,14 +181,29 @@ class StopAt:
         return self.step is not None and self.asked >= self.step
 
 
-def test_resumed_run_equals_the_straight_one(settings: Make, run_training: Callable[..., str], tmp_path: Path) -> None:
+def train_here(config: Config, resume: Path | None = None, stop: StopAt | None = None) -> str:
+    """Runs `train_lora.train` in this process, from scratch or from a checkpoint."""
+    images = data_utils.list_images(config.images_dir)
+    job = {
+        "captions": {str(path): config.instance_prompt for path in images},
+        "learns": {"rank": config.rank},
+        "resume": str(resume) if resume else None,
+    }
+    Path(config.lora_output_dir).mkdir(parents=True, exist_ok=True)
+    return train_lora.train(config, job, stop or StopAt(None))  # type: ignore[arg-type]
+
+
+def test_a_run_in_three_parts_equals_the_straight_one(settings: Make, tmp_path: Path) -> None:
     options = {"max_train_steps": 6, "lr_scheduler": "cosine", "lora_dropout": 0.1, "random_flip": True}
     straight = settings(lora_output_dir=str(tmp_path / "straight"), **options)
-    parted = settings(lora_output_dir=str(tmp_path / "parted"), **options)
-    run_training(straight)
-    with pytest.raises(Stopped, match="stopped at step 3"):
-        run_training(parted, stop_at=3)
-    run_training(parted, resume=tmp_path / "parted" / "checkpoint-3")
+    parted = settings(lora_output_dir=str(tmp_path / "parted"), checkpointing_steps=3, **options)
+    train_here(straight)
+    resume = None
+    for step in (2, 4):
+        with pytest.raises(Stopped, match=f"stopped at step {step}"):
+            train_here(parted, resume, StopAt(2))
+        resume = tmp_path / "parted" / f"checkpoint-{step}"
+    train_here(parted, resume)
     for name in (models.LORA_FILE, "checkpoint-6/training_state.safetensors"):
         expected, got = load_file(tmp_path / "straight" / name), load_file(tmp_path / "parted" / name)
         assert expected.keys() == got.keys()
@@ -217,21 +214,17 @@ def test_resumed_run_equals_the_straight_one(settings: Make, run_training: Calla
     assert len(rows[0]) == 7
 
 
-def test_training_learns_and_starts_are_reproducible(
-    settings: Make, run_training: Callable[..., str], tmp_path: Path
-) -> None:
+def test_training_learns_and_starts_are_reproducible(settings: Make, tmp_path: Path) -> None:
     results = []
     for name in ("one", "two"):
-        run_training(settings(lora_output_dir=str(tmp_path / name)))
+        train_here(settings(lora_output_dir=str(tmp_path / name)))
         results.append(load_file(tmp_path / name / models.LORA_FILE))
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
     assert any(tensor.abs().max() > 0 for key, tensor in results[0].items() if "lora_B" in key)
 
 
-def test_learning_rate_follows_diffusers_schedule(
-    settings: Make, run_training: Callable[..., str], tmp_path: Path
-) -> None:
-    run_training(settings(max_train_steps=5, lr_scheduler="cosine", lr_warmup_steps=2))
+def test_learning_rate_follows_diffusers_schedule(settings: Make, tmp_path: Path) -> None:
+    train_here(settings(max_train_steps=5, lr_scheduler="cosine", lr_warmup_steps=2))
     lines = (tmp_path / "lora" / "metrics.csv").read_text().splitlines()[1:]
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], 1e-2)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=5)
@@ -241,45 +234,77 @@ def test_learning_rate_follows_diffusers_schedule(
         schedule.step()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    settings: Make, run_training: Callable[..., str], tmp_path: Path
+def test_an_update_without_finite_loss_is_left_out(settings: Make) -> None:
+    run = make_run(settings())
+    train_lora.update(run, 0, 1e-2, False)
+    before = [weight.clone() for weight in run.lora.values()]
+    moments = [tensor.clone() for state in run.optimizer.state.values() for tensor in state.values()]
+    good, run.data = run.data, replace(run.data, mean=run.data.mean * torch.nan)
+    loss, _, _ = train_lora.update(run, 1, 1e-2, False)
+    assert loss.isnan()
+    assert all(map(torch.equal, before, run.lora.values()))
+    assert all(map(torch.equal, moments, (t for state in run.optimizer.state.values() for t in state.values())))
+    run.data = good
+    train_lora.update(run, 2, 1e-2, False)
+    assert not all(map(torch.equal, before, run.lora.values()))
+
+
+@pytest.mark.parametrize(
+    ("losses", "norms", "ending", "good"),
+    [
+        ([1.0, 1.0], [1.0, 1.0], True, True),
+        ([math.nan, 1.0], [math.nan, 1.0], True, True),
+        ([1.0, math.nan], [1.0, math.nan], False, False),
+        ([1.0, math.nan], [1.0, math.nan], True, None),
+        ([1.0, *[math.inf] * 4], [1.0] * 5, False, False),
+        ([1.0, *[math.inf] * 5], [1.0] * 6, False, None),
+        ([1.0] * 25, [1.0, *[math.inf] * 24], True, True),  # as fp16 does while it looks for its scale
+        ([1.0] * 26, [1.0, *[math.inf] * 25], False, None),
+    ],
+)
+def test_how_many_updates_may_be_left_out(
+    losses: list[float], norms: list[float], ending: bool, good: bool | None, settings: Make
 ) -> None:
+    run: Any = SimpleNamespace(config=settings(), dtype=torch.float16)
+    rows = [{"step": 7, "loss": loss, "grad_norm": norm} for loss, norm in zip(losses, norms, strict=True)]
+    if good is None:
+        said = refused(lambda: train_lora.check_finite(run, rows, ending), "not a finite number", LOSS_NOT_FINITE)
+        assert "bf16" in said
+    else:
+        assert train_lora.check_finite(run, rows, ending) == good
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(settings: Make, tmp_path: Path) -> None:
     config = settings(max_train_steps=40, learning_rate=1e30, checkpointing_steps=1)
     with pytest.raises(UserError, match="not a finite number") as caught:
-        run_training(config)
+        train_here(config)
     assert caught.value.exit_code == LOSS_NOT_FINITE
     assert not (tmp_path / "lora" / models.LORA_FILE).exists()
     for folder in (tmp_path / "lora").glob("checkpoint-*"):
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "training_state.safetensors").values())
 
 
-def test_checkpoint_of_another_model_is_refused(
-    settings: Make, run_training: Callable[..., str], tmp_path: Path
-) -> None:
-    run_training(settings(max_train_steps=2))
+def test_checkpoint_of_another_model_is_refused(settings: Make, tmp_path: Path) -> None:
+    train_here(settings(max_train_steps=2))
     with pytest.raises(UserError, match="does not fit this model"):
-        run_training(settings(rank=8), resume=tmp_path / "lora" / "checkpoint-2")
+        train_here(settings(rank=8), resume=tmp_path / "lora" / "checkpoint-2")
 
 
-def test_sample_grids_do_not_disturb_the_training(
-    settings: Make, run_training: Callable[..., str], tmp_path: Path
-) -> None:
+def test_sample_grids_do_not_disturb_the_training(settings: Make, tmp_path: Path) -> None:
     plain = settings(lora_output_dir=str(tmp_path / "plain"))
     watched = settings(
         lora_output_dir=str(tmp_path / "watched"), validation_steps=2, num_validation_images=2, num_inference_steps=5
     )
     for config in (plain, watched):
-        run_training(config)
+        train_here(config)
     expected, got = (load_file(tmp_path / name / models.LORA_FILE) for name in ("plain", "watched"))
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     grids = sorted(path.name for path in (tmp_path / "watched" / "samples").iterdir())
     assert grids == ["step-000002.png", "step-000004.png"]
 
 
-def test_checkpoint_state_says_what_was_learnt(
-    settings: Make, run_training: Callable[..., str], tmp_path: Path
-) -> None:
-    run_training(settings(max_train_steps=2))
+def test_checkpoint_state_says_what_was_learnt(settings: Make, tmp_path: Path) -> None:
+    train_here(settings(max_train_steps=2))
     state = json.loads((tmp_path / "lora" / "checkpoint-2" / "state.json").read_text())
     assert state["step"] == 2
     assert state["learns"] == {"rank": 4}

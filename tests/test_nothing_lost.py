@@ -1,0 +1,282 @@
+"""What the program promises when machines, disks and people get in its way: whole runs, really killed and cut off."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import inference
+import supervise
+from config import DISK_OR_DRIVE, Config, UserError, dump_config
+from pictures import ROOT, Make, main_py, names, refused
+from test_train_lora import StopAt, train_here
+
+KILLS = int(os.environ.get("KILLS", "3"))  # `make torture` asks for 100
+LORA = "pytorch_lora_weights.safetensors"
+Start = Callable[..., psutil.Popen]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts `main.py --mode train`; what it says goes to `said.txt`."""
+    started: list[psutil.Popen] = []
+
+    def begin(config: Config) -> psutil.Popen:
+        path = tmp_path / "my.yaml"
+        path.write_text(dump_config(config))
+        command = [sys.executable, str(ROOT / "main.py"), "--mode", "train", "--config", str(path)]
+        with open(tmp_path / "said.txt", "w") as said:
+            started.append(psutil.Popen(command, stdout=said, stderr=said, start_new_session=True))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.is_running():
+            kill_all(process)
+
+
+def kill_all(process: psutil.Popen) -> None:
+    """kill -9 for a process and all below it at one instant, so that none can react to another's end."""
+    family = [process, *process.children(recursive=True)]
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(number)
+    psutil.wait_procs(family, timeout=20)
+
+
+def reached(folder: Path) -> int:
+    """The step of the newest checkpoint by name."""
+    return max((step for _, step in checkpoint.checkpoints(folder)), default=0)
+
+
+def wait_for(condition: Callable[[], bool], process: psutil.Popen, seconds: float = 120) -> bool:
+    """Whether it came true before the process ended."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+    return True
+
+
+def test_killed_at_any_instant_it_ends_as_if_nothing_had_been(settings: Make, start: Start, tmp_path: Path) -> None:
+    options = {"max_train_steps": 12 * KILLS + 10, "checkpointing_steps": 1, "lora_dropout": 0.1}
+    straight = settings(lora_output_dir=str(tmp_path / "straight"), **options)
+    assert start(straight).wait(600) == 0, (tmp_path / "said.txt").read_text()
+
+    parted, folder = settings(lora_output_dir=str(tmp_path / "parted"), **options), tmp_path / "parted"
+    chance, began, amid_writes = random.Random(KILLS), [], 0
+    for _ in range(KILLS):
+        before = reached(folder)
+        process = start(parted)
+        assert wait_for(lambda before=before: reached(folder) > before, process), (tmp_path / "said.txt").read_text()  # type: ignore[misc]
+        time.sleep(chance.uniform(0, 0.4))
+        assert process.poll() is None, "it ended before it could be killed"
+        kill_all(process)
+        amid_writes += any(folder.glob(".checkpoint-*"))
+        newest, passed_over = checkpoint.newest(folder)
+        assert newest is not None
+        assert not passed_over, "half a checkpoint has a final name"
+        began.append(gone_on_from(tmp_path / "said.txt"))
+    assert start(parted).wait(600) == 0, (tmp_path / "said.txt").read_text()
+    began.append(gone_on_from(tmp_path / "said.txt"))
+    assert began[0] == 0
+    assert all(earlier < later for earlier, later in zip(began[:-1], began[1:], strict=True)), began
+    if KILLS >= 50:
+        assert amid_writes, "not one kill fell into the writing of a checkpoint"
+    for name in (LORA, f"checkpoint-{parted.max_train_steps}/training_state.safetensors"):
+        expected, got = load_file(tmp_path / "straight" / name), load_file(folder / name)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[key], got[key]) for key in expected), name
+    rows = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("straight", "parted")]
+    assert [line.rpartition(",")[0] for line in rows[0]] == [line.rpartition(",")[0] for line in rows[1]]
+    assert not list(folder.glob(".*")), "leftovers of dead writes"
+
+
+def gone_on_from(said: Path) -> int:
+    lines = [line for line in said.read_text().splitlines() if "going on from" in line]
+    return int(lines[0].rpartition("-")[2]) if lines else 0
+
+
+STOPS = [("main", signal.SIGTERM), ("group", signal.SIGINT), ("launcher", signal.SIGINT), ("launcher", signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(("whom", "number"), STOPS)
+def test_a_stop_saves_and_says_how_to_go_on(
+    whom: str, number: signal.Signals, settings: Make, start: Start, tmp_path: Path
+) -> None:
+    process = start(settings(max_train_steps=100_000, checkpointing_steps=5))
+    assert wait_for(lambda: reached(tmp_path / "lora") >= 5, process)
+    family = process.children(recursive=True)
+    began = time.monotonic()
+    if whom == "group":
+        os.killpg(process.pid, number)
+    else:
+        launcher = next(child for child in process.children() if supervise.LAUNCHER in child.cmdline())
+        os.kill(process.pid if whom == "main" else launcher.pid, number)
+    assert process.wait(30) == 128 + number
+    _, left = psutil.wait_procs(family, timeout=5)
+    assert not left
+    assert time.monotonic() - began < 10
+    said = (tmp_path / "said.txt").read_text()
+    step = reached(tmp_path / "lora")
+    assert said.splitlines()[-1] == f"stopped at step {step}; the same command goes on from there"
+    assert "Traceback" not in said
+    assert checkpoint.verify(tmp_path / "lora" / f"checkpoint-{step}") == ""
+
+
+def test_a_second_stop_leaves_at_once_with_the_last_checkpoint_whole(
+    settings: Make, start: Start, tmp_path: Path
+) -> None:
+    process = start(settings(max_train_steps=100_000, checkpointing_steps=5))
+    assert wait_for(lambda: reached(tmp_path / "lora") >= 5, process)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    assert process.wait(10) == 130
+    newest, passed_over = checkpoint.newest(tmp_path / "lora")
+    assert newest is not None
+    assert not passed_over
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
+    settings: Make, start: Start, tmp_path: Path
+) -> None:
+    config = settings(max_train_steps=100_000, checkpointing_steps=2)
+    process = start(config)
+    assert wait_for(lambda: reached(tmp_path / "lora") >= 2, process)
+    second = main_py("--mode", "train", "--config", str(tmp_path / "my.yaml"))
+    assert second.returncode == 2
+    assert f"another run is at work in {tmp_path / 'lora'}" in second.stderr
+    training = next(member for member in process.children(recursive=True) if "train_lora.py" in str(member.cmdline()))
+    training.suspend()  # main is killed, and the training has not noticed yet
+    process.kill()
+    process.wait(10)
+    with pytest.raises(UserError, match="another run"), supervise.sole_use(tmp_path / "lora"):
+        pass
+    training.kill()
+    psutil.wait_procs([training], timeout=10)
+    with supervise.sole_use(tmp_path / "lora"):
+        pass
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of eight megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    ballast = disk / "ballast"
+    with open(ballast, "wb") as file:
+        file.write(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - leave))
+    return ballast
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(settings: Make, small_disk: Path) -> None:
+    config = settings(lora_output_dir=str(small_disk / "lora"), max_train_steps=2)
+    folder = small_disk / "lora"
+    train_here(config)
+    kept, ballast = names(folder), fill(small_disk, leave=100_000)
+    with pytest.raises(OSError, match="No space left") as caught:
+        train_here(settings(lora_output_dir=str(folder), max_train_steps=4), resume=folder / "checkpoint-2")
+    explained = supervise.explain(caught.value, "")
+    assert explained is not None
+    assert f"{folder}/.checkpoint-4." in explained[0], "the file that could not be written"
+    assert explained[1] == DISK_OR_DRIVE
+    assert checkpoint.newest(folder) == (folder / "checkpoint-2", [])
+    assert names(folder) == kept
+    ballast.unlink()
+    train_here(settings(lora_output_dir=str(folder), max_train_steps=4), resume=folder / "checkpoint-2")
+    assert checkpoint.newest(folder) == (folder / "checkpoint-4", [])
+
+
+def test_a_full_disk_leaves_no_half_picture(settings: Make, small_disk: Path) -> None:
+    fill(small_disk, leave=20_000)
+    config = settings(output_dir=str(small_disk / "pictures"), lora_scale=0, save_base=True, num_images=4)
+    refused(lambda: inference.run(config), "No space left on device.*make room", DISK_OR_DRIVE)
+    drawn = names(small_disk / "pictures") - {"manifest.json"}
+    assert drawn < {f"{kind}_output_00{index}.png" for kind in ("base", "refined") for index in range(4)}
+    from PIL import Image
+
+    for name in drawn:
+        Image.open(small_disk / "pictures" / name).load()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer
+@pytest.mark.parametrize("report_to", ["none", "tensorboard"])
+def test_a_folder_that_vanishes_is_a_disk_error_and_is_not_made_anew(
+    report_to: str, settings: Make, tmp_path: Path
+) -> None:
+    class Unmount(StopAt):
+        @property
+        def requested(self) -> bool:
+            self.asked += 1
+            if self.asked == 3:
+                (tmp_path / "lora").rename(tmp_path / "elsewhere")
+            return False
+
+    config = settings(max_train_steps=8, report_to=report_to)
+    with pytest.raises(OSError, match="No such file") as caught:
+        train_here(config, stop=Unmount(None))
+    assert supervise.explain(caught.value, "") is not None
+    assert not (tmp_path / "lora").exists()
+    assert checkpoint.newest(tmp_path / "elsewhere") == (tmp_path / "elsewhere" / "checkpoint-2", [])
+
+
+CANARY = "hf_" + "Canary" * 6
+
+
+def test_a_token_in_a_setting_is_refused_and_not_repeated(settings: Make, tmp_path: Path) -> None:
+    for override in (
+        f"pretrained_model=https://lace:{CANARY}@hub.example/model", f"validation_prompt={CANARY}",
+        f"prompt=[one, {CANARY}]", f"hub_token={CANARY}", f"rank={CANARY}", CANARY,
+    ):  # fmt: skip
+        done = main_py("--mode", "train", override, cwd=tmp_path)
+        assert done.returncode == 2
+        assert CANARY not in done.stderr + done.stdout
+    assert not names(tmp_path)
+
+
+def test_no_secret_is_written_anywhere(
+    settings: Make, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://lace:{CANARY}@127.0.0.1:9")
+    config = settings(max_train_steps=1, validation_steps=1, num_validation_images=1, report_to="tensorboard")
+    process = start(config)
+    lines: set[str] = set()
+    while process.poll() is None:
+        for member in psutil.process_iter(["cmdline"]):
+            lines.add(" ".join(member.info["cmdline"] or []))
+        time.sleep(0.05)
+    assert process.returncode == 0, (tmp_path / "said.txt").read_text()
+    drawn = main_py("--mode", "inference", "--config", str(tmp_path / "my.yaml"), "num_images=1")
+    assert drawn.returncode == 0, drawn.stderr
+    failed = main_py("--mode", "inference", "--config", str(tmp_path / "my.yaml"), "pretrained_model=lace/none")
+    assert failed.returncode in (2, 4)
+    said = drawn.stdout + drawn.stderr + failed.stdout + failed.stderr
+    assert CANARY not in said
+    assert not [line for line in lines if CANARY in line]
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 12
+    assert not [path for path in written if CANARY.encode() in path.read_bytes()]

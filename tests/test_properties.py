@@ -1,0 +1,178 @@
+"""Whatever a settings file, a picture or a checkpoint holds: an answer or one clear sentence, never a traceback."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import checkpoint
+import data_utils
+from config import Config, UserError, dump_config, load_config
+from pictures import as_file, gradient, names, refused
+
+# `make torture` asks for many more.
+EXAMPLES = int(os.environ.get("EXAMPLES", "60"))
+often = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+KEYS = list(Config.__dataclass_fields__)
+PICTURES = [
+    as_file(gradient(), "JPEG").getvalue(),
+    as_file(gradient(90, 70), "JPEG", progressive=True).getvalue(),
+    as_file(gradient().convert("CMYK"), "JPEG").getvalue(),
+    as_file(gradient(), "PNG").getvalue(),
+    as_file(gradient(), "TIFF").getvalue(),
+    as_file(gradient(), "WEBP").getvalue(),
+]
+
+
+def refusal(path: Path, text: str | bytes, *overrides: str) -> str:
+    """What is said against a settings file; empty when it is taken."""
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    try:
+        load_config(path, overrides)
+    except UserError as error:
+        return f"{error}" if error.exit_code == 2 else f"wrong exit code {error.exit_code}"
+    return ""
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_may_be_left_out_but_not_misspelt_or_retyped(key: str, tmp_path: Path) -> None:
+    plain = yaml.safe_load(dump_config(Config()))
+    rest = {name: value for name, value in plain.items() if name != key}
+    path = tmp_path / "c.yaml"
+    assert refusal(path, yaml.safe_dump(rest)) == ""
+    assert load_config(path) == Config()
+    line = len(yaml.safe_dump(rest).splitlines()) + 1
+    for wrong in (key[:-1], key + "s", key[1:] + key[0], key.upper()):
+        said = refusal(path, yaml.safe_dump(rest) + f"{wrong}: 1\n")
+        assert said.startswith(f"{path}:{line}: unknown key {wrong!r}")
+        near = said.partition("; did you mean ")[2].rstrip("?")
+        assert near in KEYS or wrong in (key.upper(), key[1:] + key[0])
+    for value in ("{a: 1}", "[[1]]", "!!python/object:os.system x", "!mine x"):
+        said = refusal(path, yaml.safe_dump(rest) + f"{key}: {value}\n")
+        assert said.count("\n") == 0, said
+        assert said.startswith(f"{path}:{line}: "), said
+
+
+@often
+@given(key=st.sampled_from(KEYS), text=st.text(max_size=30))
+def test_any_value_on_the_command_line(key: str, text: str, tmp_path: Path) -> None:
+    said = refusal(tmp_path / "c.yaml", "", f"{key}={text}")
+    assert not said or said.startswith(("command line: ", f"{tmp_path / 'c.yaml'}: ")), said
+
+
+@often
+@given(content=st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_any_bytes_for_a_settings_file(content: bytes, tmp_path: Path) -> None:
+    said = refusal(tmp_path / "c.yaml", content)
+    assert not said or all(line.startswith(str(tmp_path / "c.yaml")) for line in said.split("\n") if line), said
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x89PNG\r\n\x1a\n\0\0\0", b"PK\x03\x04", b"- a\n- b\n", b"just words", b"rank:\t4\n\trank: 4\n", b"a: [",
+        b"a: &a [x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\nprompt: [*c,*c,*c,*c]\n",
+        b"rank: &r 4\n<<: {seed: 1}\n", b"? [a]\n: 1\n", b"!!python/object/apply:os.system [ls]\n", b"\xff\xfer\0a\0",
+        b"{" * 3000, b"rank: 4\nrank: 8\n",
+    ],
+)  # fmt: skip
+def test_files_that_are_no_settings(content: bytes, tmp_path: Path) -> None:
+    said = refusal(tmp_path / "c.yaml", content)
+    assert said
+    assert len(said) < 700
+    assert said.count("\n") <= content.count(b"\n")
+
+
+def test_a_mark_at_the_beginning_is_no_mistake(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "c.yaml", b"\xef\xbb\xbfrank: 4\r\n") == ""
+
+
+@often
+@given(
+    which=st.sampled_from(PICTURES), place=st.floats(0, 1), junk=st.binary(min_size=1, max_size=40), cut=st.booleans()
+)
+def test_any_damage_to_a_picture(which: bytes, place: float, junk: bytes, cut: bool, tmp_path: Path) -> None:
+    at = int(place * len(which))
+    content = which[:at] + junk + (b"" if cut else which[at + len(junk) :])
+    (tmp_path / "a.jpg").write_bytes(content)
+    found = data_utils._check(tmp_path / "a.jpg", 8, ("JPEG", "PNG", "TIFF", "WEBP", "BMP"))
+    assert found.taken == bool(found.sha256 and found.width)
+    if found.taken:
+        assert min(found.width, found.height) >= 8
+        picture, size = data_utils.open_picture(io.BytesIO(content), kinds=("JPEG", "PNG", "TIFF", "WEBP", "BMP"))
+        assert picture.mode == "RGB"
+        assert size == (found.width, found.height)
+
+
+@often
+@given(content=st.binary(max_size=300))
+def test_any_bytes_called_a_picture(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
+    found = data_utils._check(tmp_path / "a.jpg", 8, ("JPEG",))
+    assert found.reason.startswith("unreadable: ")
+
+
+@often
+@given(
+    width=st.integers(8, 90), height=st.integers(8, 90), orientation=st.integers(0, 9),
+    mode=st.sampled_from(["RGB", "L", "CMYK"]),
+)  # fmt: skip
+def test_any_good_jpeg_is_taken_at_its_size(width: int, height: int, orientation: int, mode: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = as_file(gradient(width, height).convert(mode), "JPEG", exif=exif)
+    picture, size = data_utils.open_picture(content)
+    assert picture.size == size == ((height, width) if orientation in (5, 6, 7, 8) else (width, height))
+
+
+@often
+@given(name=st.text(min_size=1, max_size=20), caption=st.text(max_size=40))
+def test_any_name_and_caption_comes_back_from_the_annotations(
+    name: str, caption: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    assume("/" not in name and "\0" not in name and name not in (".", "..") and caption.strip())
+    folder = tmp_path_factory.mktemp("photos")
+    path = folder / f"{name}.jpg"
+    try:
+        path.write_bytes(b"x")
+    except (OSError, UnicodeEncodeError):
+        assume(False)
+    if any(letter in name for letter in "\t\n\r"):
+        refused(lambda: data_utils.create_annotations(folder, caption, images=[path]), "rename the file")
+        assert names(folder) == {path.name}
+        return
+    written = data_utils.create_annotations(folder, caption, images=[path])
+    assert data_utils.read_annotations(written) == {path: " ".join(caption.split())}
+
+
+@often
+@given(
+    file=st.sampled_from(["weights.bin", "state.json", "manifest.json"]), place=st.floats(0, 1),
+    new=st.binary(max_size=9), longer=st.booleans(),
+)  # fmt: skip
+def test_any_damage_to_a_checkpoint_is_found(
+    file: str, place: float, new: bytes, longer: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    contents: dict[str, Any] = {"weights.bin": bytes(range(256)), "state.json": b'{"step": 4}'}
+
+    def write(folder: Path) -> None:
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+
+    folder = checkpoint.publish(tmp_path_factory.mktemp("lora"), 4, write, keep=2)
+    path = folder / file
+    before = path.read_bytes()
+    at = int(place * len(before))
+    path.write_bytes(before[:at] + new + before[at + (0 if longer else len(new)) :])
+    if path.read_bytes() == before:
+        assert checkpoint.verify(folder) == ""
+    elif file != "manifest.json":
+        assert file in checkpoint.verify(folder)
+    elif checkpoint.verify(folder) == "":  # blanks, say, or another step: what it says of the files still holds
+        assert {name: (folder / name).read_bytes() for name in contents} == contents
