@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-import data_utils
+import image_files
 from config import LOSS_NOT_FINITE, UserError
 
 
@@ -65,10 +65,10 @@ def encode_pictures(
     for path in tqdm(paths, desc="encoding pictures", unit="picture"):
         try:
             # Twice the training size is enough to scale down from, and much faster to decode.
-            picture, (width, height) = data_utils.open_picture(path, 2 * resolution, kinds)
-        except data_utils.BROKEN as error:
+            picture, (width, height) = image_files.open_picture(path, 2 * resolution, kinds)
+        except image_files.BROKEN as error:
             raise UserError(f"{path} can no longer be read ({error}): was it changed or moved meanwhile?") from error
-        square, (top, left) = data_utils.fit_square(picture, resolution)
+        square, (top, left) = image_files.fit_square(picture, resolution)
         versions = [square, ImageOps.mirror(square)] if mirrored else [square]
         pixels = torch.stack([to_tensor(version) for version in versions]).to(vae.device, vae.dtype)
         posterior = vae.encode(pixels).latent_dist

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import logging
 import math
 import time
@@ -11,10 +12,12 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from config import Config
+from config import LOSS_NOT_FINITE, Config, UserError
 from data_utils import write_atomically
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
+# Updates in a row that may be left out because the loss or the gradients are not finite; fp16 begins with a few such.
+MOST_LOST, MOST_OVERFLOWN = 5, 25
 READ_EVERY = 10  # steps between readings of the loss from the GPU: each reading waits for the GPU to catch up
 
 
@@ -26,7 +29,7 @@ class Logbook:
     """
 
     def __init__(self, config: Config, first_step: int, quiet: bool) -> None:
-        self.folder = Path(config.lora_output_dir)
+        self.folder, self.learning_rate = Path(config.lora_output_dir), config.learning_rate
         self.rows = _read_rows(self.folder / "metrics.csv", before=first_step)
         self.pending: list[tuple[int, Tensor, float, Tensor]] = []
         self.started = time.monotonic()
@@ -50,6 +53,25 @@ class Logbook:
         if self.pending:
             self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{learning_rate:.1e}")
         self.pending.clear()
+
+    def check_finite(self, ending: bool) -> bool:
+        """Whether the last loss read is a finite number.
+
+        Raises:
+            UserError: too many in a row are not, or the last before the end is not (exit 5).
+        """
+        lost, overflown = (self._not_finite_at_the_end(column) for column in ("loss", "grad_norm"))
+        if lost < MOST_LOST and overflown < MOST_OVERFLOWN and not (lost and ending):
+            return not lost
+        raise UserError(
+            f"the loss is not a finite number at step {self.rows[-1]['step']}, nor shortly before; those updates were "
+            f"left out: lower learning_rate ({self.learning_rate:g}), or, if it was fp16, use mixed_precision: bf16 or "
+            "no; the same command then goes on from the last checkpoint",
+            LOSS_NOT_FINITE,
+        )
+
+    def _not_finite_at_the_end(self, column: str) -> int:
+        return len(list(itertools.takewhile(lambda row: not math.isfinite(row[column]), reversed(self.rows))))
 
     def publish(self) -> None:
         """Write metrics.csv and loss.png as they stand."""

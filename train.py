@@ -21,8 +21,10 @@ from safetensors import SafetensorError, safe_open
 
 import checkpoint
 import data_utils
+import image_files
 import supervise
 from config import DISK_OR_DRIVE, Config, UserError, dump_config
+from image_files import Picture
 
 logger = logging.getLogger(__name__)
 
@@ -67,23 +69,23 @@ def run(config: Config, dry_run: bool = False) -> None:
             print(supervise.run(command, Path(folder)))
 
 
-def look_at_pictures(config: Config) -> tuple[list[data_utils.Picture], data_utils.Annotations]:
+def look_at_pictures(config: Config) -> tuple[list[Picture], data_utils.Annotations]:
     """The pictures to train on and all captions, after the report on them is printed and, if wanted, written."""
-    kinds = data_utils.formats(config.image_extensions)
+    kinds = image_files.formats(config.image_extensions)
     images = data_utils.named_as_pictures(config.images_dir, config.image_extensions)
-    pictures = data_utils.check_pictures(images, config.min_image_size, kinds)
+    pictures = image_files.check_pictures(images, config.min_image_size, kinds)
     annotations = data_utils.plan_annotations(
         config.images_dir, config.instance_prompt, [p.path for p in pictures if p.taken], config.lora_output_dir
     )
     others = [path for path in annotations.captions if path not in images]
-    pictures += data_utils.check_pictures(others, config.min_image_size, kinds)
+    pictures += image_files.check_pictures(others, config.min_image_size, kinds)
     print(data_utils.report_text(config.images_dir, pictures, annotations, config.instance_prompt))
     if config.report:
         _write_report(Path(config.report), pictures)
     return _trainable(config, pictures, annotations), annotations
 
 
-def _write_report(path: Path, pictures: Sequence[data_utils.Picture]) -> None:
+def _write_report(path: Path, pictures: Sequence[Picture]) -> None:
     try:
         # A file name's broken letters become JSON's own escapes.
         data_utils.write_atomically(path, data_utils.report_json(pictures).encode(errors="backslashreplace"))
@@ -91,9 +93,7 @@ def _write_report(path: Path, pictures: Sequence[data_utils.Picture]) -> None:
         raise UserError(f"report: {path} cannot be written ({error.strerror})", DISK_OR_DRIVE) from error
 
 
-def _trainable(
-    config: Config, pictures: Sequence[data_utils.Picture], annotations: data_utils.Annotations
-) -> list[data_utils.Picture]:
+def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_utils.Annotations) -> list[Picture]:
     """The pictures that are both good and annotated.
 
     Raises:
@@ -120,7 +120,7 @@ def _trainable(
     return taken
 
 
-def what_is_learnt(config: Config, pictures: Sequence[data_utils.Picture], captions: dict[Path, str]) -> dict[str, Any]:
+def what_is_learnt(config: Config, pictures: Sequence[Picture], captions: dict[Path, str]) -> dict[str, Any]:
     """All that must stay the same when a run goes on, by name; pictures and captions by the hash of their contents."""
     learns: dict[str, Any] = {name: getattr(config, name) for name in LEARNT_SETTINGS}
     learns["lora_alpha"] = config.alpha
@@ -257,7 +257,7 @@ def _own(output_dir: Path) -> Iterator[int]:
                 output_dir.rmdir()
 
 
-def _write_run_files(config: Config, taken: Sequence[data_utils.Picture], finished: int | None) -> None:
+def _write_run_files(config: Config, taken: Sequence[Picture], finished: int | None) -> None:
     """Annotations and the resolved settings; a finished LoRA that is to be trained further keeps a name of its own."""
     output_dir = Path(config.lora_output_dir)
     with _writing(output_dir):

@@ -7,10 +7,8 @@ launcher turns every failure into exit code 1.
 """
 
 import argparse
-import itertools
 import json
 import logging
-import math
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -30,15 +28,13 @@ import checkpoint
 import data_utils
 import draw
 import gallery
+import image_files
 import models
-from config import LOSS_NOT_FINITE, Config, UserError, load_config
+from config import Config, UserError, load_config
 from logbook import READ_EVERY, Logbook
 from supervise import Stopped, StopSignal, hold_shared, report_outcome
 
 logger = logging.getLogger("train_lora")
-
-# Updates in a row that may be left out because the loss or the gradients are not finite; fp16 begins with a few such.
-MOST_LOST, MOST_OVERFLOWN = 5, 25
 
 
 def main() -> int:
@@ -142,7 +138,7 @@ def encode(
 
     vae = models.load_vae(config, device)
     paths = [Path(path) for path in captions]
-    kinds = data_utils.formats(config.image_extensions)
+    kinds = image_files.formats(config.image_extensions)
     mean, std, time_ids = batches.encode_pictures(vae, paths, config.resolution, config.random_flip, kinds)
     vae.to("cpu")
     draw.free(device)
@@ -174,7 +170,7 @@ def loop(run: Run, log: Logbook, first_step: int, stop: StopSignal) -> int:
         if saving or done % READ_EVERY == 0:
             log.read()
             # What came before a row of bad losses may be their cause: no checkpoint of that.
-            saving = check_finite(run, log.rows, ending) and saving
+            saving = log.check_finite(ending) and saving
         if saving and is_main:
             log.publish()
             save_checkpoint(run, done)
@@ -259,28 +255,6 @@ def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, bool
     for gradient, averaged in zip(gradients, flat[:-2].split(sizes), strict=True):
         gradient.copy_(averaged.view_as(gradient))
     return flat[-2], bool(flat[-1] > 0)
-
-
-def check_finite(run: Run, rows: list[dict[str, float]], ending: bool) -> bool:
-    """Whether the last loss is a finite number.
-
-    Raises:
-        UserError: too many in a row are not, or the last before the end is not (exit 5).
-    """
-    lost, overflown = (
-        len(list(itertools.takewhile(lambda row: not math.isfinite(row[column]), reversed(rows))))  # noqa: B023
-        for column in ("loss", "grad_norm")
-    )
-    if lost < MOST_LOST and overflown < MOST_OVERFLOWN and not (lost and ending):
-        return not lost
-    cure = f"lower learning_rate ({run.config.learning_rate:g})"
-    if run.dtype == torch.float16:
-        cure = f"use mixed_precision: bf16 or no, or {cure}"
-    raise UserError(
-        f"the loss is not a finite number at step {rows[-1]['step']}, nor shortly before; those updates were left out: "
-        f"{cure}; the same command then goes on from the last checkpoint",
-        LOSS_NOT_FINITE,
-    )
 
 
 def save_checkpoint(run: Run, step: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import batches
 import data_utils
 import draw
+import image_files
 from config import IMAGE_EXTENSIONS, Config
 from demo.draw_textiles import ALL_OVER, COLOURS, PATTERNS, SIDE, Textile, choose
 from gallery import Design
@@ -109,9 +110,9 @@ def crispness(pictures: Tensor) -> float:
 
 def load_pictures(paths: Sequence[Path]) -> Tensor:
     """Pictures (n, 3, SIDE, SIDE) from 0 to 1, cut and resized as for training."""
-    kinds = data_utils.formats(IMAGE_EXTENSIONS)
-    opened = [data_utils.open_picture(path, kinds=kinds)[0] for path in paths]
-    return to_pixels([data_utils.fit_square(picture, SIDE)[0] for picture in opened])
+    kinds = image_files.formats(IMAGE_EXTENSIONS)
+    opened = [image_files.open_picture(path, kinds=kinds)[0] for path in paths]
+    return to_pixels([image_files.fit_square(picture, SIDE)[0] for picture in opened])
 
 
 def held_out_lace() -> Tensor:

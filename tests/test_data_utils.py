@@ -1,48 +1,16 @@
-"""Finding, opening and checking pictures; captions and annotations are in test_annotations.py."""
+"""Finding pictures and the report on them; captions and annotations are in test_annotations.py."""
 
 import errno
 import json
 import os
-import signal
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image, ImageChops, ImageCms, ImageStat
 
 import data_utils
+import image_files
 from config import IMAGE_EXTENSIONS, UserError
-from pictures import as_file, gradient, jpg, jpgs, snapshot, swapped_profile, truncated_jpg
-
-Transpose = Image.Transpose
-# What a viewer has to do with a picture of each EXIF orientation (Exif 2.3, tag 0x0112).
-UPRIGHT: dict[int, tuple[Transpose, ...]] = {
-    1: (),
-    2: (Transpose.FLIP_LEFT_RIGHT,),
-    3: (Transpose.ROTATE_180,),
-    4: (Transpose.FLIP_TOP_BOTTOM,),
-    5: (Transpose.ROTATE_270, Transpose.FLIP_LEFT_RIGHT),
-    6: (Transpose.ROTATE_270,),
-    7: (Transpose.ROTATE_90, Transpose.FLIP_LEFT_RIGHT),
-    8: (Transpose.ROTATE_90,),
-}
-
-
-ANY = data_utils.formats(IMAGE_EXTENSIONS)
-
-
-def opened(source: Any, at_least: int | None = None) -> Image.Image:
-    picture, _ = data_utils.open_picture(source, at_least, ANY)
-    assert picture.mode == "RGB"
-    return picture
-
-
-def far(one: Image.Image, other: Image.Image) -> float:
-    """The mean difference of two pictures, 0 to 255."""
-    assert one.size == other.size
-    return float(max(ImageStat.Stat(ImageChops.difference(one.convert("RGB"), other.convert("RGB"))).mean))
+from pictures import gradient, jpg, jpgs, truncated_jpg
 
 
 def test_list_images(tmp_path: Path) -> None:
@@ -56,12 +24,6 @@ def test_list_images(tmp_path: Path) -> None:
     assert data_utils.list_images(tmp_path) == [tmp_path / name for name in sorted(wanted)]
     assert data_utils.list_images(str(tmp_path), {".PNG", ".jpeg"}) == [tmp_path / "a.jpeg", tmp_path / "b.png"]
     assert data_utils.list_images(tmp_path, {".txt"}) == []
-
-
-def test_a_link_to_nowhere_is_reported_not_lost(tmp_path: Path) -> None:
-    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    [found] = data_utils.check_pictures(data_utils.list_images(tmp_path), 16)
-    assert found.reason == "unreadable: a link to nowhere"
 
 
 def test_relative_folders_give_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,186 +42,9 @@ def test_a_folder_that_is_none(name: str, part: str, tmp_path: Path) -> None:
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("orientation", UPRIGHT)
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
-def test_exif_orientation_equals_turning_by_hand(orientation: int, kind: str) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    near_lossless: dict[str, dict[str, Any]] = {"JPEG": {"quality": 98, "subsampling": 0}, "WEBP": {"lossless": True}}
-    options = near_lossless.get(kind, {})
-    content = as_file(gradient(64, 48), kind, exif=exif, **options)
-    by_hand = gradient(64, 48)
-    for turn in UPRIGHT[orientation]:
-        by_hand = by_hand.transpose(turn)
-    picture, size = data_utils.open_picture(content, kinds=ANY)
-    assert size == by_hand.size == picture.size
-    assert far(picture, by_hand) < 1.5
-
-
-@pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize(("size", "at_least"), [((1002, 1001), 64), ((1001, 1002), 100), ((800, 600), 150)])
-def test_a_smaller_decode_keeps_the_original_size(size: tuple[int, int], at_least: int, orientation: int,
-                                                  tmp_path: Path) -> None:  # fmt: skip
-    path = jpg(tmp_path / "a.jpg", gradient(*size), orientation)
-    picture, full = data_utils.open_picture(path, at_least)
-    assert full == (size if orientation == 1 else size[::-1])
-    assert at_least <= min(picture.size) < min(size)
-    assert far(picture, opened(path).resize(picture.size, Image.Resampling.BOX)) < 3
-
-
-def test_nothing_is_ever_enlarged_or_cut() -> None:
-    assert opened(as_file(gradient(40, 30), "JPEG"), at_least=512).size == (40, 30)
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_broken_exif_does_not_cost_the_picture() -> None:
-    content = as_file(gradient(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12garbage", quality=98)
-    assert far(opened(content), gradient()) < 3
-
-
-def test_cmyk_equals_the_formula() -> None:
-    inks = Image.merge(
-        "CMYK", [*gradient().split(), Image.linear_gradient("L").resize((64, 48)).point(lambda v: v // 3)]
-    )
-    values = np.asarray(inks, dtype=np.float64)
-    expected = (255 - values[..., :3]) * (255 - values[..., 3:]) / 255
-    assert np.abs(np.asarray(opened(as_file(inks, "TIFF"))) - expected).max() <= 1.5
-    photo = np.asarray(opened(as_file(inks, "JPEG", quality=98, subsampling=0)))
-    assert np.abs(photo - expected).mean() < 2
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP"])
-def test_grey_stays_grey(kind: str) -> None:
-    grey = Image.linear_gradient("L")
-    assert far(opened(as_file(grey, kind)), Image.merge("RGB", [grey] * 3)) < 1
-
-
-@pytest.mark.parametrize(("kind", "order"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2")])
-def test_sixteen_bits_are_scaled_not_clipped(kind: str, order: str) -> None:
-    values = np.linspace(0, 65535, 64 * 48).reshape(48, 64)
-    picture = opened(as_file(Image.fromarray(values.astype(order)), kind))
-    assert np.abs(np.asarray(picture)[..., 1] - values / 257).max() <= 1
-
-
-def test_eight_bits_in_a_wider_file_keep_their_brightness() -> None:
-    values = np.arange(48 * 5, dtype=np.uint16).reshape(48, 5)
-    assert np.array_equal(np.asarray(opened(as_file(Image.fromarray(values))))[..., 0], values)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparent_ground_becomes_white(mode: str) -> None:
-    picture = Image.new("RGBA", (32, 32), (200, 0, 0, 0))
-    picture.paste((40, 40, 40, 255), (0, 0, 16, 32))
-    shown = opened(as_file(picture.convert(mode)))
-    assert shown.getpixel((24, 8)) == (255, 255, 255)
-    assert shown.getpixel((8, 8)) == (40, 40, 40)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
-def test_a_colour_profile_is_applied(mode: str) -> None:
-    """The profile calls green what sRGB calls red, so that pure arithmetic tells the result: channels change places."""
-    picture = gradient().quantize(64) if mode == "P" else gradient().convert(mode)
-    red, green, blue = picture.convert("RGB").split()
-    shown = opened(as_file(picture, icc_profile=swapped_profile()))
-    assert far(shown, Image.merge("RGB", (green, red, blue))) < 1.5
-
-
-def test_srgb_itself_changes_nothing() -> None:
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert far(opened(as_file(gradient(), icc_profile=profile)), gradient()) < 1
-
-
-@pytest.mark.parametrize("profile", [b"nonsense", swapped_profile()[:200]])
-def test_a_broken_profile_is_passed_over(profile: bytes) -> None:
-    assert far(opened(as_file(gradient(), icc_profile=profile)), gradient()) == 0
-    assert far(opened(as_file(gradient().convert("L"), icc_profile=swapped_profile())), gradient().convert("L")) == 0
-
-
-def test_checking_says_what_is_wrong_with_each(tmp_path: Path) -> None:
-    jpg(tmp_path / "good.jpg", gradient(64, 48), orientation=6)
-    jpg(tmp_path / "small.jpg", gradient(100, 31))
-    truncated_jpg(tmp_path / "cut.jpg")
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("not a picture")
-    gradient().save(tmp_path / "other.jpg", format="PPM")
-    gradient().save(tmp_path / "really a png.jpg", format="PNG")
-    (tmp_path / "folder.jpg").mkdir()
-    os.mkfifo(tmp_path / "pipe.jpg")
-    (tmp_path / "bomb.jpg").write_bytes(bomb())
-    paths = data_utils.named_as_pictures(tmp_path, [".jpg"])
-    before = snapshot(tmp_path)
-    found = data_utils.check_pictures(paths, 32)
-    assert snapshot(tmp_path) == before
-    assert [picture.path for picture in found] == paths
-    reasons = {picture.path.name: picture.reason for picture in found}
-    assert reasons.pop("cut.jpg").startswith("unreadable: ")
-    assert "exceeds limit" in reasons.pop("bomb.jpg")
-    unknown = "unreadable: not a JPEG that can be opened"
-    assert reasons == {
-        "good.jpg": "",
-        "really a png.jpg": unknown,
-        "folder.jpg": "unreadable: a folder",
-        "pipe.jpg": "unreadable: not a file",
-        "small.jpg": "too small: 100x31, min_image_size is 32",
-        "empty.jpg": unknown,
-        "text.jpg": unknown,
-        "other.jpg": unknown,
-    }
-    good = found[paths.index(tmp_path / "good.jpg")]
-    assert (good.width, good.height, good.taken) == (48, 64, True)
-
-
-def bomb() -> bytes:
-    """A JPEG of a few bytes that says it is 60,000 pixels wide and high."""
-    content = bytearray(as_file(gradient(), "JPEG").getvalue())
-    frame = content.index(b"\xff\xc0")
-    content[frame + 5 : frame + 9] = (60_000).to_bytes(2, "big") * 2
-    return bytes(content)
-
-
-def test_other_kinds_are_taken_when_asked_for(tmp_path: Path) -> None:
-    gradient().save(tmp_path / "really a png.jpg", format="PNG")
-    kinds = data_utils.formats([".JPG", ".jpeg", ".png"])
-    assert kinds == ("JPEG", "PNG")
-    [found] = data_utils.check_pictures(data_utils.list_images(tmp_path), 32, kinds)
-    assert found.taken
-
-
-def test_a_picture_that_ends_its_process_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = jpgs(tmp_path, 20)
-    paths[3].write_bytes(b"die")
-    paths[15].write_bytes(b"die")
-    monkeypatch.setattr(data_utils, "_check", check_or_die)
-    found = data_utils.check_pictures(paths, 32)
-    assert [picture.path for picture in found] == paths
-    crashed = [picture.path for picture in found if "the decoder crashes on it" in picture.reason]
-    assert crashed == [paths[3], paths[15]]
-    assert sum(picture.taken for picture in found) == 18
-
-
-def check_or_die(path: Path, min_image_size: int, kinds: Sequence[str]) -> data_utils.Picture:
-    """As a decoder with a fault does on some files."""
-    if path.read_bytes() == b"die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return data_utils.Picture(path, 64, 48, "0")
-
-
-def test_a_file_without_permission_is_passed_over(tmp_path: Path) -> None:
-    [path] = jpgs(tmp_path, 1)
-    path.chmod(0)
-    tmp_path.chmod(0o755)
-    reader, writer = os.pipe()
-    child = os.fork()  # root may read everything: a child gives that up
-    if not child:
-        os.seteuid(65534)
-        os.write(writer, data_utils._check(path, 32, ("JPEG",)).reason.encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(reader, 200).decode() == "unreadable: Permission denied"
-
-
 def report(folder: Path, *extensions: str) -> str:
-    pictures = data_utils.check_pictures(data_utils.list_images(folder, extensions or (".jpg",)), 32, ANY)
+    paths = data_utils.list_images(folder, extensions or (".jpg",))
+    pictures = image_files.check_pictures(paths, 32, image_files.formats(IMAGE_EXTENSIONS))
     annotations = data_utils.plan_annotations(folder, "lace", [p.path for p in pictures if p.taken], folder)
     return data_utils.report_text(folder, pictures, annotations, "lace")
 
@@ -292,8 +77,8 @@ def test_the_report_advises_to_keep_what_is_looked_at(tmp_path: Path) -> None:
 
 
 def test_the_report_fits_a_screen_however_many_there_are(tmp_path: Path) -> None:
-    pictures = [data_utils.Picture(tmp_path / f"{n}.jpg", 9, 9, str(n % 50)) for n in range(500)]
-    pictures += [data_utils.Picture(tmp_path / f"{n}.jpg", reason=f"unreadable: because {n}") for n in range(500)]
+    pictures = [image_files.Picture(tmp_path / f"{n}.jpg", 9, 9, str(n % 50)) for n in range(500)]
+    pictures += [image_files.Picture(tmp_path / f"{n}.jpg", reason=f"unreadable: because {n}") for n in range(500)]
     text = data_utils.report_text(tmp_path, pictures, data_utils.Annotations(tmp_path, {}, False), "lace")
     assert len(text.splitlines()) < 24
     assert "and 497 more" in text
@@ -301,21 +86,12 @@ def test_the_report_fits_a_screen_however_many_there_are(tmp_path: Path) -> None
 
 def test_the_report_as_json() -> None:
     pictures = [
-        data_utils.Picture(Path("ü 🧵.jpg"), 9, 8, "x"),
-        data_utils.Picture(Path("b.jpg"), reason="too small: x"),
+        image_files.Picture(Path("ü 🧵.jpg"), 9, 8, "x"),
+        image_files.Picture(Path("b.jpg"), reason="too small: x"),
     ]
     rows = json.loads(data_utils.report_json(pictures))["pictures"]
     assert rows[0] == {"path": "ü 🧵.jpg", "taken": True, "reason": None, "width": 9, "height": 8}
     assert (rows[1]["taken"], rows[1]["reason"]) == (False, "too small: x")
-
-
-@pytest.mark.parametrize(("size", "corner"), [((64, 32), (0, 16)), ((40, 60), (8, 0)), ((20, 20), (0, 0))])
-def test_fit_square_cuts_the_centre(size: tuple[int, int], corner: tuple[int, int]) -> None:
-    scale = 32 / min(size)
-    whole = gradient(*size).resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.LANCZOS)
-    square, found = data_utils.fit_square(gradient(*size), 32)
-    assert found == corner
-    assert far(square, whole.crop((corner[1], corner[0], corner[1] + 32, corner[0] + 32))) == 0
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

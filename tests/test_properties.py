@@ -13,6 +13,7 @@ from PIL import Image
 
 import checkpoint
 import data_utils
+import image_files
 from config import Config, UserError, dump_config, load_config
 from pictures import as_file, gradient, names, refused
 
@@ -101,11 +102,11 @@ def test_any_damage_to_a_picture(which: bytes, place: float, junk: bytes, cut: b
     at = int(place * len(which))
     content = which[:at] + junk + (b"" if cut else which[at + len(junk) :])
     (tmp_path / "a.jpg").write_bytes(content)
-    found = data_utils._check(tmp_path / "a.jpg", 8, ("JPEG", "PNG", "TIFF", "WEBP", "BMP"))
+    found = image_files._check(tmp_path / "a.jpg", 8, ("JPEG", "PNG", "TIFF", "WEBP", "BMP"))
     assert found.taken == bool(found.sha256 and found.width)
     if found.taken:
         assert min(found.width, found.height) >= 8
-        picture, size = data_utils.open_picture(io.BytesIO(content), kinds=("JPEG", "PNG", "TIFF", "WEBP", "BMP"))
+        picture, size = image_files.open_picture(io.BytesIO(content), kinds=("JPEG", "PNG", "TIFF", "WEBP", "BMP"))
         assert picture.mode == "RGB"
         assert size == (found.width, found.height)
 
@@ -114,7 +115,7 @@ def test_any_damage_to_a_picture(which: bytes, place: float, junk: bytes, cut: b
 @given(content=st.binary(max_size=300))
 def test_any_bytes_called_a_picture(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(content)
-    found = data_utils._check(tmp_path / "a.jpg", 8, ("JPEG",))
+    found = image_files._check(tmp_path / "a.jpg", 8, ("JPEG",))
     assert found.reason.startswith("unreadable: ")
 
 
@@ -127,7 +128,7 @@ def test_any_good_jpeg_is_taken_at_its_size(width: int, height: int, orientation
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = as_file(gradient(width, height).convert(mode), "JPEG", exif=exif)
-    picture, size = data_utils.open_picture(content)
+    picture, size = image_files.open_picture(content)
     assert picture.size == size == ((height, width) if orientation in (5, 6, 7, 8) else (width, height))
 
 

@@ -1,0 +1,180 @@
+"""One picture: opening it safely, checking it in a process that may die of it, cutting it square."""
+
+import hashlib
+import io
+import logging
+import multiprocessing
+import os
+import stat
+import struct
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from PIL import ExifTags, Image, ImageCms, ImageOps
+
+from config import IMAGE_EXTENSIONS
+
+logger = logging.getLogger(__name__)
+
+_FORMATS = dict(
+    zip(IMAGE_EXTENSIONS, ("JPEG", "JPEG", "PNG", "WEBP", "BMP", "TIFF", "TIFF"), strict=True)
+)  # by extension
+# What Pillow's decoders raise on broken files, besides OSError (truncated, unidentified, unreadable).
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the check found out about one file. Sizes are in pixels, with the picture upright."""
+
+    path: Path
+    width: int = 0
+    height: int = 0
+    sha256: str = ""
+    reason: str = ""  # why it is passed over; empty when it is taken
+
+    @property
+    def taken(self) -> bool:
+        return not self.reason
+
+
+def check_pictures(paths: Sequence[Path], min_image_size: int, kinds: Sequence[str] = ("JPEG",)) -> list[Picture]:
+    """Decode every picture once, in processes of their own, and say which are taken. Order is kept."""
+    check = partial(_check, min_image_size=min_image_size, kinds=kinds)
+    found = _check_side_by_side(check, paths)
+    while left := [path for path in paths if path not in found]:
+        with _processes(1) as pool:  # one at a time, so that it is plain which one ends its process
+            for path in left:
+                try:
+                    found[path] = pool.submit(check, path).result()
+                except BrokenProcessPool:
+                    found[path] = Picture(path, reason="unreadable: the decoder crashes on it, or runs out of memory")
+                    break
+    return [found[path] for path in paths]
+
+
+def _check_side_by_side(check: Callable[[Path], Picture], paths: Sequence[Path]) -> dict[Path, Picture]:
+    """What was found before all were checked, or one of them took its process along."""
+    found: dict[Path, Picture] = {}
+    with _processes(min(8, os.cpu_count() or 1, len(paths) // 8 or 1)) as pool, suppress(BrokenProcessPool):
+        for picture in pool.map(check, paths, chunksize=8):
+            found[picture.path] = picture
+    return found
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    # From a server, not forked off this process: a notebook's has threads, and a fork of it may hang.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(count, context)
+
+
+def _check(path: Path, min_image_size: int, kinds: Sequence[str]) -> Picture:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return Picture(path, reason=f"unreadable: {'a folder' if path.is_dir() else 'not a file'}")
+        content = path.read_bytes()
+        _, (width, height) = open_picture(io.BytesIO(content), at_least=64, kinds=kinds)
+    except Image.UnidentifiedImageError:
+        return Picture(path, reason=f"unreadable: not a {' or '.join(kinds)} that can be opened")
+    except FileNotFoundError:
+        return Picture(path, reason="unreadable: a link to nowhere" if path.is_symlink() else "unreadable: it is gone")
+    except (*BROKEN, MemoryError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
+        return Picture(path, reason=f"unreadable: {reason}")
+    reason = ""
+    if min(width, height) < min_image_size:
+        reason = f"too small: {width}x{height}, min_image_size is {min_image_size}"
+    return Picture(path, width, height, hashlib.sha256(content).hexdigest(), reason)
+
+
+def formats(extensions: Collection[str]) -> tuple[str, ...]:
+    """The kinds of files, by Pillow's names, that stand behind extensions: no other decoder sees a picture's bytes."""
+    return tuple(dict.fromkeys(_FORMATS[extension.lower()] for extension in extensions))
+
+
+def open_picture(
+    source: str | Path | io.BytesIO, at_least: int | None = None, kinds: Sequence[str] = ("JPEG",)
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode one picture upright in sRGB.
+
+    Args:
+        source: a file or its bytes; opened for reading only.
+        kinds: what it may be, see `formats`; its name says nothing.
+        at_least: a JPEG may be decoded at a half, quarter or eighth, as long as its shorter side keeps this many
+            pixels: that is several times faster on a phone's photos.
+
+    Returns:
+        The RGB picture, and the (width, height) of the original.
+
+    Raises:
+        OSError, SyntaxError, ValueError, EOFError, struct.error, DecompressionBombError: it cannot be decoded.
+    """
+    with Image.open(source, formats=tuple(kinds)) as image:
+        full = image.size
+        if at_least:
+            shrink = min(full) / at_least
+            image.draft(None, (int(full[0] / shrink), int(full[1] / shrink)))
+        image.load()  # all of it: verify() takes truncated JPEGs
+        upright, turned = _upright(image)
+    return _to_srgb(upright), (full[1], full[0]) if turned else full
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
+    """The picture as it was seen, and whether width and height changed places."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return ImageOps.exif_transpose(image), turned
+    except (*BROKEN, KeyError, TypeError) as error:  # broken EXIF: the picture itself is fine
+        logger.debug("EXIF data cannot be read: %s", error)
+        return image.copy(), False
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # 16 bits a channel: Pillow's convert() would clip at 255
+        image = _to_eight_bits(image)
+    if image.has_transparency_data:
+        profile = image.info.get("icc_profile")
+        layer = image.convert("RGBA")
+        image = Image.new("RGB", image.size, "white")
+        image.paste(layer, mask=layer.getchannel("A"))
+        if profile:
+            image.info["icc_profile"] = profile
+    profile = image.info.get("icc_profile")
+    if image.mode == "P":
+        image = image.convert("RGB")
+    if profile and image.mode in ("RGB", "CMYK", "L"):
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            assert converted is not None  # only in-place conversion returns None
+            return converted
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+            logger.debug("colour profile cannot be used, its values are taken as sRGB: %s", error)
+    return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """A greyscale picture of 16 or 32 bits; what uses no more than 8 of them is left at its own brightness."""
+    wide = image if image.mode == "F" else image.convert("I")
+    _, high = wide.getextrema()
+    factor = 255 / 65535 if isinstance(high, int | float) and high > 255 else 1.0
+    return wide.point(lambda value: value * factor + 0).convert("L")
+
+
+def fit_square(picture: Image.Image, side: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Scale the shorter side to `side` pixels and cut the centre out.
+
+    Returns:
+        The square, and the (top, left) of the cut in pixels of the scaled picture, as SDXL's time ids want it.
+    """
+    scale = side / min(picture.size)
+    width, height = (max(side, round(length * scale)) for length in picture.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    scaled = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return scaled.crop((left, top, left + side, top + side)), (top, left)
