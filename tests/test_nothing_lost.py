@@ -246,15 +246,24 @@ def test_a_folder_that_vanishes_is_a_disk_error_and_is_not_made_anew(
 CANARY = "hf_" + "Canary" * 6
 
 
-def test_a_token_in_a_setting_is_refused_and_not_repeated(settings: Make, tmp_path: Path) -> None:
-    for override in (
-        f"pretrained_model=https://lace:{CANARY}@hub.example/model", f"validation_prompt={CANARY}",
-        f"prompt=[one, {CANARY}]", f"hub_token={CANARY}", f"rank={CANARY}", CANARY,
-    ):  # fmt: skip
-        done = main_py("--mode", "train", override, cwd=tmp_path)
-        assert done.returncode == 2
-        assert CANARY not in done.stderr + done.stdout
-    assert not names(tmp_path)
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (f"pretrained_model=https://lace:{CANARY}@hub.example/model", "pretrained_model holds a token or a password"),
+        (f"validation_prompt=lace {CANARY}", "validation_prompt holds a token"),
+        (f"prompt=[one, {CANARY}]", "prompt holds a token"),
+        (f"hub_token={CANARY}", "unknown key 'hub_token'; settings are written into files"),
+        (f"rank={CANARY}", "rank is '***', not a whole number"),
+        (CANARY, "'***' is not of the form key=value"),
+    ],
+)
+def test_a_token_in_a_setting_is_refused_and_not_repeated(override: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    done = main_py("--mode", "train", override, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert CANARY not in done.stderr + done.stdout
+    assert names(tmp_path) == {"config.yaml"}
 
 
 def test_no_secret_is_written_anywhere(

@@ -277,6 +277,14 @@ def test_an_interrupted_run_goes_on_from_the_newest_whole_checkpoint(
     assert "passed over checkpoint-6: state.json" in caplog.text
 
 
+def test_leftovers_of_killed_writes_are_removed_before_the_training(tmp_path: Path, launch: Launch, make: Make) -> None:
+    launch.stop_at = 2  # before it publishes anything
+    (tmp_path / "lora" / ".checkpoint-4.77.tmp").mkdir(parents=True)
+    put(tmp_path / "lora" / ".metrics.csv.77.tmp", "half")
+    refused(make(), "stopped", 130)
+    assert names(tmp_path / "lora") == {"config.yaml"}
+
+
 def test_a_named_checkpoint(tmp_path: Path, launch: Launch, make: Make) -> None:
     launch.stop_at = 9
     refused(make(max_train_steps=12), "stopped", 130)
