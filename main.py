@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     options = parser.parse_intermixed_args(arguments)
-    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C
+    before = signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about torchvision, which nothing here needs
     try:
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print("stopped; the same command makes what is missing", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)  # a notebook's process lives on
     return 0
 
 

@@ -43,7 +43,7 @@ _REMIND_SECONDS = 0.5
 # Python runs this instead of accelerate's own file, so that a SIGINT ends the launcher without a traceback.
 LAUNCHER = (
     "import runpy, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
-    "runpy.run_module('accelerate.commands.launch', run_name='__main__', alter_sys=True)"
+    'runpy.run_module("accelerate.commands.launch", run_name="__main__", alter_sys=True)'
 )
 
 

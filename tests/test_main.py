@@ -1,7 +1,9 @@
 """The command line: help, exit codes, and that nothing heavy is loaded before it is needed."""
 
 import dataclasses
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +126,15 @@ def test_a_missing_package_is_said_in_a_sentence(
     monkeypatch.setitem(sys.modules, "train", None)  # importing it fails as a package that is not installed does
     assert main.main(["--mode", "train", "--config", str(tmp_path / "config.yaml")]) == 2
     assert "train is not installed: pip install -r requirements.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_drawing_is_said_in_a_sentence(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    monkeypatch.setattr("inference.run", lambda *_: os.kill(os.getpid(), number))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main.main(["--mode", "inference", "--config", str(tmp_path / "config.yaml")]) == 128 + number
+    assert "the same command makes what is missing" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,6 +1,7 @@
 """Loading parts, prompts to embeddings, and the LoRA file, each against diffusers' own pipelines."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,6 +144,19 @@ def test_the_variant_is_preferred_where_it_is_there(tiny: Path, tmp_path: Path) 
     absent = models.load_unet(str(tmp_path), "bf16", CPU, torch.float32)
     assert chosen.conv_out.bias[0] == 7
     assert plain.conv_out.bias[0] == absent.conv_out.bias[0] != 7
+
+
+def test_a_model_that_is_a_pickle_is_never_opened(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "sprung",)
+
+    (tmp_path / "unet").mkdir()
+    torch.save({"weight": Trap()}, tmp_path / "unet" / "diffusion_pytorch_model.bin")
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="unet cannot be loaded"):
+        models.load_unet(str(tmp_path), None, CPU, torch.float32)
+    assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize("source", ["no/such-folder-or-repository", "empty"])
