@@ -43,12 +43,16 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield begin
     for process in started:
         if process.is_running():
-            kill_all(process)
+            kill_all(family_of(process))
 
 
-def kill_all(process: psutil.Popen) -> None:
-    """kill -9 for a process and all below it at one instant, so that none can react to another's end."""
-    family = [process, *process.children(recursive=True)]
+def family_of(process: psutil.Popen) -> list[psutil.Process]:
+    """A process and all below it, the deepest first."""
+    return [*reversed(process.children(recursive=True)), process]
+
+
+def kill_all(family: list[psutil.Process]) -> None:
+    """kill -9 for all at one instant, so that none can react to another's end."""
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -79,13 +83,17 @@ def test_killed_at_any_instant_it_ends_as_if_nothing_had_been(settings: Make, st
 
     parted, folder = settings(lora_output_dir=str(tmp_path / "parted"), **options), tmp_path / "parted"
     chance, began, amid_writes = random.Random(KILLS), [], 0
-    for _ in range(KILLS):
+    for index in range(KILLS):
         before = reached(folder)
         process = start(parted)
         assert wait_for(lambda before=before: reached(folder) > before, process), (tmp_path / "said.txt").read_text()  # type: ignore[misc]
-        time.sleep(chance.uniform(0, 0.25))
+        family = family_of(process)
+        time.sleep(chance.uniform(0, 0.2))
+        if index % 2:  # every other time while a checkpoint is being written, which takes a moment only
+            while not any(name.startswith(".checkpoint-") for name in os.listdir(folder)) and process.poll() is None:
+                pass
         assert process.poll() is None, "it ended before it could be killed"
-        kill_all(process)
+        kill_all(family)
         amid_writes += any(folder.glob(".checkpoint-*"))
         newest, passed_over = checkpoint.newest(folder)
         assert newest is not None
@@ -95,8 +103,8 @@ def test_killed_at_any_instant_it_ends_as_if_nothing_had_been(settings: Make, st
     began.append(gone_on_from(tmp_path / "said.txt"))
     assert began[0] == 0
     assert all(earlier < later for earlier, later in zip(began[:-1], began[1:], strict=True)), began
-    if KILLS >= 50:
-        assert amid_writes, "not one kill fell into the writing of a checkpoint"
+    print(f"{KILLS} kills, {amid_writes} of them amid the writing of a checkpoint; gone on from {began}")
+    assert amid_writes > KILLS // 10
     for name in (LORA, f"checkpoint-{parted.max_train_steps}/training_state.safetensors"):
         expected, got = load_file(tmp_path / "straight" / name), load_file(folder / name)
         assert expected.keys() == got.keys()
