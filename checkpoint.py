@@ -57,7 +57,10 @@ def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: in
     sweep(output_dir)
     others = [path for path, _ in checkpoints(output_dir) if path != folder]  # newer ones may be there, damaged
     for path in others[: max(0, len(others) + 1 - keep)]:
-        shutil.rmtree(path)
+        # Out of its name first: a removal that is killed must not leave half a checkpoint.
+        leaving = output_dir / f".{path.name}.{os.getpid()}.tmp"
+        os.replace(path, leaving)
+        shutil.rmtree(leaving)
     return folder
 
 

@@ -233,7 +233,7 @@ def _file_entries(path: Path) -> Iterator[Entry]:
         raise UserError(f"{path}:1: expected lines of `key: value`")
     seen: dict[str, int] = {}
     for key, value in tree.value:
-        line, name = key.start_mark.line + 1, str(key.value)[:60]
+        line, name = key.start_mark.line + 1, _SECRET.sub("***", str(key.value))[:60]
         if name in seen:
             raise UserError(f"{path}:{line}: {name} is set twice, here and in line {seen[name]}")
         seen[name] = line
@@ -249,7 +249,7 @@ def _override_entries(overrides: Iterable[str], hints: dict[str, Any]) -> Iterat
         if wants_list and text.lstrip().startswith("["):
             try:
                 node = yaml.compose(text, Loader=yaml.SafeLoader) or yaml.ScalarNode("", text)
-            except yaml.YAMLError:
+            except (yaml.YAMLError, RecursionError):
                 raise UserError(f"command line: {key} is not a list like [a, b]") from None
         else:
             # The text as it stands: `prompt=lace: white` is a prompt, not a mapping.
@@ -280,7 +280,8 @@ def _scalar(node: yaml.Node, wanted: Any) -> Any:
     if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN_TAGS:
         raise ValueError(f"is not {_name(wanted)}")
     text, tag = node.value, node.tag.rpartition(":")[2]
-    shown = text if len(text) <= 40 else text[:40] + "…"
+    shown = _SECRET.sub("***", text)  # before it is cut, which could hide what it is
+    shown = shown if len(shown) <= 40 else shown[:40] + "…"
     if wanted is str:
         return os.path.expanduser(text) if text.startswith("~/") else text  # no prompt begins so
     if get_origin(wanted) is Literal:

@@ -5,8 +5,10 @@ import io
 import logging
 import multiprocessing
 import os
+import signal
 import stat
 import struct
+import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -71,7 +73,19 @@ def _processes(count: int) -> ProcessPoolExecutor:
     # From a server, not forked off this process: a notebook's has threads, and a fork of it may hang.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(count, context)
+    return ProcessPoolExecutor(count, context, initializer=_leave_with_the_main_process)
+
+
+def _leave_with_the_main_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is that one's to tell
+    main_process = multiprocessing.parent_process()
+
+    def leave() -> None:
+        if main_process:
+            main_process.join()
+            os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
 
 
 def _check(path: Path, min_image_size: int, kinds: Sequence[str]) -> Picture:

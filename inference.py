@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+import checkpoint
 import gallery
 import supervise
 from config import DISK_OR_DRIVE, Config, UserError
@@ -55,6 +56,7 @@ def run(config: Config, dry_run: bool = False) -> None:
         if missing:
             folder.mkdir(parents=True, exist_ok=True)
             with supervise.sole_use(folder):
+                checkpoint.sweep(folder)
                 _write_manifest(folder, recipe, designs, config)
                 _draw(config, lora, missing, folder, recipe)
         elif (folder / gallery.PAGE).exists():

@@ -21,6 +21,9 @@ MOST_LOST, MOST_OVERFLOWN = 5, 25
 READ_EVERY = 10  # steps between readings of the loss from the GPU: each reading waits for the GPU to catch up
 
 
+logger = logging.getLogger("train_lora")
+
+
 class Logbook:
     """Collects one row per step and publishes them with every checkpoint.
 
@@ -55,14 +58,14 @@ class Logbook:
         self.pending.clear()
 
     def check_finite(self, ending: bool) -> bool:
-        """Whether the last loss read is a finite number.
+        """Whether what was learnt may be saved: the last loss read is a finite number, or the run is ending.
 
         Raises:
-            UserError: too many in a row are not, or the last before the end is not (exit 5).
+            UserError: too many in a row are not (exit 5).
         """
-        lost, overflown = (self._not_finite_at_the_end(column) for column in ("loss", "grad_norm"))
-        if lost < MOST_LOST and overflown < MOST_OVERFLOWN and not (lost and ending):
-            return not lost
+        lost, overflown = (self._longest_not_finite(column) for column in ("loss", "grad_norm"))
+        if lost < MOST_LOST and overflown < MOST_OVERFLOWN:
+            return ending or math.isfinite(self.rows[-1]["loss"])
         raise UserError(
             f"the loss is not a finite number at step {self.rows[-1]['step']}, nor shortly before; those updates were "
             f"left out: lower learning_rate ({self.learning_rate:g}), or, if it was fp16, use mixed_precision: bf16 or "
@@ -70,8 +73,9 @@ class Logbook:
             LOSS_NOT_FINITE,
         )
 
-    def _not_finite_at_the_end(self, column: str) -> int:
-        return len(list(itertools.takewhile(lambda row: not math.isfinite(row[column]), reversed(self.rows))))
+    def _longest_not_finite(self, column: str) -> int:
+        finite = itertools.groupby(self.rows, key=lambda row: math.isfinite(row[column]))
+        return max((len(list(rows)) for good, rows in finite if not good), default=0)
 
     def publish(self) -> None:
         """Write metrics.csv and loss.png as they stand."""
@@ -101,8 +105,12 @@ def _read_rows(path: Path, before: int) -> list[dict[str, float]]:
     """Rows of an earlier run up to the step that this one goes on from."""
     if not before or not path.exists():
         return []
-    with open(path, newline="") as file:
-        rows = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
+    try:
+        with open(path, newline="") as file:
+            rows = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
+    except (ValueError, KeyError, TypeError):
+        logger.warning("%s is damaged: the curves begin anew", path)
+        return []
     return [row | {"step": int(row["step"])} for row in rows if row["step"] <= before]
 
 

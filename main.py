@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import drive
+import supervise
 from config import BAD_INPUT, UserError, describe, load_config
 
 SETTINGS = """settings (in config.yaml, or key=value on the command line; empty means none):
@@ -50,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped = error.exit_code in (130, 143)
         print(str(error) if stopped else f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except (OSError, MemoryError, RuntimeError) as error:
+        explained = supervise.explain(error, "close other programs, or choose a machine with more memory")
+        if explained is None:
+            raise
+        print(f"error: {explained[0]}", file=sys.stderr)
+        return explained[1]
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
         return BAD_INPUT

@@ -4,7 +4,6 @@ Nothing here loads more than it is asked for, so that no two big models need be 
 """
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDif
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from config import Config, UserError
+from data_utils import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -186,14 +186,8 @@ def lora_state(unet: UNet2DConditionModel, scale: float) -> dict[str, Tensor]:
 
 def save_lora(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a LoRA file; its name never stands for half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(state, temporary, metadata={"format": "pt", **metadata})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Not save_file: it has temporary names and errors of its own, which hide a full disk.
+    write_atomically(path, save(state, metadata={"format": "pt", **metadata}))
 
 
 def merge_lora(unet: UNet2DConditionModel, path: Path, scale: float) -> None:

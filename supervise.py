@@ -41,8 +41,10 @@ _MEMORY_ERRORS = ("OutOfMemoryError", "out of memory", "can't allocate memory", 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _REMIND_SECONDS = 0.5
 # Python runs this instead of accelerate's own file, so that a SIGINT ends the launcher without a traceback.
+_LAUNCHER_PID = "LACE_LORA_LAUNCHER"
 LAUNCHER = (
-    "import runpy, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "import os, runpy, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    f'os.environ["{_LAUNCHER_PID}"] = str(os.getpid()); '
     'runpy.run_module("accelerate.commands.launch", run_name="__main__", alter_sys=True)'
 )
 
@@ -71,7 +73,10 @@ def report_outcome(work: Callable[[StopSignal], str], folder: Path) -> int:
     A failure that is a bug of ours goes on as it is, with its traceback.
     """
     _set_for_process(_PR_SET_PDEATHSIG, signal.SIGTERM)  # so that the launcher's death reaches us
-    _write(folder, None, "")
+    if os.environ.get(_LAUNCHER_PID, str(os.getppid())) != str(os.getppid()):
+        return STOPPED  # it was dead before we could ask for that
+    if not (folder / OUTCOME).exists():
+        _write(folder, None, "")
     try:
         message, code = work(StopSignal()), 0
     except Stopped as reason:
@@ -81,15 +86,24 @@ def report_outcome(work: Callable[[StopSignal], str], folder: Path) -> int:
     except (MemoryError, OSError, RuntimeError) as error:
         explained = explain(error, ADVICE)
         if explained is None:
-            _write(folder, 1, _BUG)
+            _report(folder, 1, _BUG)
             raise
         message, code = explained
     except Exception:
-        _write(folder, 1, _BUG)
+        _report(folder, 1, _BUG)
         raise
-    if os.environ.get("LOCAL_RANK", "0") == "0" or code not in (0, STOPPED):
-        _write(folder, code, message)
+    _report(folder, code, message)
     return code
+
+
+def _report(folder: Path, code: int, message: str) -> None:
+    """Of several processes the first tells a good end, and the first failure outweighs all that comes after it."""
+    good = (0, STOPPED)
+    if code in good and os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    if _outcome(folder).get("exit_code") not in (None, *good):
+        return
+    _write(folder, code, message)
 
 
 def _write(folder: Path, code: int | None, message: str) -> None:

@@ -250,6 +250,9 @@ def _own(output_dir: Path) -> Iterator[int]:
         output_dir.mkdir(parents=True, exist_ok=True)
     try:
         with supervise.sole_use(output_dir) as lock:
+            with _writing(output_dir):  # before it is decided where to go on: a checkpoint may get its name back
+                checkpoint.sweep(output_dir)
+                checkpoint.sweep(output_dir / "samples")
             yield lock
     finally:
         if is_new:
@@ -261,7 +264,6 @@ def _write_run_files(config: Config, taken: Sequence[Picture], finished: int | N
     """Annotations and the resolved settings; a finished LoRA that is to be trained further keeps a name of its own."""
     output_dir = Path(config.lora_output_dir)
     with _writing(output_dir):
-        checkpoint.sweep(output_dir)
         data_utils.create_annotations(
             config.images_dir, config.instance_prompt, images=[p.path for p in taken], fallback_dir=output_dir
         )

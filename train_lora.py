@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 import batches
@@ -270,7 +270,7 @@ def save_checkpoint(run: Run, step: int) -> None:
         lora = models.lora_state(run.unet, run.config.alpha / run.config.rank)
         models.save_lora(folder / models.LORA_FILE, lora, {"step": str(step)})
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(on_cpu, folder / "training_state.safetensors")
+        (folder / "training_state.safetensors").write_bytes(save(on_cpu))
         (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
     checkpoint.publish(run.folder, step, write, run.config.checkpoints_total_limit)

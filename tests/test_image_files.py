@@ -2,18 +2,21 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image, ImageChops, ImageCms, ImageStat
 
 import data_utils
 import image_files
 from config import IMAGE_EXTENSIONS
-from pictures import as_file, gradient, jpg, jpgs, snapshot, swapped_profile, truncated_jpg
+from pictures import ROOT, as_file, gradient, jpg, jpgs, snapshot, swapped_profile, truncated_jpg
 
 Transpose = Image.Transpose
 # What a viewer has to do with a picture of each EXIF orientation (Exif 2.3, tag 0x0112).
@@ -235,3 +238,26 @@ def test_fit_square_cuts_the_centre(size: tuple[int, int], corner: tuple[int, in
     square, found = image_files.fit_square(gradient(*size), 32)
     assert found == corner
     assert far(square, whole.crop((corner[1], corner[0], corner[1] + 32, corner[0] + 32))) == 0
+
+
+def test_no_process_is_left_when_the_main_one_is_killed(tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import image_files
+if __name__ == "__main__":
+    with image_files._processes(2) as pool:
+        pool.submit(time.time).result()
+        print("ready", flush=True)
+        pool.submit(time.sleep, 60).result()
+"""
+    (tmp_path / "check.py").write_text(code)
+    process = psutil.Popen([sys.executable, str(tmp_path / "check.py")], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    family = process.children(recursive=True)
+    process.kill()
+    process.wait(10)
+    _, left = psutil.wait_procs(family, timeout=10)
+    for member in left:
+        member.kill()
+    assert not left

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import inference
+import models
 import supervise
 from config import DISK_OR_DRIVE, Config, UserError, dump_config
 from pictures import ROOT, Make, main_py, names, refused
@@ -95,9 +96,9 @@ def test_killed_at_any_instant_it_ends_as_if_nothing_had_been(settings: Make, st
         assert process.poll() is None, "it ended before it could be killed"
         kill_all(family)
         amid_writes += any(folder.glob(".checkpoint-*"))
-        newest, passed_over = checkpoint.newest(folder)
-        assert newest is not None
-        assert not passed_over, "half a checkpoint has a final name"
+        whole = [checkpoint.verify(path) for path, _ in checkpoint.checkpoints(folder)]
+        assert whole, "no checkpoint is left"
+        assert not any(whole), "half a checkpoint has a final name"
         began.append(gone_on_from(tmp_path / "said.txt"))
     assert start(parted).wait(3600) == 0, (tmp_path / "said.txt").read_text()
     began.append(gone_on_from(tmp_path / "said.txt"))
@@ -155,6 +156,7 @@ def test_a_second_stop_leaves_at_once_with_the_last_checkpoint_whole(
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)
     assert process.wait(10) == 130
+    assert "stopped at once" in (tmp_path / "said.txt").read_text()
     newest, passed_over = checkpoint.newest(tmp_path / "lora")
     assert newest is not None
     assert not passed_over
@@ -218,6 +220,23 @@ def test_a_full_disk_costs_nothing_that_was_saved(settings: Make, small_disk: Pa
     assert checkpoint.newest(folder) == (folder / "checkpoint-4", [])
 
 
+@pytest.mark.parametrize("kind", ["lora", "local"])
+def test_a_full_disk_is_told_as_such_wherever_it_is(
+    kind: str, settings: Make, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finished LoRA on a full Drive, and a checkpoint on its way over a full local disk."""
+    fill(small_disk, leave=20_000)
+    if kind == "local":
+        monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+        with pytest.raises(OSError, match="No space left"):
+            train_here(settings(max_train_steps=2))
+        assert not names(tmp_path / "lora") & {"checkpoint-2", LORA}
+        return
+    with pytest.raises(OSError, match="No space left"):
+        models.save_lora(small_disk / LORA, {"weight": torch.zeros(10_000)}, {})
+    assert names(small_disk) == {"ballast"}
+
+
 def test_a_full_disk_leaves_no_half_picture(settings: Make, small_disk: Path) -> None:
     fill(small_disk, leave=20_000)
     config = settings(output_dir=str(small_disk / "pictures"), lora_scale=0, save_base=True, num_images=4)
@@ -263,6 +282,7 @@ CANARY = "hf_" + "Canary" * 6
         (f"hub_token={CANARY}", "unknown key 'hub_token'; settings are written into files"),
         (f"rank={CANARY}", "rank is '***', not a whole number"),
         (CANARY, "'***' is not of the form key=value"),
+        (f"rank=my own token is {CANARY}", "rank is 'my own token is ***'"),
     ],
 )
 def test_a_token_in_a_setting_is_refused_and_not_repeated(override: str, said: str, tmp_path: Path) -> None:

@@ -257,7 +257,8 @@ def test_an_update_without_finite_loss_is_left_out(settings: Make) -> None:
         ([1.0, 1.0], [1.0, 1.0], True, True),
         ([math.nan, 1.0], [math.nan, 1.0], True, True),
         ([1.0, math.nan], [1.0, math.nan], False, False),
-        ([1.0, math.nan], [1.0, math.nan], True, None),
+        ([1.0, math.nan], [1.0, math.nan], True, True),
+        ([1.0, *[math.nan] * 5, 1.0], [1.0] * 7, False, None),
         ([1.0, *[math.inf] * 4], [1.0] * 5, False, False),
         ([1.0, *[math.inf] * 5], [1.0] * 6, False, None),
         ([1.0] * 25, [1.0, *[math.inf] * 24], True, True),  # as fp16 does while it looks for its scale
