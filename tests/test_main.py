@@ -135,6 +135,11 @@ def test_a_stop_while_drawing_is_said_in_a_sentence(
     (tmp_path / "config.yaml").write_text("")
     monkeypatch.setattr("inference.run", lambda *_: os.kill(os.getpid(), number))
     before = signal.getsignal(signal.SIGTERM)
-    assert main.main(["--mode", "inference", "--config", str(tmp_path / "config.yaml")]) == 128 + number
+    # A shell starts what runs in its background deaf to SIGINT; a program in the foreground is not.
+    shells = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main.main(["--mode", "inference", "--config", str(tmp_path / "config.yaml")]) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, shells)
     assert "the same command makes what is missing" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
