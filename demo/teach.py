@@ -106,6 +106,12 @@ class Workshop:
         return draw_all(self.amounts.drawings, self.amounts.at_once, 1000, self.device)
 
     @cached_property
+    def fine(self) -> Tensor:
+        """Which drawings have fine lines."""
+        is_fine = [textile.pattern in FINE or textile.figure != "solid" for textile in self.drawings[1]]
+        return torch.tensor(is_fine, device=self.device).nonzero()[:, 0]
+
+    @cached_property
     def vae(self) -> AutoencoderKL:
         """The finished VAE."""
         self.load("decoder", vae=self.parts.vae)
@@ -165,7 +171,7 @@ def teach_vae(work: Workshop) -> None:
     # Small cuts first, many at once; whole pictures at the end, for what is far apart in them.
     for side, share, size in ((SIDE // 2, 0.7, 0.375), (SIDE, 0.3, 0.125)):
         pixels = torch.empty(max(3, int(work.amounts.batch * size)), 3, side, side, device=work.device)
-        learner.run(share, partial(loss, pixels), partial(fill_with_cuts, pixels, pictures))
+        learner.run(share, partial(loss, pixels), partial(fill_with_cuts, pixels, pictures, work.fine))
     learner.finish()
     standardise_latents(vae, pictures)
     report_vae(work, vae)
@@ -187,7 +193,7 @@ def teach_decoder(work: Workshop) -> None:
     pixels = torch.empty(max(3, work.amounts.batch // 6), 3, SIDE // 2, SIDE // 2, device=work.device)
 
     def step() -> None:
-        fill_with_cuts(pixels, pictures)
+        fill_with_cuts(pixels, pictures, work.fine)
         with torch.no_grad():
             latents = vae.quant_conv(vae.encoder(pixels.bfloat16())).chunk(2, dim=1)[0]
             # A sampled latent is never quite what the encoder would have made.
@@ -276,14 +282,12 @@ def teach_refiner(work: Workshop) -> None:
     encoder = parts.text_encoder_2.bfloat16().requires_grad_(False)
     batch = DiffusionBatch(work.amounts.batch, 5, work.captions, work.tokenizers)
     learner = Learner([parts.refiner_unet], 1e-3, work.amounts.refiner)
-    pictures, textiles = work.drawings
-    is_fine = [textile.pattern in FINE or textile.figure != "solid" for textile in textiles]
-    fine = torch.tensor(is_fine, device=work.device).nonzero()[:, 0]
-    finer = torch.cat([encode(work.vae, shrunk(chunk)) for chunk in pictures[fine].split(512)])
+    pictures = work.drawings[0]
+    finer = torch.cat([encode(work.vae, shrunk(chunk)) for chunk in pictures[work.fine].split(512)])
     latents = torch.cat([work.latents, finer])
     everything = torch.arange(len(pictures), device=work.device)
     # Row i of `latents` is described by the captions of drawing `described[i]`.
-    described = torch.cat([everything, fine])
+    described = torch.cat([everything, work.fine])
 
     def loss() -> Tensor:
         encoded = encoder(batch.ids[1], output_hidden_states=True)
@@ -360,19 +364,29 @@ def shrunk(pictures: Tensor) -> Tensor:
     return torch.cat([row, row.flip(2)], dim=2).round().to(torch.uint8)
 
 
-def fill_with_cuts(pixels: Tensor, pictures: Tensor) -> None:
-    """Cuts of pictures from -1 to 1: a third as they are, a third two mixed by a third one's light, a third shrunk."""
+def fill_with_cuts(pixels: Tensor, pictures: Tensor, fine: Tensor) -> None:
+    """Cuts of pictures from -1 to 1: a third as they are, a third shrunk, and a third two of them mixed.
+
+    Where a mixed one is of the one and where of the other, fine drawings say; half of them are light threads over a
+    dark ground, as no textile is: the VAE must show what it was never shown.
+    """
     third, side = len(pixels) // 3, pixels.shape[-1]
-    chosen = torch.randint(len(pictures), (len(pixels) + third,), device=pixels.device)
-    whole = pictures[chosen]
-    whole = torch.cat([whole[third : 2 * third], shrunk(whole[:third]), whole[2 * third :]])
+    chosen = torch.randint(len(pictures), (len(pixels),), device=pixels.device)
+    masks = fine[torch.randint(len(fine), (2 * third,), device=pixels.device)]
+    whole = torch.cat([pictures[chosen[:-third]], shrunk(pictures[chosen[-third:]]), pictures[masks]])
     top, left = random.randrange(SIDE - side + 1), random.randrange(SIDE - side + 1)
     cut = flipped(whole[..., top : top + side, left : left + side].float() / 127.5 - 1)
-    light = cut[-third:].mean(1, keepdim=True)
+    light = cut[len(pixels) :].mean(1, keepdim=True)
     low, high = light.amin((2, 3), True), light.amax((2, 3), True)
-    share = (light - low) / (high - low + 0.05)
-    cut[:third] = cut[:third] * share + cut[-third:] * (1 - share)
-    pixels.copy_(cut[: len(pixels)])
+    shares = (light - low) / (high - low + 0.05)
+    shares = torch.where(shares.mean((2, 3), keepdim=True) < 0.5, shares, 1 - shares)
+    share = torch.maximum(shares[:third], shares[third:] * (torch.rand(third, 1, 1, 1, device=pixels.device) < 0.5))
+    over, under, half = cut[:third], cut[third : 2 * third].clone(), third // 2
+    over[:half] = over[:half].mean(1, keepdim=True) * 0.2 + 0.7 + over[:half] * 0.05
+    ground = under[:half].mean((2, 3), keepdim=True)
+    under[:half] = ground * 0.4 - 0.58 + (under[:half] - ground) * 0.08
+    cut[:third] = over * share + under * (1 - share)
+    pixels.copy_(cut[: len(pixels)].clamp(-1, 1))
 
 
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
