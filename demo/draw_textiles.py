@@ -149,7 +149,7 @@ def basket_weave(canvas: Canvas, x: Tensor, y: Tensor, period: Tensor) -> Tensor
 
 def net(canvas: Canvas, x: Tensor, y: Tensor, period: Tensor) -> Tensor:
     """A net of square, diagonal or six-sided meshes, knotted or not."""
-    mesh, diagonal = period * 0.6, canvas.coin(0.5)
+    mesh, diagonal = period * 0.9, canvas.coin(0.5)
     a, b = torch.where(diagonal, (x + y) * 0.7071, x), torch.where(diagonal, (x - y) * 0.7071, y)
     across, down = mesh / 2 - tile(a, mesh)[0].abs(), mesh / 2 - tile(b, mesh)[0].abs()
     thread = canvas.uniform(0.03, 0.08) * mesh + 0.5

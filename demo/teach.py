@@ -48,13 +48,16 @@ class Amounts:
     decoder: int
     judge: int
     unet: int
+    polish: int
     refiner: int
     batch: int  # of the UNets; the others' are shares of it
     prompts: int
 
 
-FULL = Amounts(64, 55, 768, vae=5400, decoder=1400, judge=700, unet=12_000, refiner=1200, batch=256, prompts=200)
-SMALL = Amounts(2, 1, 8, vae=3, decoder=3, judge=3, unet=3, refiner=3, batch=12, prompts=4)
+FULL = Amounts(
+    64, 55, 768, vae=5400, decoder=1400, judge=700, unet=12_000, polish=10_000, refiner=1500, batch=256, prompts=200
+)
+SMALL = Amounts(2, 1, 8, vae=3, decoder=3, judge=3, unet=3, polish=3, refiner=3, batch=12, prompts=4)
 
 
 @dataclass
@@ -257,10 +260,31 @@ def teach_judge(work: Workshop) -> None:
 
 def teach_unet(work: Workshop) -> None:
     """The base's UNet and both text encoders together, from captions to latents."""
-    parts, size = work.parts, work.amounts.batch
+    learn_to_draw(work, 1e-3, work.amounts.unet, torch.arange(len(work.latents), device=work.device))
+    work.save("unet", **base_networks(work))
+
+
+def polish_unet(work: Workshop) -> None:
+    """The same again at half the rate, fine drawings twice as often and nets, which it learns last, four times."""
+    work.load("unet", **base_networks(work))
+    nets = [index for index, textile in enumerate(work.drawings[1]) if textile.pattern == "net"]
+    everything = torch.arange(len(work.latents), device=work.device)
+    more = torch.tensor(2 * nets, device=work.device)
+    learn_to_draw(work, 5e-4, work.amounts.polish, torch.cat([everything, work.fine, more]))
+    work.save("polish", **base_networks(work))
+
+
+def base_networks(work: Workshop) -> dict[str, nn.Module]:
+    parts = work.parts
+    return {"unet": parts.unet, "text_encoder": parts.text_encoder, "text_encoder_2": parts.text_encoder_2}
+
+
+def learn_to_draw(work: Workshop, rate: float, steps: int, chosen: Tensor) -> None:
+    """Teach UNet and text encoders the drawings `chosen`, which may name one more than once."""
+    parts = work.parts
     encoders = [parts.text_encoder, parts.text_encoder_2]
-    batch = DiffusionBatch(size, 6, work.captions, work.tokenizers)
-    learner = Learner([parts.unet, *encoders], 1e-3, work.amounts.unet)
+    batch = DiffusionBatch(work.amounts.batch, 6, work.captions, work.tokenizers)
+    learner = Learner([parts.unet, *encoders], rate, steps)
 
     def loss() -> Tensor:
         first, second = (
@@ -269,16 +293,14 @@ def teach_unet(work: Workshop) -> None:
         embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         return diffusion_loss(parts.unet, batch, embeds, second.text_embeds)
 
-    everything = torch.arange(len(work.latents), device=work.device)
-    learner.run(1, loss, partial(batch.fill, work.latents, everything, timesteps=1000, dropped=0.06))
+    learner.run(1, loss, partial(batch.fill, work.latents[chosen], chosen, timesteps=1000, dropped=0.06))
     learner.finish()
-    work.save("unet", unet=parts.unet, text_encoder=parts.text_encoder, text_encoder_2=parts.text_encoder_2)
 
 
 def teach_refiner(work: Workshop) -> None:
     """The refiner's UNet on the last timesteps, mostly of fine drawings, half of them drawn finer still."""
     parts = work.parts
-    work.load("unet", text_encoder_2=parts.text_encoder_2)
+    work.load("polish", text_encoder_2=parts.text_encoder_2)
     encoder = parts.text_encoder_2.bfloat16().requires_grad_(False)
     batch = DiffusionBatch(work.amounts.batch, 5, work.captions, work.tokenizers)
     learner = Learner([parts.refiner_unet], 1e-3, work.amounts.refiner)
@@ -303,7 +325,7 @@ def assemble(work: Workshop) -> None:
     """Put all parts into `demo/model` as a hub would hold them, and measure the base by its pictures."""
     parts, folder = work.parts, HERE / "model" if work.amounts is FULL else work.folder / "model"
     work.load("decoder", vae=parts.vae)
-    work.load("unet", unet=parts.unet, text_encoder=parts.text_encoder, text_encoder_2=parts.text_encoder_2)
+    work.load("polish", **base_networks(work))
     work.load("refiner", unet=parts.refiner_unet)
     build_model.write(folder, parts, build_model.write_tokenizers(folder))
     (folder / "judge.safetensors").write_bytes(work.path("judge").read_bytes())
@@ -319,6 +341,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "decoder": teach_decoder,
     "judge": teach_judge,
     "unet": teach_unet,
+    "polish": polish_unet,
     "refiner": teach_refiner,
     "assemble": assemble,
 }
