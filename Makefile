@@ -1,13 +1,15 @@
 # make          lint and test
 # make install  the environment in .venv
 # make demo     train and draw on the embedded demo model, offline, without a GPU
+# make proof    that training teaches the style, and that a broken program would not pass for it
 # make test     the test suite
 # make torture  a hundred kills and thousands of broken inputs, about half an hour
 
 PYTHON ?= python3
 RUN := .venv/bin/python
+export TRANSFORMERS_VERBOSITY := error
 
-.PHONY: check install demo test torture lint format clean
+.PHONY: check install demo proof test torture lint format clean
 
 check: lint test
 
@@ -19,12 +21,13 @@ install: .venv/installed
 	$(RUN) -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
-demo: install demo/model/refiner/model_index.json
+demo: install
 	$(RUN) main.py --mode train --config demo/config.yaml
 	$(RUN) main.py --mode inference --config demo/config.yaml
+	$(RUN) -m demo.story
 
-demo/model/refiner/model_index.json: demo/build_model.py
-	$(RUN) demo/build_model.py
+proof: install
+	$(RUN) -m demo.proof
 
 test: install
 	$(RUN) -m pytest

@@ -33,8 +33,10 @@ RECIPE_SETTINGS = (
 ADVICE = "set inference_batch_size: 1, or a smaller width and height"
 
 
-def run(config: Config, dry_run: bool = False) -> None:
-    """Draw `num_images` pictures, or the ones still missing. `dry_run` stops before anything is written.
+def run(config: Config, dry_run: bool = False) -> Path:
+    """Draw `num_images` pictures, or the ones still missing, and return their folder.
+
+    `dry_run` stops before anything is written.
 
     Raises:
         UserError: whatever the user can mend, with its exit code.
@@ -51,7 +53,7 @@ def run(config: Config, dry_run: bool = False) -> None:
     missing = [batch for batch in _batches(designs, config) if not all(_is_drawn(folder, d, config) for d in batch)]
     if dry_run:
         _print_plan(config, prompts, lora, folder, sum(map(len, missing)))
-        return
+        return folder
     try:
         if missing:
             folder.mkdir(parents=True, exist_ok=True)
@@ -70,6 +72,7 @@ def run(config: Config, dry_run: bool = False) -> None:
     print(f"{len(designs)} pictures: {folder}")
     print(f"contact sheet: {folder / gallery.CONTACT_SHEET}")
     print(f"page: {folder / gallery.PAGE}")
+    return folder
 
 
 def read_prompts(config: Config) -> list[str]:

@@ -1,10 +1,10 @@
 """Build the demo's tiny SDXL: base and refiner, of SDXL's own classes and layout, a thousandth of its size.
 
-    python demo/build_model.py [FOLDER]
+    python demo/build_model.py FOLDER
 
-writes FOLDER/base and FOLDER/refiner (default: demo/model) as a hub repository would hold them, with random
-weights from a fixed seed. `--shapes sdxl` builds the same at SDXL's own shapes, for measuring speed and memory,
-which do not depend on the weights.
+writes FOLDER/base and FOLDER/refiner as a hub repository would hold them, with random weights from a fixed seed;
+`demo/teach.py` gives them something to say. `--shapes sdxl` builds the same at SDXL's own shapes, for measuring speed
+and memory, which do not depend on the weights.
 """
 
 import argparse
@@ -21,23 +21,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 NOISE_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SDXL's
 START, END = "<|startoftext|>", "<|endoftext|>"
-WORDS = """
-a the of on in with and an to by for from at its my our your this that style special photo picture image photograph
-close-up detail textile fabric cloth pattern patterns texture motif design plain cotton linen silk wool lace net mesh
-thread threads embroidery embroidered crochet knitted woven printed white ivory cream black charcoal grey gray navy
-blue teal green forest yellow gold orange red wine pink purple brown beige dark light pale bright small fine large big
-tiny thin thick wide narrow soft horizontal vertical diagonal striped stripes checked checks tartan plaid dots polka
-dotted chevron chevrons herringbone houndstooth floral flower flowers leaf leaves branch branches damask ornament weave
-basket paisley diamond diamonds wave waves wavy leafy swirls swirling outlined solid raised ring rings ringed rosette
-rosettes scallop scalloped edge border band medallion vine vines trellis corner
-doily round curtain tablecloth table dress wedding veil collar ribbon handmade vintage delicate elegant beautiful old
-new best high low quality sharp blurry bad good highly detailed clear simple painting drawing garden house person
-"""
+# Learnt once from the words of the demo's captions and some of users' prompts, and kept: learning anew orders merges
+# that are equally frequent by chance, and the weights know the words by their numbers.
+MERGES = Path(__file__).parent / "merges.txt"
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ SDXL = Shapes(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--shapes", choices=("tiny", "sdxl"), default="tiny")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -222,29 +213,17 @@ def write_tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
 
 
 def write_tokenizer(folder: Path, pad_token: str) -> None:
-    """A CLIP tokenizer's files (byte-level BPE) learnt from `WORDS`; any text can be written with it."""
+    """A CLIP tokenizer's files (byte-level BPE) with the merges of `MERGES`; any text can be written with it."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    tokenizer.normalizer = normalizers.Lowercase()
-    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = trainers.BpeTrainer(vocab_size=1200, end_of_word_suffix="</w>", show_progress=False)
-    tokenizer.train_from_iterator([WORDS], trainer)
-    learnt = json.loads(tokenizer.to_str())["model"]["merges"]
-    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in learnt]
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # an earlier one would be read instead
+    merges = MERGES.read_text(encoding="utf-8")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     alphabet.insert(0, alphabet.pop(alphabet.index("!")))  # id 0, which tokenizer 2 pads with
-    vocabulary = dict.fromkeys(alphabet + [letter + "</w>" for letter in alphabet])
-    vocabulary |= dict.fromkeys(merge.replace(" ", "") for merge in merges)
-    vocabulary |= dict.fromkeys([START, END])
-    ids = {token: index for index, token in enumerate(vocabulary)}
+    vocabulary = alphabet + [letter + "</w>" for letter in alphabet]
+    vocabulary += [merge.replace(" ", "") for merge in merges.splitlines()[1:]] + [START, END]
+    ids = {token: index for index, token in enumerate(dict.fromkeys(vocabulary))}
     (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
     (folder / "tokenizer_config.json").write_text(

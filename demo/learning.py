@@ -127,19 +127,27 @@ class DiffusionBatch:
         self.blank = [tokenize(tokenizer, [""]).to(device) for tokenizer in tokenizers]
         self.alphas_cumprod = DDPMScheduler(**NOISE_SCHEDULE).alphas_cumprod.to(device)
 
-    def fill(self, latents: Tensor, described: Tensor, timesteps: int, dropped: float) -> None:
-        """A batch by lot. Embeddings are zeroed (`dropped`) or captions blanked (4 %), which guidance needs."""
+    def fill(
+        self, latents: Tensor, described: Tensor, timesteps: int, dropped: float = 0.0, blanked: float = 0.04,
+        lost: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """A batch by lot. Shares of it have their embeddings zeroed or their captions blanked, which guidance needs.
+
+        `lost`, of the latents' shape, comes on top of the noise, so that it is learnt to be taken off with it.
+        """
         size, device = self.size, self.latents.device
         chosen = torch.randint(len(latents), (size,), device=device)
         worded = torch.randint(self.captions[0].shape[1], (size,), device=device)
         lot = torch.rand(size, 1, device=device)
         self.latents.copy_(latents[chosen])
         self.noise.normal_()
+        if lost is not None:
+            self.noise.add_(lost[chosen])
         self.timesteps.random_(0, timesteps)
         self.kept.copy_(lot >= dropped)
         for ids, captions, blank in zip(self.ids, self.captions, self.blank, strict=True):
             words = captions[described[chosen], worded]
-            ids.copy_(torch.where(lot > 0.96, blank, words))
+            ids.copy_(torch.where(lot > 1 - blanked, blank, words))
         # Sizes and cuts say nothing about these pictures, so any are right.
         any_size = torch.randint(4, 25, (size, 2), device=device) * 64.0
         self.time_ids[:, :2] = torch.where(torch.rand(size, 1, device=device) < 0.5, float(SIDE), any_size)

@@ -2,14 +2,17 @@
 
     python -m demo.measure FOLDER...
 
-prints, for each folder of pictures, its distance to `demo/held_out`, the share called lace and how crisp the
-pictures are. The judge is a small classifier taught by `demo/teach.py` on real drawings of textiles and lace; sets
-of pictures are compared in its features, not in pixels, and not by texture statistics, which a plain net fools.
+prints, for the base and the refined pictures of each folder, their distance to `demo/held_out`, the share called lace
+and how crisp they are. The judge is a small classifier taught by `demo/teach.py` on real drawings of textiles and
+lace; sets of pictures are compared in its features, not in pixels, and not by texture statistics, which a plain net
+fools.
 """
 
 import argparse
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -165,17 +168,43 @@ def obeyed(judge: Judge, pictures: Tensor, asked: Sequence[Textile]) -> tuple[fl
     return patterns / len(asked), colours / len(asked)
 
 
+# --- do pictures look like lace?
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A set of pictures beside the held-out lace."""
+
+    distance: float  # energy distance in the judge's features
+    lace: float  # share called lace
+    crispness: float
+
+    def __str__(self) -> str:
+        return f"distance to lace {self.distance:.2f}, called lace {self.lace:.0%}, crispness {self.crispness:.1f}"
+
+
+@cache
+def yardstick() -> tuple[Judge, Tensor]:
+    """The judge, and the features of the held-out lace."""
+    judge = load_judge()
+    return judge, features_of(judge, held_out_lace())
+
+
+def figures(paths: Sequence[Path]) -> Figures:
+    """What picture files show."""
+    judge, lace = yardstick()
+    pictures = load_pictures(paths)
+    distance = energy_distance(features_of(judge, pictures), lace)
+    return Figures(distance, lace_share(judge, pictures), crispness(pictures))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
-    arguments = parser.parse_args()
-    judge = load_judge()
-    lace = features_of(judge, held_out_lace())
-    for folder in arguments.folders:
-        pictures = load_pictures(data_utils.list_images(folder, IMAGE_EXTENSIONS))
-        distance = energy_distance(features_of(judge, pictures), lace)
-        print(f"{folder}: distance to held-out lace {distance:.2f}, called lace {lace_share(judge, pictures):.0%}, "
-              f"crispness {crispness(pictures):.1f}")  # fmt: skip
+    parser.add_argument("folders", nargs="+", type=Path, help="folders that main.py drew into")
+    for folder in parser.parse_args().folders:
+        for kind in ("base", "refined"):
+            if paths := sorted(folder.glob(f"{kind}_output_*")):
+                print(f"{folder}, {kind}: {figures(paths)}")
 
 
 if __name__ == "__main__":

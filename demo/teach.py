@@ -1,4 +1,4 @@
-"""Teach the demo's tiny SDXL what textiles are, from pictures drawn on the spot: about 18 minutes on one H100.
+"""Teach the demo's tiny SDXL what textiles are, from pictures drawn on the spot: about 25 minutes on one H100.
 
     python -m demo.teach [--work FOLDER] [--until STAGE]
 
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from demo.learning import Critic, DiffusionBatch, Learner, difference, diffusion
 HERE = Path(__file__).resolve().parent
 SCALING_FACTOR = 0.13025  # SDXL's; the latents are brought to its scale, not the factor to the latents
 CAPTIONS = 3  # ways each picture is described
-TEST_SEED, LACE_SEED = 90_000, 7000
+TEST_SEED, SHARP_SEED, LACE_SEED = 90_000, 50_000, 7000
 REFINED_TIMESTEPS = 200  # SDXL's refiner knows the last 200 of 1000 only
 
 
@@ -50,14 +51,19 @@ class Amounts:
     unet: int
     polish: int
     refiner: int
+    sharpen: int
+    sharp: int  # drawings of each pattern for it
     batch: int  # of the UNets; the others' are shares of it
     prompts: int
 
 
 FULL = Amounts(
-    64, 55, 768, vae=5400, decoder=1400, judge=700, unet=12_000, polish=10_000, refiner=1500, batch=256, prompts=200
+    64, 55, 768, vae=5400, decoder=1400, judge=700, unet=12_000, polish=10_000, refiner=1500, sharpen=200, sharp=32,
+    batch=256, prompts=200,
+)  # fmt: skip
+SMALL = Amounts(
+    2, 1, 8, vae=3, decoder=3, judge=3, unet=3, polish=3, refiner=3, sharpen=3, sharp=2, batch=12, prompts=4
 )
-SMALL = Amounts(2, 1, 8, vae=3, decoder=3, judge=3, unet=3, polish=3, refiner=3, batch=12, prompts=4)
 
 
 @dataclass
@@ -84,8 +90,7 @@ class Workshop:
         tensors = load_file(self.path(stage))
         for name, network in networks.items():
             own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-            network.load_state_dict(own)
-            network.float().to(self.device).eval()
+            network.float().to(self.device).eval().load_state_dict(own)
 
     def note(self, **figures: float) -> None:
         """Print figures and keep them for the model card."""
@@ -128,10 +133,7 @@ class Workshop:
     @cached_property
     def captions(self) -> tuple[Tensor, Tensor]:
         """Token ids of every drawing's captions by both tokenizers, each (n, CAPTIONS, 77)."""
-        choices = random.Random(5)
-        texts = [caption(textile, choices) for textile in self.drawings[1] for _ in range(CAPTIONS)]
-        first, second = (tokenize(tokenizer, texts) for tokenizer in self.tokenizers)
-        return first.view(-1, CAPTIONS, 77).to(self.device), second.view(-1, CAPTIONS, 77).to(self.device)
+        return describe(self.drawings[1], self.tokenizers, self.device)
 
 
 def main() -> None:
@@ -149,6 +151,7 @@ def main() -> None:
         if not workshop.path(name).exists():
             print(name, flush=True)
             torch.manual_seed(0)
+            random.seed(0)
             start = time.monotonic()
             stage(workshop)
             workshop.note(**{f"{name}_seconds": time.monotonic() - start})
@@ -282,43 +285,68 @@ def base_networks(work: Workshop) -> dict[str, nn.Module]:
 def learn_to_draw(work: Workshop, rate: float, steps: int, chosen: Tensor) -> None:
     """Teach UNet and text encoders the drawings `chosen`, which may name one more than once."""
     parts = work.parts
-    encoders = [parts.text_encoder, parts.text_encoder_2]
     batch = DiffusionBatch(work.amounts.batch, 6, work.captions, work.tokenizers)
-    learner = Learner([parts.unet, *encoders], rate, steps)
+    learner = Learner([*base_networks(work).values()], rate, steps)
 
     def loss() -> Tensor:
-        first, second = (
-            encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, batch.ids, strict=True)
-        )
-        embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        return diffusion_loss(parts.unet, batch, embeds, second.text_embeds)
+        return diffusion_loss(parts.unet, batch, *embed(work, batch))
 
     learner.run(1, loss, partial(batch.fill, work.latents[chosen], chosen, timesteps=1000, dropped=0.06))
     learner.finish()
 
 
+def embed(work: Workshop, batch: DiffusionBatch) -> tuple[Tensor, Tensor]:
+    """What the batch's captions are to the base, as SDXL's pipelines make it."""
+    encoders = [work.parts.text_encoder, work.parts.text_encoder_2]
+    first, second = (encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, batch.ids, strict=True))
+    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
 def teach_refiner(work: Workshop) -> None:
     """The refiner's UNet on the last timesteps, mostly of fine drawings, half of them drawn finer still."""
-    parts = work.parts
-    work.load("polish", text_encoder_2=parts.text_encoder_2)
-    encoder = parts.text_encoder_2.bfloat16().requires_grad_(False)
-    batch = DiffusionBatch(work.amounts.batch, 5, work.captions, work.tokenizers)
-    learner = Learner([parts.refiner_unet], 1e-3, work.amounts.refiner)
+    work.load("polish", text_encoder_2=work.parts.text_encoder_2)
     pictures = work.drawings[0]
     finer = torch.cat([encode(work.vae, shrunk(chunk)) for chunk in pictures[work.fine].split(512)])
-    latents = torch.cat([work.latents, finer])
-    everything = torch.arange(len(pictures), device=work.device)
-    # Row i of `latents` is described by the captions of drawing `described[i]`.
-    described = torch.cat([everything, work.fine])
+    # Row i of the latents is described by the captions of drawing `described[i]`.
+    described = torch.cat([torch.arange(len(pictures), device=work.device), work.fine])
+    batch = DiffusionBatch(work.amounts.batch, 5, work.captions, work.tokenizers)
+    learn_to_refine(work, batch, 1e-3, work.amounts.refiner, torch.cat([work.latents, finer]), described)
+    work.save("refiner", unet=work.parts.refiner_unet)
+
+
+def sharpen_refiner(work: Workshop) -> None:
+    """The refiner on softened drawings: what they lost goes with the noise, so that both are learnt to be undone.
+
+    It is there in full where refining begins and gone where it ends. Half of the captions are blanked: how to sharpen
+    does not depend on them, and guidance shall not carry the colours away.
+    """
+    work.load("polish", text_encoder_2=work.parts.text_encoder_2)
+    work.load("refiner", unet=work.parts.refiner_unet)
+    pictures, textiles = draw_all(1, work.amounts.sharp, SHARP_SEED, work.device)
+    captions = describe(textiles, work.tokenizers, work.device)
+    pictures = torch.cat([pictures, shrunk(pictures)])
+    latents, soft = encode(work.vae, pictures), encode(work.vae, softened(pictures))
+    batch = DiffusionBatch(work.amounts.batch // 2, 5, captions, work.tokenizers)
+    signal = batch.alphas_cumprod[REFINED_TIMESTEPS]
+    lost = (soft - latents) * (signal / (1 - signal)).sqrt()
+    described = torch.arange(len(latents), device=work.device) % len(textiles)
+    learn_to_refine(work, batch, 5e-4, work.amounts.sharpen, latents, described, lost=lost, blanked=0.5)
+    work.save("sharpen", unet=work.parts.refiner_unet)
+
+
+def learn_to_refine(
+    work: Workshop, batch: DiffusionBatch, rate: float, steps: int, latents: Tensor, described: Tensor,
+    **noise: Any,
+) -> None:  # fmt: skip
+    refiner, encoder = work.parts.refiner_unet, work.parts.text_encoder_2.bfloat16().requires_grad_(False)
+    learner = Learner([refiner], rate, steps)
 
     def loss() -> Tensor:
         encoded = encoder(batch.ids[1], output_hidden_states=True)
-        return diffusion_loss(parts.refiner_unet, batch, encoded.hidden_states[-2], encoded.text_embeds)
+        return diffusion_loss(refiner, batch, encoded.hidden_states[-2], encoded.text_embeds)
 
-    fill = partial(batch.fill, latents, described, timesteps=REFINED_TIMESTEPS, dropped=0.0)
-    learner.run(1, loss, fill)
+    learner.run(1, loss, partial(batch.fill, latents, described, timesteps=REFINED_TIMESTEPS, **noise))
     learner.finish()
-    work.save("refiner", unet=parts.refiner_unet)
 
 
 def assemble(work: Workshop) -> None:
@@ -326,7 +354,7 @@ def assemble(work: Workshop) -> None:
     parts, folder = work.parts, HERE / "model" if work.amounts is FULL else work.folder / "model"
     work.load("decoder", vae=parts.vae)
     work.load("polish", **base_networks(work))
-    work.load("refiner", unet=parts.refiner_unet)
+    work.load("sharpen", unet=parts.refiner_unet)
     build_model.write(folder, parts, build_model.write_tokenizers(folder))
     (folder / "judge.safetensors").write_bytes(work.path("judge").read_bytes())
     asked = measure.spoken_prompts(work.amounts.prompts)
@@ -343,6 +371,7 @@ STAGES: dict[str, Callable[[Workshop], None]] = {
     "unet": teach_unet,
     "polish": polish_unet,
     "refiner": teach_refiner,
+    "sharpen": sharpen_refiner,
     "assemble": assemble,
 }
 
@@ -358,6 +387,16 @@ def draw_all(rounds: int, at_once: int, seed: int, device: str) -> tuple[Tensor,
         pictures[index], shown = draw(list(PATTERNS)[index // rounds], at_once, seed + index, device)
         textiles += shown
     return pictures.flatten(0, 1), textiles
+
+
+def describe(
+    textiles: Sequence[Textile], tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], device: str
+) -> tuple[Tensor, Tensor]:
+    """Token ids of every drawing's captions by both tokenizers, each (n, CAPTIONS, 77)."""
+    choices = random.Random(5)
+    texts = [caption(textile, choices) for textile in textiles for _ in range(CAPTIONS)]
+    first, second = (tokenize(tokenizer, texts).view(-1, CAPTIONS, 77).to(device) for tokenizer in tokenizers)
+    return first, second
 
 
 def draw_laces(count: int, device: str) -> Tensor:
@@ -385,6 +424,14 @@ def shrunk(pictures: Tensor) -> Tensor:
     half = F.avg_pool2d(pictures.float(), 2)
     row = torch.cat([half, half.flip(3)], dim=3)
     return torch.cat([row, row.flip(2)], dim=2).round().to(torch.uint8)
+
+
+def softened(pictures: Tensor) -> Tensor:
+    """Pictures blurred, each more or less by lot."""
+    sharp = pictures.float()
+    blurred = F.avg_pool2d(F.avg_pool2d(sharp, 5, 1, 2, count_include_pad=False), 5, 1, 2, count_include_pad=False)
+    lot = torch.rand(len(pictures), 1, 1, 1, device=pictures.device) * 0.7 + 0.3
+    return sharp.lerp(blurred, lot).round().to(torch.uint8)
 
 
 def fill_with_cuts(pixels: Tensor, pictures: Tensor, fine: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The demo's teaching material: textiles drawn and described as they are, no lace among them, and honest distances."""
 
+import hashlib
 import random
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from demo import draw_textiles, measure
 from demo.draw_textiles import COLOURS, PATTERNS, SIDE, Textile, caption, choose, draw
 from demo.measure import KINDS
+from pictures import ROOT
 
 TOKEN = "myspecialstyle"
 
@@ -100,3 +102,22 @@ def test_obedience_counts_patterns_and_colours_apart() -> None:
         for pattern, ground in (("dots", "white"), ("dots", "blue"), ("net", "white"), ("net", "black"))
     ]
     assert measure.obeyed(Fixed(), torch.zeros(4, 3, 8, 8), asked) == (0.5, 0.5)
+
+
+def test_the_model_is_small_whole_and_holds_nothing_twice() -> None:
+    files = [path for path in (ROOT / "demo" / "model").rglob("*") if path.is_file()]
+    weights = {str(path.relative_to(ROOT / "demo" / "model")): path for path in files if path.suffix == ".safetensors"}
+    assert len({hashlib.sha256(path.read_bytes()).digest() for path in weights.values()}) == len(weights) == 6
+    assert sum(path.stat().st_size for path in weights.values()) <= 25_000_000
+    assert max(path.stat().st_size for path in files) <= 13_000_000
+    assert {path.suffix for path in files} == {".safetensors", ".json", ".txt", ".md"}
+    assert "refiner/vae" not in str(weights), "it shares the base's"
+    assert measure.lace_share(measure.load_judge(), measure.held_out_lace()) == 1
+
+
+def test_the_base_draws_what_the_prompt_says() -> None:
+    asked = measure.spoken_prompts(20)
+    pictures = measure.draw_prompts(ROOT / "demo" / "model" / "base", [prompt for prompt, _ in asked], steps=15)
+    patterns, colours = measure.obeyed(measure.load_judge(), pictures, [textile for _, textile in asked])
+    assert patterns >= 0.75
+    assert colours >= 0.8

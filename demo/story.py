@@ -1,0 +1,61 @@
+"""What training changed, after `make demo` has trained and drawn.
+
+    python -m demo.story
+
+draws the demo's designs once more without the LoRA, prints how near each set of pictures is to lace that the training
+never saw, and puts them on one picture, `demo/output/story.jpg`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+import data_utils
+import gallery
+import image_files
+import inference
+from config import IMAGE_EXTENSIONS, load_config
+from demo import measure
+
+HERE = Path(__file__).resolve().parent
+SHOWN, SIDE, GAP, TITLE = 6, 192, 6, 30  # pictures in a row, and pixels
+
+
+def tell() -> None:
+    """Draw without the LoRA, measure, and make the picture."""
+    config = load_config(HERE / "config.yaml")
+    output = Path(config.output_dir).parent
+    drawn = inference.run(config)  # done already: this finds its folder
+    without_lora = dataclasses.replace(config, lora_scale=0.0, refine=False, output_dir=str(output / "without_lora"))
+    plain = inference.run(without_lora)
+    sets = {
+        "before: the base model, same prompt and seeds": sorted(plain.glob("base_output_*")),
+        "after: with the LoRA": sorted(drawn.glob("base_output_*")),
+        "after: with the LoRA, refined": sorted(drawn.glob("refined_output_*")),
+    }
+    print()
+    for name, paths in sets.items():
+        print(f"{name:46} {measure.figures(paths)}")
+    lace = data_utils.list_images(Path(config.images_dir), config.image_extensions)
+    draw_story(sets | {"the lace it learnt from": lace}).save(output / "story.jpg", quality=85)
+    print(f"\nside by side: {output / 'story.jpg'}\nto look through: {drawn / gallery.PAGE}")
+
+
+def draw_story(rows: Mapping[str, Sequence[Path]]) -> Image.Image:
+    """A row of pictures under each title."""
+    width, height = SHOWN * (SIDE + GAP) + GAP, SIDE + GAP + TITLE
+    story = Image.new("RGB", (width, len(rows) * height + GAP), "white")
+    pen, font = ImageDraw.Draw(story), ImageFont.load_default(size=16)
+    for row, (title, paths) in enumerate(rows.items()):
+        pen.text((GAP, row * height + GAP), title, fill="black", font=font)
+        for column, path in enumerate(paths[:SHOWN]):
+            picture = image_files.open_picture(path, kinds=image_files.formats(IMAGE_EXTENSIONS))[0]
+            square, _ = image_files.fit_square(picture, SIDE)
+            story.paste(square, (GAP + column * (SIDE + GAP), row * height + TITLE))
+    return story
+
+
+if __name__ == "__main__":
+    tell()
