@@ -1,10 +1,12 @@
 """The demo's teaching material: textiles drawn and described as they are, no lace among them, and honest distances."""
 
 import hashlib
+import json
 import random
 
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
 from demo import draw_textiles, measure
 from demo.draw_textiles import COLOURS, PATTERNS, SIDE, Textile, caption, choose, draw
@@ -121,3 +123,14 @@ def test_the_base_draws_what_the_prompt_says() -> None:
     patterns, colours = measure.obeyed(measure.load_judge(), pictures, [textile for _, textile in asked])
     assert patterns >= 0.75
     assert colours >= 0.8
+
+
+def test_both_tokenizers_read_the_words_as_the_weights_know_them() -> None:
+    base = ROOT / "demo" / "model" / "base"
+    vocabularies = [json.loads((base / name / "vocab.json").read_text()) for name in ("tokenizer", "tokenizer_2")]
+    assert vocabularies[0] == vocabularies[1]
+    assert [vocabularies[0][f"{word}</w>"] for word in ("net", "new", "wave", "wavy")] == [839, 840, 846, 847]
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = CLIPTokenizer.from_pretrained(base / name)
+        assert tokenizer("net").input_ids[1:-1] == [839]
+        assert (base / name / "merges.txt").read_bytes() == (ROOT / "demo" / "merges.txt").read_bytes()
