@@ -105,9 +105,10 @@ def prove(folder: Path, seeds: int) -> bool:
     report("as it is", {"base": base, "control": control, "LoRA": lora, "refined": refined}, claims)
 
     def is_found_out(how: str, training: Sequence[str] = (), drawing: Sequence[str] = ()) -> bool:
-        broken = folder / how.replace(" ", "-")
-        train(broken, *training)
-        pictures = draw(broken, "token", count, "refine=false", *drawing)["base"]
+        broken = folder / how.replace(" ", "-") if training else folder
+        if training:
+            train(broken, *training)
+        pictures = draw(broken, how, count, "refine=false", *drawing)["base"]
         claims = near_lace(pictures, base, control)
         report(f"broken, {how}", {"token": pictures}, claims)
         return not any(list(claims.values())[:2])
