@@ -1,4 +1,4 @@
-"""Build the demo's tiny SDXL: base and refiner, of SDXL's own classes and layout, a thousandth of its size.
+"""Build the demo's tiny SDXL: base and refiner, of SDXL's own classes and layout.
 
     python demo/build_model.py FOLDER
 

@@ -111,16 +111,16 @@ def crispness(pictures: Tensor) -> float:
     return float((across + down) / 2 * 255)
 
 
-def load_pictures(paths: Sequence[Path]) -> Tensor:
-    """Pictures (n, 3, SIDE, SIDE) from 0 to 1, cut and resized as for training."""
+def open_squares(paths: Sequence[Path], side: int = SIDE) -> list[Image.Image]:
+    """Picture files, cut and resized as for training."""
     kinds = image_files.formats(IMAGE_EXTENSIONS)
     opened = [image_files.open_picture(path, kinds=kinds)[0] for path in paths]
-    return to_pixels([image_files.fit_square(picture, SIDE)[0] for picture in opened])
+    return [image_files.fit_square(picture, side)[0] for picture in opened]
 
 
 def held_out_lace() -> Tensor:
     """The lace that no training sees, as (n, 3, SIDE, SIDE) from 0 to 1."""
-    return load_pictures(data_utils.list_images(HERE / "held_out"))
+    return to_pixels(open_squares(data_utils.list_images(HERE / "held_out")))
 
 
 def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
@@ -193,7 +193,7 @@ def yardstick() -> tuple[Judge, Tensor]:
 def figures(paths: Sequence[Path]) -> Figures:
     """What picture files show."""
     judge, lace = yardstick()
-    pictures = load_pictures(paths)
+    pictures = to_pixels(open_squares(paths))
     distance = energy_distance(features_of(judge, pictures), lace)
     return Figures(distance, lace_share(judge, pictures), crispness(pictures))
 

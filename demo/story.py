@@ -14,9 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data_utils
 import gallery
-import image_files
 import inference
-from config import IMAGE_EXTENSIONS, load_config
+from config import load_config
 from demo import measure
 
 HERE = Path(__file__).resolve().parent
@@ -50,9 +49,7 @@ def draw_story(rows: Mapping[str, Sequence[Path]]) -> Image.Image:
     pen, font = ImageDraw.Draw(story), ImageFont.load_default(size=16)
     for row, (title, paths) in enumerate(rows.items()):
         pen.text((GAP, row * height + GAP), title, fill="black", font=font)
-        for column, path in enumerate(paths[:SHOWN]):
-            picture = image_files.open_picture(path, kinds=image_files.formats(IMAGE_EXTENSIONS))[0]
-            square, _ = image_files.fit_square(picture, SIDE)
+        for column, square in enumerate(measure.open_squares(paths[:SHOWN], SIDE)):
             story.paste(square, (GAP + column * (SIDE + GAP), row * height + TITLE))
     return story
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -310,7 +309,9 @@ def teach_refiner(work: Workshop) -> None:
     # Row i of the latents is described by the captions of drawing `described[i]`.
     described = torch.cat([torch.arange(len(pictures), device=work.device), work.fine])
     batch = DiffusionBatch(work.amounts.batch, 5, work.captions, work.tokenizers)
-    learn_to_refine(work, batch, 1e-3, work.amounts.refiner, torch.cat([work.latents, finer]), described)
+    latents = torch.cat([work.latents, finer])
+    fill = partial(batch.fill, latents, described, timesteps=REFINED_TIMESTEPS)
+    learn_to_refine(work, batch, 1e-3, work.amounts.refiner, fill)
     work.save("refiner", unet=work.parts.refiner_unet)
 
 
@@ -330,14 +331,13 @@ def sharpen_refiner(work: Workshop) -> None:
     signal = batch.alphas_cumprod[REFINED_TIMESTEPS]
     lost = (soft - latents) * (signal / (1 - signal)).sqrt()
     described = torch.arange(len(latents), device=work.device) % len(textiles)
-    learn_to_refine(work, batch, 5e-4, work.amounts.sharpen, latents, described, lost=lost, blanked=0.5)
+    fill = partial(batch.fill, latents, described, timesteps=REFINED_TIMESTEPS, blanked=0.5, lost=lost)
+    learn_to_refine(work, batch, 5e-4, work.amounts.sharpen, fill)
     work.save("sharpen", unet=work.parts.refiner_unet)
 
 
-def learn_to_refine(
-    work: Workshop, batch: DiffusionBatch, rate: float, steps: int, latents: Tensor, described: Tensor,
-    **noise: Any,
-) -> None:  # fmt: skip
+def learn_to_refine(work: Workshop, batch: DiffusionBatch, rate: float, steps: int, fill: Callable[[], None]) -> None:
+    """Teach the refiner's UNet what `fill` puts into the batch."""
     refiner, encoder = work.parts.refiner_unet, work.parts.text_encoder_2.bfloat16().requires_grad_(False)
     learner = Learner([refiner], rate, steps)
 
@@ -345,7 +345,7 @@ def learn_to_refine(
         encoded = encoder(batch.ids[1], output_hidden_states=True)
         return diffusion_loss(refiner, batch, encoded.hidden_states[-2], encoded.text_embeds)
 
-    learner.run(1, loss, partial(batch.fill, latents, described, timesteps=REFINED_TIMESTEPS, **noise))
+    learner.run(1, loss, fill)
     learner.finish()
 
 
