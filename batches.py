@@ -21,7 +21,10 @@ from config import LOSS_NOT_FINITE, UserError
 
 @dataclass(frozen=True)
 class Encoded:
-    """N pictures, each in F versions (as it is, and mirrored where random_flip is on), and U different captions."""
+    """N pictures, each in F versions (as it is, and mirrored where random_flip is on), and U different captions.
+
+    The first `instances` are the user's; any that follow are of the class, for prior preservation.
+    """
 
     mean: Tensor  # (N, F, 4, h, w) the VAE's posterior, in the UNet's scale
     std: Tensor  # (N, F, 4, h, w)
@@ -29,6 +32,7 @@ class Encoded:
     caption: Tensor  # (N,) index into the embeddings
     prompt_embeds: Tensor  # (U, 77, c)
     pooled_prompt_embeds: Tensor  # (U, p)
+    instances: int
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,10 @@ class Batch:
     noise: Tensor  # (B, 4, h, w)
     timesteps: Tensor  # (B,)
     time_ids: Tensor  # (B, 6)
+    caption: Tensor  # (B,) index into the different captions
     prompt_embeds: Tensor  # (B, 77, c)
     pooled_prompt_embeds: Tensor  # (B, p)
+    weights: Tensor  # (B,) of each picture's loss in the mean over the batch
 
     def part(self, start: int, stop: int, device: torch.device) -> "Batch":
         return Batch(*(value[start:stop].to(device, non_blocking=True) for value in vars(self).values()))
@@ -107,35 +113,55 @@ def encode_captions(
     )
 
 
-def step_batch(data: Encoded, seed: int, step: int, size: int, timesteps: int) -> Batch:
+def step_batch(
+    data: Encoded, seed: int, step: int, size: int, timesteps: int, noise_offset: float = 0.0, prior_weight: float = 1.0
+) -> Batch:
     """The whole effective batch of optimizer step `step` (counted from 0).
 
+    Where there are class pictures, one follows each of the user's, so that every share of the batch has both.
+
     Args:
-        size: pictures in the effective batch: processes x accumulation x batch size.
+        size: pictures of the user in the effective batch: processes x accumulation x batch size.
         timesteps: how many the noise schedule has (1000).
+        noise_offset: deviation of a shift of each channel's noise as a whole. Guttenberg 2023, "Diffusion with Offset
+            Noise".
+        prior_weight: of the class pictures' mean loss, which is added to that of the user's pictures.
     """
     generator = stream(seed, "step", step)
-    pictures = torch.tensor(list(_pictures(len(data.caption), seed, step * size, size)))
-    versions = torch.randint(data.mean.shape[1], (size,), generator=generator)
+    pictures = torch.tensor(list(_pictures(data.instances, seed, "epoch", step * size, size)))
+    weights = torch.ones(size)
+    if others := len(data.caption) - data.instances:
+        classes = data.instances + torch.tensor(list(_pictures(others, seed, "class epoch", step * size, size)))
+        pictures = torch.stack([pictures, classes], dim=1).flatten()
+        # Twice, since the mean is taken over twice as many.
+        weights = torch.tensor([2.0, 2.0 * prior_weight]).repeat(size)
+    versions = torch.randint(data.mean.shape[1], pictures.shape, generator=generator)
     mean, std = data.mean[pictures, versions], data.std[pictures, versions]
     captions = data.caption[pictures]
+    latents = mean + std * torch.randn(mean.shape, generator=generator)
+    noise = torch.randn(mean.shape, generator=generator)
+    drawn_timesteps = torch.randint(timesteps, pictures.shape, generator=generator)
+    if noise_offset:
+        noise += noise_offset * torch.randn((*mean.shape[:2], 1, 1), generator=generator)
     return Batch(
-        latents=mean + std * torch.randn(mean.shape, generator=generator),
-        noise=torch.randn(mean.shape, generator=generator),
-        timesteps=torch.randint(timesteps, (size,), generator=generator),
+        latents=latents,
+        noise=noise,
+        timesteps=drawn_timesteps,
         time_ids=data.time_ids[pictures],
+        caption=captions,
         prompt_embeds=data.prompt_embeds[captions],
         pooled_prompt_embeds=data.pooled_prompt_embeds[captions],
+        weights=weights,
     )
 
 
-def _pictures(count: int, seed: int, start: int, size: int) -> Iterator[int]:
+def _pictures(count: int, seed: int, name: str, start: int, size: int) -> Iterator[int]:
     """Positions start … start + size of an endless row in which every epoch is a new shuffle of all pictures."""
     orders: dict[int, list[int]] = {}
     for position in range(start, start + size):
         epoch, place = divmod(position, count)
         if epoch not in orders:
-            orders[epoch] = torch.randperm(count, generator=stream(seed, "epoch", epoch)).tolist()
+            orders[epoch] = torch.randperm(count, generator=stream(seed, name, epoch)).tolist()
         yield orders[epoch][place]
 
 

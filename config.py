@@ -53,11 +53,18 @@ class Config:
     )
     output_dir: str = setting("/content/drive/MyDrive/refined_output", "folder for the new pictures")
     pretrained_model: str = setting(
-        "stabilityai/stable-diffusion-xl-base-1.0", "base model: a hub name or a folder in diffusers' layout"
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "base model: a hub name, a folder in diffusers' layout, or a .safetensors checkpoint",
     )
     refiner_model: str = setting(
-        "stabilityai/stable-diffusion-xl-refiner-1.0", "refiner: a hub name or a folder in diffusers' layout"
+        "stabilityai/stable-diffusion-xl-refiner-1.0",
+        "refiner: a hub name, a folder in diffusers' layout, or a .safetensors checkpoint",
     )
+    pretrained_vae: str | None = setting(
+        None,
+        "another VAE, in the model's number format, e.g. madebyollin/sdxl-vae-fp16-fix; empty: its own, in fp32",
+    )
+    revision: str | None = setting(None, "branch, tag or commit of pretrained_model on the hub; empty means its newest")
     variant: str | None = setting("fp16", "which weight files to prefer, half the download; plain ones if absent")
     report: str | None = setting(None, "also write the report on the pictures to this file, as JSON")
 
@@ -65,8 +72,16 @@ class Config:
         "a photo of <myspecialstyle>", "what every picture shows, with the token to teach", group="concept"
     )
     class_prompt: str = setting(
-        "a photo of a painting", "the wider class, for prior preservation (to come; not used yet)"
+        "a photo of a painting", "the wider class your pictures belong to, for prior preservation"
     )
+    with_prior_preservation: bool = setting(
+        False, "keep what class_prompt draws as it is, by learning pictures of it too"
+    )
+    class_data_dir: str | None = setting(
+        None, "pictures of the class; missing ones are drawn; empty means class_images in lora_output_dir"
+    )
+    num_class_images: int = setting(100, "how many pictures of the class there should be", least=1)
+    prior_loss_weight: float = setting(1.0, "weight of the class pictures in the loss", least=0)
     image_extensions: tuple[str, ...] = setting(
         (".jpg",), "files taken as pictures, e.g. [.jpg, .jpeg, .png]", each_of=IMAGE_EXTENSIONS
     )
@@ -79,22 +94,37 @@ class Config:
     train_batch_size: int = setting(2, "pictures per step on each GPU", least=1)
     gradient_accumulation_steps: int = setting(1, "batches summed before each update; saves memory", least=1)
     max_train_steps: int = setting(1000, "how many updates to make", least=1)
-    learning_rate: float = setting(1e-4, "AdamW's learning rate", above=0)
+    learning_rate: float = setting(1e-4, "learning rate of the LoRA", above=0)
+    train_text_encoder: bool = setting(False, "also train the attention of both text encoders")
+    text_encoder_lr: float = setting(
+        5e-6, "learning rate of the text encoders; Prodigy uses learning_rate for all", above=0
+    )
+    optimizer: Literal["adamw", "prodigy"] = setting(
+        "adamw", "adamw, or prodigy, which finds the rate by itself: set learning_rate to 1 for it"
+    )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = setting("constant", "course of the learning rate, by diffusers' names")
     lr_warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", least=0)
+    lr_num_cycles: int = setting(1, "cosine_with_restarts: how many times it starts again from the top", least=1)
+    lr_power: float = setting(1.0, "polynomial: its exponent", above=0)
     rank: int = setting(16, "rank of the LoRA: how much it can learn, and its file size", least=1)
     lora_alpha: float | None = setting(None, "strength of the LoRA while training; empty means equal to rank", above=0)
     lora_dropout: float = setting(0.0, "share of LoRA inputs dropped, against learning by heart", least=0, most=0.99)
     snr_gamma: float | None = setting(None, "min-SNR weighting of the loss, e.g. 5.0; empty is off", above=0)
-    adam_beta1: float = setting(0.9, "AdamW's first beta", least=0, most=0.9999)
-    adam_beta2: float = setting(0.999, "AdamW's second beta", least=0, most=0.99999)
-    adam_weight_decay: float = setting(0.01, "AdamW's weight decay", least=0)
-    adam_epsilon: float = setting(1e-8, "AdamW's epsilon", above=0)
+    noise_offset: float = setting(
+        0.0, "shift of the noise's brightness, e.g. 0.05, for very dark or light pictures", least=0
+    )
+    adam_beta1: float = setting(0.9, "the optimizer's first beta", least=0, most=0.9999)
+    adam_beta2: float = setting(0.999, "the optimizer's second beta", least=0, most=0.99999)
+    adam_weight_decay: float = setting(0.01, "the optimizer's weight decay", least=0)
+    adam_epsilon: float = setting(1e-8, "the optimizer's epsilon", above=0)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
         "auto", "number format of the frozen model; auto: bf16, fp16 on older GPUs, no on a CPU"
+    )
+    attention: Literal["auto", "sdpa", "xformers"] = setting(
+        "auto", "who calculates attention: sdpa is PyTorch's own, and what auto takes; xformers must be installed"
     )
     gradient_checkpointing: bool = setting(False, "less memory, a third slower")
     seed: int = setting(42, "same seed, same run and same pictures", least=0, most=2**63 - 1)
@@ -108,6 +138,7 @@ class Config:
     num_validation_images: int = setting(4, "pictures in a sample grid", least=1, most=64)
     report_to: Literal["tensorboard", "none"] = setting("tensorboard", "where curves go besides metrics.csv")
     accelerate_config: str | None = setting(None, "your own accelerate file, for several GPUs or machines")
+    train_script: str | None = setting(None, "train with diffusers' train_dreambooth_lora_sdxl.py at this path instead")
 
     prompt: tuple[str, ...] | None = setting(None, "one prompt or a list; empty means instance_prompt", group="drawing")
     prompts_file: str | None = setting(None, "text file with a prompt on each line, instead of prompt")
@@ -144,6 +175,8 @@ class Config:
         problems = []
         if not self.instance_prompt.strip():
             problems.append("instance_prompt is empty: describe your pictures, e.g. a photo of <myspecialstyle>")
+        if self.with_prior_preservation and not self.class_prompt.strip():
+            problems.append("class_prompt is empty, and with_prior_preservation needs it: e.g. a photo of lace")
         if self.prompt is not None and self.prompts_file is not None:
             problems.append("prompt and prompts_file are both set: keep one of them")
         if self.prompt is not None and not all(prompt.strip() for prompt in self.prompt or [""]):
@@ -163,6 +196,12 @@ class Config:
     def alpha(self) -> float:
         """LoRA alpha in force: `lora_alpha`, or the rank where it is empty."""
         return float(self.rank if self.lora_alpha is None else self.lora_alpha)
+
+    @property
+    def lora_name(self) -> str:
+        """Name of the LoRA for ComfyUI and the like: the token's word, or the output folder's where there is none."""
+        word = re.search(r"<([\w-]+)>", self.instance_prompt)
+        return word[1] if word else Path(self.lora_output_dir).absolute().name
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:

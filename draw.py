@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+import lora_weights
 import models
 from batches import stream_seed
 from config import Config
@@ -55,15 +56,15 @@ def draw_pictures(
     dtype = models.pick_dtype(config.mixed_precision, device)
     logger.info("drawing on %s in %s", device, str(dtype).removeprefix("torch."))
     prompts = list(dict.fromkeys(design.prompt for batch in batches for design in batch))
-    base_embeddings, refiner_embeddings = embed_for_both(config, prompts, device, dtype)
+    base_embeddings, refiner_embeddings = embed_for_both(config, prompts, lora, device, dtype)
     scheduler = make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
     rows = [[prompts.index(design.prompt) for design in batch] for batch in batches]
     seeds = [[design.seed for design in batch] for batch in batches]
     free(device)
 
-    unet = models.load_unet(config.pretrained_model, config.variant, device, dtype)
+    unet = models.load_unet(config.pretrained_model, config.variant, device, dtype, config.attention)
     if lora:
-        models.merge_lora(unet, lora, config.lora_scale)
+        lora_weights.merge_lora({"unet": unet}, lora, config.lora_scale)
     with _progress("drawing", len(batches) * base_steps(config)) as bar:
         base = [
             base_latents(unet, scheduler, base_embeddings.rows(row, unet), seed, config, bar.update).cpu()
@@ -72,10 +73,10 @@ def draw_pictures(
     del unet
     free(device)
 
-    vae = models.load_vae(config, device)
+    vae = models.load_vae(config, device, dtype)
     latents = {False: base} if config.save_base or not config.refine else {}
     if config.refine:
-        unet = models.load_unet(config.refiner_model, config.variant, device, dtype)
+        unet = models.load_unet(config.refiner_model, config.variant, device, dtype, config.attention)
         with _progress("refining", len(batches) * refiner_steps(config)) as bar:
             refine = partial(refined_latents, unet, vae, scheduler, config=config, on_step=bar.update)
             latents[True] = [
@@ -107,20 +108,26 @@ def free(device: torch.device) -> None:
 
 
 def embed_for_both(
-    config: Config, prompts: list[str], device: torch.device, dtype: torch.dtype
+    config: Config, prompts: list[str], lora: Path | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Embeddings, Embeddings]:
-    """Embeddings for the base and for the refiner, which reads the second text encoder alone; encoders are freed."""
+    """Embeddings for the base and for the refiner, which reads the second text encoder alone; encoders are freed.
+
+    The LoRA's part for the text encoders, if it has one, is the base's: the refiner was never trained with it.
+    """
     tokenizers = models.load_tokenizers(config.pretrained_model)
     text_encoders = models.load_text_encoders(config, device, dtype)
     for prompt in prompts:
         if models.too_long(prompt, tokenizers[0]):
             logger.warning("SDXL reads the first 77 tokens of a prompt only; this one is longer: %.60s…", prompt)
-    both = partial(models.encode_prompts, tokenizers=tokenizers, text_encoders=text_encoders)
     second = partial(models.encode_prompts, tokenizers=tokenizers[1:], text_encoders=text_encoders[1:])
-    zeros = models.zeros_for_empty_prompt(config.pretrained_model, default=True)
-    base = embed(prompts, config.negative_prompt, both, zeros)
     zeros = models.zeros_for_empty_prompt(config.refiner_model, default=False) if config.refine else False
-    return base, embed(prompts, config.negative_prompt, second, zeros)
+    refiner = embed(prompts, config.negative_prompt, second, zeros)
+    if lora:
+        networks = dict(zip(("text_encoder", "text_encoder_2"), text_encoders, strict=True))
+        lora_weights.merge_lora(networks, lora, config.lora_scale)
+    both = partial(models.encode_prompts, tokenizers=tokenizers, text_encoders=text_encoders)
+    zeros = models.zeros_for_empty_prompt(config.pretrained_model, default=True)
+    return embed(prompts, config.negative_prompt, both, zeros), refiner
 
 
 def embed(

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 import checkpoint
 import gallery
+import hub
 import supervise
 from config import DISK_OR_DRIVE, Config, UserError
 from data_utils import numbered, write_atomically
@@ -25,7 +27,8 @@ logger = logging.getLogger(__name__)
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # Settings that say what a picture looks like; together with prompts and LoRA they are its recipe.
 RECIPE_SETTINGS = (
-    "pretrained_model", "refiner_model", "lora_scale", "num_images", "width", "height", "num_inference_steps",
+    "pretrained_model", "revision", "pretrained_vae", "refiner_model", "lora_scale",
+    "num_images", "width", "height", "num_inference_steps",
     "guidance_scale", "negative_prompt", "scheduler", "seed", "mixed_precision", "inference_batch_size", "refine",
     "refiner_flow", "refiner_strength", "refiner_start", "aesthetic_score", "negative_aesthetic_score", "image_format",
     "save_base",
@@ -59,8 +62,9 @@ def run(config: Config, dry_run: bool = False) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             with supervise.sole_use(folder):
                 checkpoint.sweep(folder)
+                models = hub.fetch_models(config)
                 _write_manifest(folder, recipe, designs, config)
-                _draw(config, lora, missing, folder, recipe)
+                _draw(replace(config, **models), lora, missing, folder, recipe)
         elif (folder / gallery.PAGE).exists():
             print("Finished already; other settings get a folder of their own.")
         if missing or not (folder / gallery.PAGE).exists():

@@ -1,4 +1,4 @@
-"""SDXL's parts: loading each alone in the right number format; prompts to embeddings; adding, saving, merging a LoRA.
+"""SDXL's parts: loading each alone in the right number format; prompts to embeddings.
 
 Nothing here loads more than it is asked for, so that no two big models need be in memory at once.
 """
@@ -8,23 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
+import hub
 from config import Config, UserError
-from data_utils import write_atomically
 
 logger = logging.getLogger(__name__)
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every attention of the UNet
 GIB = 2**30
 
 # Their warnings are about their own matters, and their bars about single files; ours tell what the user needs.
@@ -32,6 +30,7 @@ diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+huggingface_hub.utils.enable_progress_bars()  # transformers turns these off too, and downloads are long
 
 
 def pick_device() -> torch.device:
@@ -62,31 +61,40 @@ def pick_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
 def load_part(
     part: Any, source: str, subfolder: str, variant: str | None = None, dtype: torch.dtype | None = None
 ) -> Any:
-    """`part.from_pretrained` of one subfolder of a hub repository or a local folder.
+    """One part of a model in a folder of diffusers' layout, or in one file.
 
     Args:
-        variant: which weight files to prefer; plain ones are taken where the repository has none of these.
+        variant: which weight files to prefer; plain ones are taken where there are none of these.
         dtype: number format of the weights, read from safetensors alone; None for parts without weights.
 
     Raises:
-        UserError: the folder, the repository or the file is not there, or is not what it should be.
+        UserError: the folder or the file is not there, or is not what it should be.
     """
     options: dict[str, Any] = {}
     if dtype is not None:
         # transformers calls it dtype, diffusers torch_dtype.
         options = {"dtype" if issubclass(part, PreTrainedModel) else "torch_dtype": dtype, "use_safetensors": True}
-    attempts: list[dict[str, Any]] = [{"variant": variant}, {}] if dtype is not None and variant else [{}]
-    if Path(source).is_dir() and not any(Path(source, subfolder).glob(f"*.{variant}.*")):
-        attempts = [{}]
-    for attempt in attempts:
-        try:
-            return part.from_pretrained(source, subfolder=subfolder, **options, **attempt)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0]
-    advice = "check the name, your connection, and whether the hub wants you to log in"
-    if Path(source).exists():
-        advice = "it must be a folder in diffusers' layout"
-    raise UserError(f"{source}/{subfolder} cannot be loaded ({reason}): {advice}")
+        options["variant"] = variant if hub.has_weights(Path(source, subfolder), variant) else None
+    try:
+        if Path(source).is_file():
+            return _load_from_file(part, Path(source), subfolder, dtype)
+        return part.from_pretrained(source, subfolder=subfolder, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+    advice = "it must be a folder in diffusers' layout or a .safetensors checkpoint of SDXL"
+    raise UserError(f"{Path(source, subfolder)} cannot be loaded ({reason}): {advice}")
+
+
+def _load_from_file(part: Any, file: Path, subfolder: str, dtype: torch.dtype | None) -> Any:
+    """A part of a checkpoint that holds all weights of a model under their original names."""
+    layout = str(hub.layout(file))
+    if dtype is None:
+        return part.from_pretrained(layout, subfolder=subfolder)
+    if issubclass(part, PreTrainedModel):
+        # from_single_file of the pipeline does this with the text encoders; transformers has no such method.
+        weights = load_file(file)
+        return create_diffusers_clip_model_from_ldm(part, weights, subfolder, layout, dtype, local_files_only=True)
+    return part.from_single_file(str(file), config=layout, subfolder=subfolder, torch_dtype=dtype)
 
 
 def load_tokenizers(source: str) -> list[CLIPTokenizer]:
@@ -103,14 +111,33 @@ def load_text_encoders(config: Config, device: torch.device, dtype: torch.dtype)
     return encoders
 
 
-def load_unet(source: str, variant: str | None, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
+def load_unet(
+    source: str, variant: str | None, device: torch.device, dtype: torch.dtype, attention: str = "auto"
+) -> UNet2DConditionModel:
+    """A UNet, frozen, whose attention is calculated by PyTorch (`sdpa`, what `auto` takes) or by xformers.
+
+    Raises:
+        UserError: also where xformers is wanted but is not there, or does not work on this GPU.
+    """
     unet = load_part(UNet2DConditionModel, source, "unet", variant, dtype)
-    return unet.to(device).eval().requires_grad_(False)
+    unet = unet.to(device).eval().requires_grad_(False)
+    if attention == "xformers":
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            advice = "pip install xformers in the version made for your PyTorch, or set attention: auto"
+            raise UserError(f"attention is xformers, which cannot be used here ({reason}): {advice}") from error
+    return unet
 
 
-def load_vae(config: Config, device: torch.device) -> AutoencoderKL:
-    """The VAE in fp32: SDXL's own overflows in fp16."""
-    vae = load_part(AutoencoderKL, config.pretrained_model, "vae", config.variant, torch.float32)
+def load_vae(config: Config, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE in fp32, since SDXL's own overflows in fp16; `pretrained_vae`, made to mend that, in `dtype`."""
+    source, subfolder = config.pretrained_model, "vae"
+    if config.pretrained_vae:
+        source, subfolder = config.pretrained_vae, "vae" if Path(config.pretrained_vae, "vae").is_dir() else ""
+    own = dtype if config.pretrained_vae else torch.float32
+    vae = load_part(AutoencoderKL, source, subfolder, config.variant, own)
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -121,10 +148,9 @@ def load_noise_scheduler(config: Config) -> DDPMScheduler:
 
 def zeros_for_empty_prompt(source: str, default: bool) -> bool:
     """`force_zeros_for_empty_prompt` of the model's pipeline: whether no negative prompt means zeros, not \"\"."""
-    try:
-        return bool(DiffusionPipeline.load_config(source).get("force_zeros_for_empty_prompt", default))
-    except OSError:
+    if not Path(source, "model_index.json").is_file():
         return default
+    return bool(DiffusionPipeline.load_config(source).get("force_zeros_for_empty_prompt", default))
 
 
 @torch.no_grad()
@@ -138,12 +164,25 @@ def encode_prompts(
     Returns:
         prompt_embeds (n, 77, sum of hidden sizes) and pooled_prompt_embeds (n, projection size).
     """
-    hidden_states = []
-    for tokenizer, text_encoder in zip(tokenizers, text_encoders, strict=True):
-        tokens = tokenizer(
+    return encode_tokens(tokenize(prompts, tokenizers), text_encoders)
+
+
+def tokenize(prompts: list[str], tokenizers: list[CLIPTokenizer]) -> list[Tensor]:
+    """Token ids (n, 77) for each tokenizer."""
+    return [
+        tokenizer(
             prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
-        output = text_encoder(tokens.input_ids.to(text_encoder.device), output_hidden_states=True)
+        ).input_ids
+        for tokenizer in tokenizers
+    ]
+
+
+def encode_tokens(tokens: list[Tensor], text_encoders: list[torch.nn.Module]) -> tuple[Tensor, Tensor]:
+    """`encode_prompts` of token ids, with gradients where the encoders train."""
+    hidden_states = []
+    for token_ids, text_encoder in zip(tokens, text_encoders, strict=True):
+        device: Any = text_encoder.device
+        output = text_encoder(token_ids.to(device), output_hidden_states=True)
         hidden_states.append(output.hidden_states[-2])
     return torch.cat(hidden_states, dim=-1), output.text_embeds
 
@@ -151,64 +190,6 @@ def encode_prompts(
 def too_long(prompt: str, tokenizer: CLIPTokenizer) -> bool:
     """Whether the encoders see only the start of the prompt (77 tokens with start and end)."""
     return len(tokenizer(prompt).input_ids) > tokenizer.model_max_length
-
-
-def add_lora(unet: UNet2DConditionModel, config: Config) -> dict[str, torch.nn.Parameter]:
-    """Put a new LoRA, initially without effect, on every attention of the UNet.
-
-    Returns:
-        Its weights by name: the only ones that train, in fp32, since at usual learning rates most updates of bf16
-        weights would round to nothing.
-    """
-    unet.add_adapter(
-        LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.lora_dropout,
-            init_lora_weights="gaussian",
-            target_modules=list(LORA_TARGETS),
-        )
-    )
-    weights = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
-    for parameter in weights.values():
-        parameter.data = parameter.data.float()
-    return weights
-
-
-def lora_state(unet: UNet2DConditionModel, scale: float) -> dict[str, Tensor]:
-    """The LoRA as diffusers names it, `scale` (alpha / rank) folded in, since plain loaders take alpha for the rank."""
-    state = {}
-    for name, weight in get_peft_model_state_dict(unet).items():
-        folded = weight.detach().float().cpu() * (scale if "lora_B" in name else 1.0)
-        state[f"unet.{name}"] = folded.contiguous()
-    return state
-
-
-def save_lora(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a LoRA file; its name never stands for half of it."""
-    # Not save_file: it has temporary names and errors of its own, which hide a full disk.
-    write_atomically(path, save(state, metadata={"format": "pt", **metadata}))
-
-
-def merge_lora(unet: UNet2DConditionModel, path: Path, scale: float) -> None:
-    """Load a LoRA file and add `scale` times its product to the UNet's weights: no cost per step after that.
-
-    Raises:
-        UserError: not safetensors, not a LoRA for this UNet, or of other shapes.
-    """
-    if scale == 0:
-        return
-    try:
-        state, alphas = StableDiffusionXLPipeline.lora_state_dict(load_file(path), unet_config=unet.config)
-        unet.load_lora_adapter(state, network_alphas=alphas, prefix="unet", adapter_name="lora")
-        if not getattr(unet, "peft_config", None):
-            raise ValueError("it has no weights for the UNet")
-        unet.fuse_lora(lora_scale=scale)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        advice = "check lora_path and pretrained_model"
-        raise UserError(f"{path} is not a LoRA for this model ({reason}): {advice}") from error
-    unet.unload_lora()
 
 
 def peak_memory(device: torch.device) -> str:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 import checkpoint
+import class_pictures
 import data_utils
+import foreign_script
+import hub
 import image_files
 import supervise
 from config import DISK_OR_DRIVE, Config, UserError, dump_config
@@ -29,9 +33,13 @@ from image_files import Picture
 logger = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-TRAINING_SCRIPT = Path(__file__).with_name("train_lora.py")
+# What accelerate runs: ours, or what takes the user's `train_script` through.
+TRAINING_SCRIPT, SCRIPT_RUNNER = (Path(__file__).with_name(name) for name in ("train_lora.py", "foreign_script.py"))
 # A run cannot go on when one of these changes: it would be learning something else.
-LEARNT_SETTINGS = ("pretrained_model", "resolution", "rank", "lora_alpha", "seed")
+LEARNT_SETTINGS = (
+    "pretrained_model", "revision", "resolution", "rank", "lora_alpha", "seed", "train_text_encoder", "optimizer",
+    "with_prior_preservation",
+)  # fmt: skip
 MOST_BAD = 0.1  # share of the pictures
 ANEW = "to start anew, set lora_output_dir to a new folder"
 
@@ -44,6 +52,8 @@ def run(config: Config, dry_run: bool = False) -> None:
     """
     if config.accelerate_config:
         check_accelerate_config(Path(config.accelerate_config))
+    if config.train_script:
+        foreign_script.check(config)
     taken, annotations = look_at_pictures(config)
     learns = what_is_learnt(config, taken, annotations.captions)
     output_dir = Path(config.lora_output_dir)
@@ -58,12 +68,15 @@ def run(config: Config, dry_run: bool = False) -> None:
         if dry_run:
             _print_plan(config, annotations, resume)
             return
+        models = hub.fetch_models(replace(config, refine=False))
         with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
             job_file, config_file = Path(folder, "job.json"), Path(folder, "accelerate.yaml")
             command = build_command(config, config_file, job_file)
             _write_run_files(config, taken, finished)
             captions = data_utils.read_annotations(annotations.path)
-            job_file.write_text(json.dumps(make_job({p.path: captions[p.path] for p in taken}, learns, resume)))
+            of_class = class_pictures.pictures_there(config) if config.with_prior_preservation else []
+            job = make_job({p.path: captions[p.path] for p in taken}, learns, resume, models, of_class)
+            job_file.write_text(json.dumps(job))
             config_file.write_text(accelerate_settings())
             supervise.share(lock, output_dir)
             print(supervise.run(command, Path(folder)))
@@ -124,6 +137,8 @@ def what_is_learnt(config: Config, pictures: Sequence[Picture], captions: dict[P
     """All that must stay the same when a run goes on, by name; pictures and captions by the hash of their contents."""
     learns: dict[str, Any] = {name: getattr(config, name) for name in LEARNT_SETTINGS}
     learns["lora_alpha"] = config.alpha
+    if config.with_prior_preservation:
+        learns["class_prompt"] = config.class_prompt
     learns["pictures"] = _digest(sorted(picture.sha256 for picture in pictures))
     learns["captions"] = _digest(sorted([picture.sha256, captions[picture.path]] for picture in pictures))
     return learns
@@ -181,6 +196,8 @@ def where_to_go_on(config: Config, learns: dict[str, Any]) -> Path | None:
 
 
 def _must_match(learnt: dict[str, Any], learns: dict[str, Any], place: Path) -> None:
+    # A setting that an older version did not have was what is its default now.
+    learnt = {name: Config.__dataclass_fields__[name].default for name in LEARNT_SETTINGS} | learnt
     changes = [
         f"{name} (was {learnt.get(name)}, is {value})" if name in LEARNT_SETTINGS else name
         for name, value in learns.items()
@@ -190,12 +207,17 @@ def _must_match(learnt: dict[str, Any], learns: dict[str, Any], place: Path) -> 
         raise UserError(f"{place} has learnt something else; changed: {', '.join(changes)}. Set them back, or, {ANEW}")
 
 
-def make_job(captions: dict[Path, str], learns: dict[str, Any], resume: Path | None) -> dict[str, Any]:
-    """What train_lora.py is told besides the settings, as JSON."""
+def make_job(
+    captions: dict[Path, str], learns: dict[str, Any], resume: Path | None, models: dict[str, Any],
+    of_class: Sequence[Path],
+) -> dict[str, Any]:  # fmt: skip
+    """What the training process is told besides the settings, as JSON; `models` are settings, as paths."""
     return {
         "captions": {str(path): caption for path, caption in captions.items()},
         "learns": learns,
         "resume": str(resume) if resume else None,
+        "models": models,
+        "class_pictures": list(map(str, of_class)),
     }
 
 
@@ -207,7 +229,7 @@ def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list
         "--config_file", config.accelerate_config or str(accelerate_file),
         "--num_cpu_threads_per_process", str(threads),  # its own default is one
         "--quiet",  # the reason of a failure is told by us, once
-        str(TRAINING_SCRIPT),
+        str(SCRIPT_RUNNER if config.train_script else TRAINING_SCRIPT),
         "--config", str(Path(config.lora_output_dir) / "config.yaml"),
         "--job", str(job_file),
     ]  # fmt: skip
@@ -268,9 +290,10 @@ def _write_run_files(config: Config, taken: Sequence[Picture], finished: int | N
             config.images_dir, config.instance_prompt, images=[p.path for p in taken], fallback_dir=output_dir
         )
         data_utils.write_atomically(output_dir / "config.yaml", dump_config(config).encode())
-        if finished is not None:
-            names = data_utils.numbered(output_dir, f"pytorch_lora_weights-step{finished}", ".safetensors")
-            _lora_file(config).rename(next(name for name in names if not name.exists()))
+        for path in (_lora_file(config), output_dir / f"{config.lora_name}.safetensors"):
+            if finished is not None and path.exists():
+                names = data_utils.numbered(output_dir, f"{path.stem}-step{finished}", ".safetensors")
+                path.rename(next(name for name in names if not name.exists()))
 
 
 @contextmanager
@@ -291,9 +314,15 @@ def _print_plan(config: Config, annotations: data_utils.Annotations, resume: Pat
     output_dir = Path(config.lora_output_dir)
     print(f"Would go on from {resume}" if resume else "Would begin at step 0", f"up to step {config.max_train_steps}")
     print("Would read" if annotations.by_user else "Would write", annotations.path)
-    print(f"Would write {output_dir}/config.yaml, checkpoints, metrics.csv, loss.png and {LORA_FILE}")
-    there = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
-    print(f"Free on that disk: {shutil.disk_usage(there).free / 1e9:.1f} GB")
+    if config.with_prior_preservation:
+        there = len(class_pictures.pictures_there(config))
+        print(
+            f"Would learn {there} class pictures that are there, and draw {config.num_class_images - there} more first"
+        )
+    print(f"Would write {output_dir}/config.yaml, checkpoints, metrics.csv, loss.png, {LORA_FILE}")
+    print(f"  and {config.lora_name}.safetensors, the same for ComfyUI, A1111, Forge and InvokeAI")
+    disk = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
+    print(f"Free on that disk: {shutil.disk_usage(disk).free / 1e9:.1f} GB")
     print("Would run:", shlex.join(build_command(config, Path("accelerate.yaml"), Path("job.json"))))
 
 

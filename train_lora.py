@@ -12,14 +12,12 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.optimization import get_scheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -28,10 +26,12 @@ import checkpoint
 import data_utils
 import draw
 import gallery
-import image_files
+import lora_weights
 import models
 from config import Config, UserError, load_config
+from encode import Captions, Preview, encode
 from logbook import READ_EVERY, Logbook
+from optimizer import make_optimizer, optimizer_state, rate_factor_at, restore_optimizer, update_weights
 from supervise import Stopped, StopSignal, hold_shared, report_outcome
 
 logger = logging.getLogger("train_lora")
@@ -46,9 +46,10 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
 
     def work(stop: StopSignal) -> str:
-        config = load_config(arguments.config)
+        job = json.loads(arguments.job.read_text())
+        config = replace(load_config(arguments.config), **job["models"])
         hold_shared(Path(config.lora_output_dir))
-        return train(config, json.loads(arguments.job.read_text()), stop)
+        return train(config, job, stop)
 
     return report_outcome(work, arguments.job.parent)
 
@@ -60,18 +61,23 @@ class Run:
     config: Config
     job: dict[str, Any]  # see train.make_job
     data: batches.Encoded
-    unet: UNet2DConditionModel
+    networks: lora_weights.Networks  # the UNet, and both text encoders if they train
+    captions: Captions
     lora: dict[str, torch.nn.Parameter]
     noise_scheduler: DDPMScheduler
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype
     accelerator: Accelerator
-    preview: tuple[draw.Embeddings, AutoencoderKL]
+    preview: Preview
 
     @property
     def folder(self) -> Path:
         return Path(self.config.lora_output_dir)
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.networks["unet"]
 
 
 def train(config: Config, job: dict[str, Any], stop: StopSignal) -> str:
@@ -84,20 +90,22 @@ def train(config: Config, job: dict[str, Any], stop: StopSignal) -> str:
     device = accelerator.device
     dtype = models.pick_dtype(config.mixed_precision, device)
     logger.info("training on %s in %s", device, str(dtype).removeprefix("torch."))
-    data, preview = encode(config, job["captions"], device, dtype)
+    data, captions, preview = encode(config, job, accelerator, dtype)
 
-    unet = models.load_unet(config.pretrained_model, config.variant, device, dtype)
+    unet = models.load_unet(config.pretrained_model, config.variant, device, dtype, config.attention)
+    networks = {"unet": unet} | captions.encoders
     torch.manual_seed(batches.stream_seed(config.seed, "lora"))
-    lora = models.add_lora(unet, config)
+    lora = lora_weights.add_lora(networks, config)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(
-        lora.values(), config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay, fused=True,
-    )  # fmt: skip
+        for text_encoder in captions.encoders.values():
+            text_encoder.gradient_checkpointing_enable()  # type: ignore[operator]
+    optimizer = make_optimizer(config, lora)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     noise_scheduler = models.load_noise_scheduler(config)
-    run = Run(config, job, data, unet, lora, noise_scheduler, optimizer, scaler, dtype, accelerator, preview)
+    run = Run(
+        config, job, data, networks, captions, lora, noise_scheduler, optimizer, scaler, dtype, accelerator, preview
+    )
     first_step = restore(run, Path(job["resume"])) if job["resume"] else 0
 
     stop.deferred = True
@@ -108,41 +116,12 @@ def train(config: Config, job: dict[str, Any], stop: StopSignal) -> str:
         log.close()
     if steps < config.max_train_steps:
         raise Stopped(f"stopped at step {steps}; the same command goes on from there")
+    place = run.folder / lora_weights.LORA_FILE
     if accelerator.is_main_process:
-        metadata = {"step": str(steps), "learns": json.dumps(job["learns"])}
-        models.save_lora(run.folder / models.LORA_FILE, models.lora_state(unet, config.alpha / config.rank), metadata)
+        state, texts = lora_weights.lora_state(networks), list(job["captions"].values())
+        lora_weights.save_results(config, state, config.alpha, steps, job["learns"], texts)
     memory = models.peak_memory(device)
-    return f"trained {steps} steps; the LoRA is {run.folder / models.LORA_FILE}" + (f" ({memory})" if memory else "")
-
-
-def encode(
-    config: Config, captions: dict[str, str], device: torch.device, dtype: torch.dtype
-) -> tuple[batches.Encoded, tuple[draw.Embeddings, AutoencoderKL]]:
-    """Captions and pictures through their encoders, once; then the encoders are freed.
-
-    Returns:
-        The training data; and for the sample grids the prompt's embeddings and the VAE, parked on the CPU.
-    """
-    tokenizers = models.load_tokenizers(config.pretrained_model)
-    text_encoders = models.load_text_encoders(config, device, dtype)
-    encode_prompts = partial(models.encode_prompts, tokenizers=tokenizers, text_encoders=text_encoders)
-    for caption in dict.fromkeys(captions.values()):
-        if models.too_long(caption, tokenizers[0]):
-            logger.warning("SDXL reads the first 77 tokens of a caption only; this one is longer: %.60s…", caption)
-    caption_ids, prompt_embeds, pooled = batches.encode_captions(list(captions.values()), encode_prompts)
-    zeros = models.zeros_for_empty_prompt(config.pretrained_model, default=True)
-    prompt = config.validation_prompt or config.instance_prompt
-    preview = draw.embed([prompt], config.negative_prompt, encode_prompts, zeros)
-    del text_encoders, encode_prompts
-    draw.free(device)
-
-    vae = models.load_vae(config, device)
-    paths = [Path(path) for path in captions]
-    kinds = image_files.formats(config.image_extensions)
-    mean, std, time_ids = batches.encode_pictures(vae, paths, config.resolution, config.random_flip, kinds)
-    vae.to("cpu")
-    draw.free(device)
-    return batches.Encoded(mean, std, time_ids, caption_ids, prompt_embeds, pooled), (preview, vae)
+    return f"trained {steps} steps; the LoRA is {place}" + (f" ({memory})" if memory else "")
 
 
 def loop(run: Run, log: Logbook, first_step: int, stop: StopSignal) -> int:
@@ -152,19 +131,16 @@ def loop(run: Run, log: Logbook, first_step: int, stop: StopSignal) -> int:
         UserError: the loss is not finite (exit 5); the last checkpoint stays as it was.
     """
     config, is_main = run.config, run.accelerator.is_main_process
-    learning_rate_at = get_scheduler(
-        config.lr_scheduler, run.optimizer, num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-    ).lr_lambdas[0]  # fmt: skip
+    factor_at = rate_factor_at(config)
     done = first_step
     stopping = False
-    run.unet.train()
+    for network in run.networks.values():
+        network.train()
     while done < config.max_train_steps and not stopping:
-        # A pure function of the step, so a resumed run needs no schedule state.
-        learning_rate = config.learning_rate * learning_rate_at(done)
-        loss, grad_norm, stopping = update(run, done, learning_rate, stop.requested)
+        factor = factor_at(done)
+        loss, grad_norm, stopping = update(run, done, factor, stop.requested)
         done += 1
-        log.record(done, loss, learning_rate, grad_norm)
+        log.record(done, loss, config.learning_rate * factor, grad_norm)
         ending = stopping or done == config.max_train_steps
         saving = ending or done % config.checkpointing_steps == 0
         if saving or done % READ_EVERY == 0:
@@ -179,38 +155,33 @@ def loop(run: Run, log: Logbook, first_step: int, stop: StopSignal) -> int:
     return done
 
 
-def update(run: Run, step: int, learning_rate: float, stop_requested: bool) -> tuple[Tensor, Tensor, bool]:
-    """One optimizer step over the whole effective batch.
+def update(run: Run, step: int, factor: float, stop_requested: bool) -> tuple[Tensor, Tensor, bool]:
+    """One optimizer step over the whole effective batch; `factor` is the learning rate's, from the schedule.
 
     Returns:
         The loss (mean over the batch), the gradients' norm before clipping, and whether any process wants to stop.
     """
     config, world, rank = run.config, run.accelerator.num_processes, run.accelerator.process_index
-    device, size, parts = run.accelerator.device, config.train_batch_size, config.gradient_accumulation_steps
+    device, parts = run.accelerator.device, config.gradient_accumulation_steps
     # Dropout's draws; everything else random comes with the batch.
     torch.manual_seed(batches.stream_seed(config.seed, "dropout", step, rank))
     batch = batches.step_batch(
-        run.data, config.seed, step, size * parts * world, run.noise_scheduler.config.num_train_timesteps
-    )
+        run.data, config.seed, step, config.train_batch_size * parts * world,
+        run.noise_scheduler.config.num_train_timesteps, config.noise_offset, config.prior_loss_weight,
+    )  # fmt: skip
+    size = len(batch.caption) // (parts * world)
     total = torch.zeros((), device=device)
     for index in range(parts):
         start = (index * world + rank) * size
         part = batch.part(start, start + size, device)
         with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
+            part = run.captions.read(part)
             loss = training_loss(run.unet, part, run.noise_scheduler, config.snr_gamma) / parts
         run.scaler.scale(loss).backward()
         total += loss.detach()
     if world > 1:
         total, stop_requested = _average(run, total, stop_requested)
-    run.scaler.unscale_(run.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.lora.values(), config.max_grad_norm)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate
-    # The fused optimizer leaves its step out where this is 1, without waiting for the GPU; the scaler sets it itself.
-    run.optimizer.found_inf = (~(total + grad_norm).isfinite()).float()  # type: ignore[attr-defined]
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad()
+    grad_norm = update_weights(run.optimizer, run.scaler, total, factor, config.max_grad_norm)
     return total, grad_norm, stop_requested
 
 
@@ -230,7 +201,7 @@ def training_loss(
     if noise_scheduler.config.prediction_type == "v_prediction":
         target = noise_scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
     error = (prediction.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
-    return (error * loss_weights(batch.timesteps, noise_scheduler, snr_gamma)).mean()
+    return (error * batch.weights * loss_weights(batch.timesteps, noise_scheduler, snr_gamma)).mean()
 
 
 def loss_weights(timesteps: Tensor, noise_scheduler: DDPMScheduler, snr_gamma: float | None) -> Tensor:
@@ -259,16 +230,13 @@ def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, bool
 
 def save_checkpoint(run: Run, step: int) -> None:
     """Publish `checkpoint-<step>`: the LoRA as it will be used, and all that an exact resume needs."""
-    optimizer_state = run.optimizer.state_dict()["state"]
-    tensors = {f"lora.{name}": weight.detach() for name, weight in run.lora.items()}
-    for index, name in enumerate(run.lora):
-        for key, value in optimizer_state[index].items():
-            tensors[f"{key}.{name}"] = value
-    state = {"step": step, "learns": run.job["learns"], "scaler": run.scaler.state_dict()}
+    tensors, numbers = optimizer_state(run.optimizer, run.lora)
+    tensors |= {f"lora.{name}": weight.detach() for name, weight in run.lora.items()}
+    state = {"step": step, "learns": run.job["learns"], "scaler": run.scaler.state_dict(), "optimizer": numbers}
 
     def write(folder: Path) -> None:
-        lora = models.lora_state(run.unet, run.config.alpha / run.config.rank)
-        models.save_lora(folder / models.LORA_FILE, lora, {"step": str(step)})
+        lora = lora_weights.lora_state(run.networks, run.config.alpha / run.config.rank)
+        lora_weights.save_lora(folder / lora_weights.LORA_FILE, lora, {"step": str(step)})
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         (folder / "training_state.safetensors").write_bytes(save(on_cpu))
         (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
@@ -283,14 +251,10 @@ def restore(run: Run, folder: Path) -> int:
     try:
         with torch.no_grad():
             for name, weight in run.lora.items():
-                weight.copy_(tensors[f"lora.{name}"])
-        moments = {
-            index: {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            for index, name in enumerate(run.lora)
-        }
+                weight.copy_(tensors.pop(f"lora.{name}"))
+        restore_optimizer(run.optimizer, run.lora, tensors, state["optimizer"])
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this model: to start anew, set another lora_output_dir") from error
-    run.optimizer.load_state_dict({"state": moments, "param_groups": run.optimizer.state_dict()["param_groups"]})
     if state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
     logger.info("going on from %s", folder)
@@ -299,11 +263,12 @@ def restore(run: Run, folder: Path) -> int:
 
 def draw_samples(run: Run, step: int) -> None:
     """Draw a grid with the LoRA as it is now, at training size, into `samples/step-<step>.png`."""
-    embeddings, vae = run.preview
+    vae = run.preview.vae
     config = replace(run.config, width=run.config.resolution, height=run.config.resolution, refine=False)
     scheduler = draw.make_scheduler(config.scheduler, run.noise_scheduler.config)
     device = run.accelerator.device
     run.unet.eval()
+    embeddings = run.preview.embed()
     with torch.no_grad(), torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
         latents = [
             draw.base_latents(run.unet, scheduler, embeddings.rows([0], run.unet), [config.seed + index], config)

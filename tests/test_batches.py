@@ -28,6 +28,7 @@ def made_up(pictures: int, versions: int = 1) -> batches.Encoded:
         caption=torch.zeros(pictures, dtype=torch.long),
         prompt_embeds=torch.zeros(1, 77, 8),
         pooled_prompt_embeds=torch.zeros(1, 4),
+        instances=pictures,
     )
 
 
@@ -87,7 +88,7 @@ def test_timesteps_cover_the_whole_schedule() -> None:
 
 
 def test_pictures_are_encoded_as_the_vae_does(settings: Make, photos: Path) -> None:
-    vae = models.load_vae(settings(), CPU)
+    vae = models.load_vae(settings(), CPU, torch.float32)
     path = photos / "lace_1.jpg"
     mean, std, _ = batches.encode_pictures(vae, [path], 64, mirrored=True)
     # By hand: 96x72 to 85x64, the middle 64 columns.
@@ -103,7 +104,7 @@ def test_pictures_are_encoded_as_the_vae_does(settings: Make, photos: Path) -> N
 
 def test_time_ids_equal_the_pipelines(settings: Make, photos: Path) -> None:
     config = settings()
-    vae = models.load_vae(config, CPU)
+    vae = models.load_vae(config, CPU, torch.float32)
     pipeline = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
     paths = data_utils.list_images(photos)
     _, _, time_ids = batches.encode_pictures(vae, paths, 64, mirrored=False)
@@ -130,4 +131,6 @@ def test_equal_captions_are_encoded_once() -> None:
 
 def test_a_picture_that_vanishes_is_named(settings: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gone.jpg can no longer be read"):
-        batches.encode_pictures(models.load_vae(settings(), CPU), [tmp_path / "gone.jpg"], 64, mirrored=False)
+        batches.encode_pictures(
+            models.load_vae(settings(), CPU, torch.float32), [tmp_path / "gone.jpg"], 64, mirrored=False
+        )

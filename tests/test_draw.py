@@ -14,6 +14,7 @@ from diffusers import (
 from PIL import Image, ImageChops
 
 import draw
+import lora_weights
 import models
 from batches import stream_seed
 from config import Config, UserError
@@ -30,10 +31,10 @@ def lora(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     unet = models.load_unet(str(tiny / "base"), None, torch.device("cpu"), torch.float32)
     config = Config(rank=4)
     generator = torch.Generator().manual_seed(3)
-    for weight in models.add_lora(unet, config).values():
+    for weight in lora_weights.add_lora({"unet": unet}, config).values():
         weight.data = torch.randn(weight.shape, generator=generator) * 0.2
-    path = tmp_path_factory.mktemp("lora") / models.LORA_FILE
-    models.save_lora(path, models.lora_state(unet, 1.0), {})
+    path = tmp_path_factory.mktemp("lora") / lora_weights.LORA_FILE
+    lora_weights.save_lora(path, lora_weights.lora_state({"unet": unet}, 1.0), {})
     return path
 
 

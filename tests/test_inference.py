@@ -55,7 +55,8 @@ def make(tmp_path: Path) -> Make:
     def settings(**changes: Any) -> Config:
         folders = {"lora_output_dir": str(tmp_path / "lora"), "output_dir": str(tmp_path / "out")}
         sizes: dict[str, Any] = {"num_images": 4, "width": 64, "height": 64, "seed": 10}
-        return Config(**(folders | sizes | changes))
+        models = {"pretrained_model": str(tmp_path), "refiner_model": str(tmp_path)}  # never opened
+        return Config(**(folders | sizes | models | changes))
 
     return settings
 

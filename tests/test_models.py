@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+import lora_weights
 import models
 from config import Config, UserError
 from pictures import Make
@@ -38,7 +39,7 @@ def trained_unet(settings: Make) -> tuple[UNet2DConditionModel, Config]:
     config = settings()
     unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
     generator = torch.Generator().manual_seed(2)
-    for weight in models.add_lora(unet, config).values():
+    for weight in lora_weights.add_lora({"unet": unet}, config).values():
         weight.data = torch.randn(weight.shape, generator=generator) * 0.3
     return unet, config
 
@@ -76,7 +77,7 @@ def test_a_new_lora_changes_nothing_and_is_fp32(settings: Make) -> None:
     config = settings()
     unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
     before = run_unet(unet)
-    weights = models.add_lora(unet, config)
+    weights = lora_weights.add_lora({"unet": unet}, config)
     assert torch.equal(run_unet(unet), before)
     assert all(weight.dtype == torch.float32 for weight in weights.values())
     assert all("lora_" in name for name, parameter in unet.named_parameters() if parameter.requires_grad)
@@ -86,7 +87,9 @@ def test_saved_lora_acts_in_a_plain_pipeline_as_in_training(settings: Make, tmp_
     unet, config = trained_unet(settings)
     assert config.alpha != config.rank
     expected = run_unet(unet)
-    models.save_lora(tmp_path / models.LORA_FILE, models.lora_state(unet, config.alpha / config.rank), {})
+    lora_weights.save_lora(
+        tmp_path / lora_weights.LORA_FILE, lora_weights.lora_state({"unet": unet}, config.alpha / config.rank), {}
+    )
     plain = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
     base_output = run_unet(plain.unet)
     plain.load_lora_weights(str(tmp_path))
@@ -97,40 +100,44 @@ def test_saved_lora_acts_in_a_plain_pipeline_as_in_training(settings: Make, tmp_
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_merged_lora_equals_the_loaded_one(settings: Make, tmp_path: Path, scale: float) -> None:
     unet, config = trained_unet(settings)
-    path = tmp_path / models.LORA_FILE
-    models.save_lora(path, models.lora_state(unet, config.alpha / config.rank), {})
+    path = tmp_path / lora_weights.LORA_FILE
+    lora_weights.save_lora(path, lora_weights.lora_state({"unet": unet}, config.alpha / config.rank), {})
     plain = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
     plain.load_lora_weights(str(tmp_path), adapter_name="lace")
     plain.set_adapters("lace", scale)
     merged = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
-    models.merge_lora(merged, path, scale)
+    lora_weights.merge_lora({"unet": merged}, path, scale)
     assert not any("lora" in name for name, _ in merged.named_parameters())
     torch.testing.assert_close(run_unet(merged), run_unet(plain.unet), rtol=1e-3, atol=1e-4)
 
 
 def test_scale_zero_is_the_base(settings: Make, tmp_path: Path) -> None:
     unet, config = trained_unet(settings)
-    path = tmp_path / models.LORA_FILE
-    models.save_lora(path, models.lora_state(unet, config.alpha / config.rank), {})
+    path = tmp_path / lora_weights.LORA_FILE
+    lora_weights.save_lora(path, lora_weights.lora_state({"unet": unet}, config.alpha / config.rank), {})
     base_unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
     before = run_unet(base_unet)
-    models.merge_lora(base_unet, path, 0.0)
+    lora_weights.merge_lora({"unet": base_unet}, path, 0.0)
     assert torch.equal(run_unet(base_unet), before)
 
 
 def test_what_is_no_lora_is_refused(settings: Make, tmp_path: Path) -> None:
     unet, config = trained_unet(settings)
-    path = tmp_path / models.LORA_FILE
-    state = models.lora_state(unet, 1.0)
+    path = tmp_path / lora_weights.LORA_FILE
+    state = lora_weights.lora_state({"unet": unet}, 1.0)
     wrong_shape = {name: tensor[:, :-1].contiguous() for name, tensor in state.items()}
     foreign = {"text_model.weight": torch.zeros(3)}
     for content in (wrong_shape, foreign):
         save_file(content, path)
         with pytest.raises(UserError, match="not a LoRA for this model"):
-            models.merge_lora(models.load_unet(config.pretrained_model, None, CPU, torch.float32), path, 1.0)
+            lora_weights.merge_lora(
+                {"unet": models.load_unet(config.pretrained_model, None, CPU, torch.float32)}, path, 1.0
+            )
     torch.save(state, path)  # a pickle under a safe name
     with pytest.raises(UserError, match="not a LoRA for this model"):
-        models.merge_lora(models.load_unet(config.pretrained_model, None, CPU, torch.float32), path, 1.0)
+        lora_weights.merge_lora(
+            {"unet": models.load_unet(config.pretrained_model, None, CPU, torch.float32)}, path, 1.0
+        )
 
 
 def test_the_variant_is_preferred_where_it_is_there(tiny: Path, tmp_path: Path) -> None:
@@ -185,9 +192,9 @@ def test_number_format_goes_by_capability(
 
 def test_lora_file_holds_its_metadata_and_only_the_unet(settings: Make, tmp_path: Path) -> None:
     unet, _ = trained_unet(settings)
-    path = tmp_path / models.LORA_FILE
-    models.save_lora(path, models.lora_state(unet, 1.0), {"step": "7"})
+    path = tmp_path / lora_weights.LORA_FILE
+    lora_weights.save_lora(path, lora_weights.lora_state({"unet": unet}, 1.0), {"step": "7"})
     names = load_file(path)
     assert names
     assert all(name.startswith("unet.") and name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
-    assert [item.name for item in tmp_path.iterdir()] == [models.LORA_FILE]
+    assert [item.name for item in tmp_path.iterdir()] == [lora_weights.LORA_FILE]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import inference
-import models
+import lora_weights
 import supervise
 from config import DISK_OR_DRIVE, Config, UserError, dump_config
 from pictures import ROOT, Make, main_py, names, refused
@@ -233,7 +233,7 @@ def test_a_full_disk_is_told_as_such_wherever_it_is(
         assert not names(tmp_path / "lora") & {"checkpoint-2", LORA}
         return
     with pytest.raises(OSError, match="No space left"):
-        models.save_lora(small_disk / LORA, {"weight": torch.zeros(10_000)}, {})
+        lora_weights.save_lora(small_disk / LORA, {"weight": torch.zeros(10_000)}, {})
     assert names(small_disk) == {"ballast"}
 
 

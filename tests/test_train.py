@@ -62,10 +62,13 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Launch:
 def make(tmp_path: Path) -> Make:
     jpgs(tmp_path / "photos", 3)
 
+    (tmp_path / "model").mkdir()
+
     def settings(**changes: Any) -> Config:
         values: dict[str, Any] = {"images_dir": str(tmp_path / "photos"), "lora_output_dir": str(tmp_path / "lora")}
         values |= {"min_images": 1, "skip_bad_images": True}
-        return Config(**(values | {"min_image_size": 32, "max_train_steps": 8, "checkpointing_steps": 4} | changes))
+        values |= {"pretrained_model": str(tmp_path / "model"), "min_image_size": 32, "max_train_steps": 8}
+        return Config(**(values | {"checkpointing_steps": 4} | changes))
 
     return settings
 

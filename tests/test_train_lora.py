@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
@@ -17,10 +18,13 @@ from safetensors.torch import load_file
 import batches
 import data_utils
 import image_files
+import lora_weights
 import models
 import train_lora
 from config import LOSS_NOT_FINITE, Config, UserError
+from encode import Captions, encode
 from logbook import Logbook
+from optimizer import make_optimizer
 from pictures import Make, refused
 from supervise import Stopped
 
@@ -40,8 +44,10 @@ def random_batch(count: int) -> batches.Batch:
         noise=torch.randn(count, 4, 8, 8, generator=generator),
         timesteps=torch.randint(1000, (count,), generator=generator),
         time_ids=torch.tensor([[90.0, 70.0, 10.0, 0.0, 64.0, 64.0]] * count),
+        caption=torch.arange(count),
         prompt_embeds=torch.randn(count, 77, 256, generator=generator),
         pooled_prompt_embeds=torch.randn(count, 128, generator=generator),
+        weights=torch.ones(count),
     )
 
 
@@ -84,26 +90,29 @@ def make_run(config: Config, data: batches.Encoded | None = None) -> train_lora.
     """The parts of a run on the CPU, with made-up encodings unless given."""
     unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
     torch.manual_seed(0)
-    lora = models.add_lora(unet, config)
+    networks = {"unet": unet}
+    lora = lora_weights.add_lora(networks, config)
     if data is None:
         batch = random_batch(6)
         data = batches.Encoded(
             batch.latents[:, None], torch.zeros(6, 1, 4, 8, 8), batch.time_ids, torch.arange(6),
-            batch.prompt_embeds, batch.pooled_prompt_embeds,
+            batch.prompt_embeds, batch.pooled_prompt_embeds, 6,
         )  # fmt: skip
     process: Any = SimpleNamespace(device=CPU, num_processes=1, process_index=0, is_main_process=True)
-    optimizer = torch.optim.AdamW(lora.values(), config.learning_rate, fused=True)
+    optimizer = make_optimizer(config, lora)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     job: dict[str, Any] = {"learns": {}, "resume": None, "captions": {}}
+    preview: Any = None
     return train_lora.Run(
-        config, job, data, unet, lora, noise_schedule(), optimizer, scaler, torch.float32, process, None  # type: ignore[arg-type]
+        config, job, data, networks, Captions([], {}), lora, noise_schedule(), optimizer, scaler, torch.float32,
+        process, preview,
     )  # fmt: skip
 
 
 def test_only_the_lora_changes(settings: Make) -> None:
     run = make_run(settings())
     before = {name: value.clone() for name, value in run.unet.state_dict().items()}
-    train_lora.update(run, 0, 1e-2, False)
+    train_lora.update(run, 0, 1.0, False)
     changed = {name for name, value in run.unet.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert all("lora_" in name for name in changed)
@@ -113,8 +122,8 @@ def test_accumulated_batches_equal_one_large_batch(settings: Make) -> None:
     once = make_run(settings(train_batch_size=4))
     summed = make_run(settings(train_batch_size=2, gradient_accumulation_steps=2))
     for step in range(2):
-        loss_once, norm_once, _ = train_lora.update(once, step, 1e-2, False)
-        loss_summed, norm_summed, _ = train_lora.update(summed, step, 1e-2, False)
+        loss_once, norm_once, _ = train_lora.update(once, step, 1.0, False)
+        loss_summed, norm_summed, _ = train_lora.update(summed, step, 1.0, False)
         torch.testing.assert_close(loss_once, loss_summed, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(norm_once, norm_summed, rtol=1e-4, atol=1e-6)
 
@@ -127,7 +136,7 @@ def test_gradients_are_clipped(settings: Make) -> None:
         seen.append(math.sqrt(sum(float(w.grad.pow(2).sum()) for w in run.lora.values() if w.grad is not None)))
 
     run.optimizer.register_step_pre_hook(note)
-    _, norm, _ = train_lora.update(run, 0, 1e-2, False)
+    _, norm, _ = train_lora.update(run, 0, 1.0, False)
     assert norm > 1e-3
     assert seen[0] == pytest.approx(1e-4, rel=0.01)
 
@@ -137,20 +146,20 @@ def test_gradient_checkpointing_changes_nothing(settings: Make) -> None:
     saving.unet.enable_gradient_checkpointing()
     for run in (plain, saving):
         run.unet.train()
-        train_lora.update(run, 0, 1e-2, False)
+        train_lora.update(run, 0, 1.0, False)
     for name, weight in plain.lora.items():
         torch.testing.assert_close(weight, saving.lora[name])
 
 
 def test_cached_latents_give_the_loss_of_encoding_in_the_step(settings: Make, photos: Path) -> None:
     config = settings()
-    vae = models.load_vae(config, CPU)
+    vae = models.load_vae(config, CPU, torch.float32)
     tokenizers, encoders = (
         models.load_tokenizers(config.pretrained_model),
         models.load_text_encoders(config, CPU, torch.float32),
     )
     captions = {str(path): f"lace number {index}" for index, path in enumerate(data_utils.list_images(photos))}
-    data, _ = train_lora.encode(config, captions, CPU, torch.float32)
+    data, _, _ = encode(config, {"captions": captions}, Accelerator(), torch.float32)
     run = make_run(config, data)
     batch = batches.step_batch(data, config.seed, 3, 2, 1000)
     cached = train_lora.training_loss(run.unet, batch, run.noise_scheduler, None)
@@ -206,7 +215,7 @@ def test_a_run_in_three_parts_equals_the_straight_one(settings: Make, tmp_path: 
             train_here(parted, resume, StopAt(2))
         resume = tmp_path / "parted" / f"checkpoint-{step}"
     train_here(parted, resume)
-    for name in (models.LORA_FILE, "checkpoint-6/training_state.safetensors"):
+    for name in (lora_weights.LORA_FILE, "checkpoint-6/training_state.safetensors"):
         expected, got = load_file(tmp_path / "straight" / name), load_file(tmp_path / "parted" / name)
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[key], got[key]) for key in expected)
@@ -220,7 +229,7 @@ def test_training_learns_and_starts_are_reproducible(settings: Make, tmp_path: P
     results = []
     for name in ("one", "two"):
         train_here(settings(lora_output_dir=str(tmp_path / name)))
-        results.append(load_file(tmp_path / name / models.LORA_FILE))
+        results.append(load_file(tmp_path / name / lora_weights.LORA_FILE))
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
     assert any(tensor.abs().max() > 0 for key, tensor in results[0].items() if "lora_B" in key)
 
@@ -238,16 +247,16 @@ def test_learning_rate_follows_diffusers_schedule(settings: Make, tmp_path: Path
 
 def test_an_update_without_finite_loss_is_left_out(settings: Make) -> None:
     run = make_run(settings())
-    train_lora.update(run, 0, 1e-2, False)
+    train_lora.update(run, 0, 1.0, False)
     before = [weight.clone() for weight in run.lora.values()]
     moments = [tensor.clone() for state in run.optimizer.state.values() for tensor in state.values()]
     good, run.data = run.data, replace(run.data, mean=run.data.mean * torch.nan)
-    loss, _, _ = train_lora.update(run, 1, 1e-2, False)
+    loss, _, _ = train_lora.update(run, 1, 1.0, False)
     assert loss.isnan()
     assert all(map(torch.equal, before, run.lora.values()))
     assert all(map(torch.equal, moments, (t for state in run.optimizer.state.values() for t in state.values())))
     run.data = good
-    train_lora.update(run, 2, 1e-2, False)
+    train_lora.update(run, 2, 1.0, False)
     assert not all(map(torch.equal, before, run.lora.values()))
 
 
@@ -281,7 +290,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings: Make, tmp_path: Path)
     with pytest.raises(UserError, match="not a finite number") as caught:
         train_here(config)
     assert caught.value.exit_code == LOSS_NOT_FINITE
-    assert not (tmp_path / "lora" / models.LORA_FILE).exists()
+    assert not (tmp_path / "lora" / lora_weights.LORA_FILE).exists()
     for folder in (tmp_path / "lora").glob("checkpoint-*"):
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "training_state.safetensors").values())
 
@@ -299,7 +308,7 @@ def test_sample_grids_do_not_disturb_the_training(settings: Make, tmp_path: Path
     )
     for config in (plain, watched):
         train_here(config)
-    expected, got = (load_file(tmp_path / name / models.LORA_FILE) for name in ("plain", "watched"))
+    expected, got = (load_file(tmp_path / name / lora_weights.LORA_FILE) for name in ("plain", "watched"))
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     grids = sorted(path.name for path in (tmp_path / "watched" / "samples").iterdir())
     assert grids == ["step-000002.png", "step-000004.png"]

@@ -1,0 +1,61 @@
+"""Prior preservation's pictures of the class: those that are there, and those that the base has to draw.
+
+Ruiz et al. 2022, "DreamBooth", section 3.3: what the class's prompt draws is kept as it is by learning it too.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from pathlib import Path
+
+import image_files
+from config import IMAGE_EXTENSIONS, Config
+from data_utils import named_as_pictures
+
+logger = logging.getLogger(__name__)
+
+# What a drawn picture looks like: other settings get other files.
+DRAWN_BY = ("class_prompt", "pretrained_model", "revision", "width", "height", "num_inference_steps", "guidance_scale",
+            "scheduler", "negative_prompt", "seed")  # fmt: skip
+_DRAWN = re.compile(r"class_([0-9a-f]{8})_\d{4,}\.png")
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.class_data_dir or Path(config.lora_output_dir, "class_images"))
+
+
+def pictures_there(config: Config) -> list[Path]:
+    """The good pictures of the class, at most `num_class_images`; none that were drawn with other settings."""
+    folder, digest = folder_of(config), _digest(config)
+    if not folder.is_dir():
+        return []
+    found = named_as_pictures(folder, IMAGE_EXTENSIONS)
+    own = [path for path in found if not (drawn := _DRAWN.fullmatch(path.name)) or drawn[1] == digest]
+    pictures = image_files.check_pictures(own, config.min_image_size, kinds())
+    for picture in pictures:
+        if not picture.taken:
+            logger.warning("class picture %s is passed over: %s", picture.path, picture.reason)
+    return [picture.path for picture in pictures if picture.taken][: config.num_class_images]
+
+
+def pictures_to_draw(config: Config, there: list[Path]) -> dict[Path, int]:
+    """Files of the pictures that are still missing, each with its number, which stands for its seed."""
+    missing: dict[Path, int] = {}
+    number = 0
+    while len(there) + len(missing) < config.num_class_images:
+        path = folder_of(config) / f"class_{_digest(config)}_{number:04d}.png"
+        if path not in there:
+            missing[path] = number
+        number += 1
+    return missing
+
+
+def kinds() -> tuple[str, ...]:
+    """The decoders that class pictures may take: they may be of any kind that is known."""
+    return image_files.formats(IMAGE_EXTENSIONS)
+
+
+def _digest(config: Config) -> str:
+    recipe = {name: getattr(config, name) for name in DRAWN_BY}
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]

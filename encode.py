@@ -1,0 +1,135 @@
+"""Before the first step: captions and pictures through their encoders, once; pictures of the class, if any, drawn."""
+
+import io
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import batches
+import class_pictures
+import draw
+import image_files
+import models
+from config import Config
+from data_utils import write_atomically
+
+logger = logging.getLogger("train_lora")
+
+
+@dataclass
+class Preview:
+    """What sample grids need besides the UNet."""
+
+    embed: Callable[[], draw.Embeddings]  # the prompt's, by the text encoders as they are now
+    vae: AutoencoderKL  # parked on the CPU
+
+
+@dataclass
+class Captions:
+    """The different captions for text encoders that train; both empty if they do not."""
+
+    tokens: list[Tensor]  # (U, 77) for each encoder
+    encoders: dict[str, torch.nn.Module]  # by diffusers' names
+
+    def read(self, batch: batches.Batch) -> batches.Batch:
+        """The batch with the embeddings of the encoders as they are now; as it is, if they do not train."""
+        if not self.encoders:
+            return batch
+        tokens = [ids.to(batch.caption.device)[batch.caption] for ids in self.tokens]
+        prompt_embeds, pooled = models.encode_tokens(tokens, list(self.encoders.values()))
+        return replace(batch, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled)
+
+
+def encode(
+    config: Config, job: dict[str, Any], accelerator: Accelerator, dtype: torch.dtype
+) -> tuple[batches.Encoded, Captions, Preview]:
+    """Everything a step needs, encoded; the encoders are freed, but those that train."""
+    device = accelerator.device
+    texts = list(job["captions"].values())
+    instances = len(texts)
+    if config.with_prior_preservation:
+        texts += [config.class_prompt] * config.num_class_images
+    different = list(dict.fromkeys(texts))
+
+    tokenizers = models.load_tokenizers(config.pretrained_model)
+    for caption in different:
+        if models.too_long(caption, tokenizers[0]):
+            logger.warning("SDXL reads the first 77 tokens of a caption only; this one is longer: %.60s…", caption)
+    text_encoders = models.load_text_encoders(config, device, dtype)
+    encode_prompts = partial(models.encode_prompts, tokenizers=tokenizers, text_encoders=text_encoders)
+    zeros = models.zeros_for_empty_prompt(config.pretrained_model, default=True)
+    embed = partial(draw.embed, negative=config.negative_prompt, encode=encode_prompts, zeros=zeros)
+    caption_ids, prompt_embeds, pooled = batches.encode_captions(texts, encode_prompts)
+    of_class = embed([config.class_prompt])
+    embed_preview: Callable[[], draw.Embeddings] = partial(embed, [config.validation_prompt or config.instance_prompt])
+    captions = Captions([], {})
+    if config.train_text_encoder:
+        named = dict(zip(("text_encoder", "text_encoder_2"), text_encoders, strict=True))
+        captions = Captions(models.tokenize(different, tokenizers), named)
+    else:
+        embed_preview = partial(_same, embed_preview())
+        del text_encoders, encode_prompts, embed
+        draw.free(device)
+
+    paths = list(map(Path, job["captions"]))
+    kinds = image_files.formats(config.image_extensions)
+    mean, std, time_ids = _encode_pictures(config, paths, kinds, device, dtype)
+    if config.with_prior_preservation:
+        paths = pictures_of_class(config, [Path(path) for path in job["class_pictures"]], of_class, accelerator, dtype)
+        others = _encode_pictures(config, paths, class_pictures.kinds(), device, dtype)
+        mean, std, time_ids = (torch.cat(pair) for pair in zip((mean, std, time_ids), others, strict=True))
+    data = batches.Encoded(mean, std, time_ids, caption_ids, prompt_embeds, pooled, instances)
+    return data, captions, Preview(embed_preview, models.load_vae(config, torch.device("cpu"), dtype))
+
+
+def _same(embeddings: draw.Embeddings) -> draw.Embeddings:
+    return embeddings
+
+
+def _encode_pictures(
+    config: Config, paths: list[Path], kinds: tuple[str, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    vae = models.load_vae(config, device, dtype)
+    encoded = batches.encode_pictures(vae, paths, config.resolution, config.random_flip, kinds)
+    del vae
+    draw.free(device)
+    return encoded
+
+
+def pictures_of_class(
+    config: Config, there: list[Path], embeddings: draw.Embeddings, accelerator: Accelerator, dtype: torch.dtype
+) -> list[Path]:
+    """`num_class_images` pictures: those that are there, and the rest drawn, each process its share, and kept."""
+    missing = class_pictures.pictures_to_draw(config, there)
+    share = list(missing.items())[accelerator.process_index :: accelerator.num_processes]
+    if share:
+        _draw_class(config, dict(share), embeddings, accelerator.device, dtype)
+    accelerator.wait_for_everyone()
+    return [*there, *missing]
+
+
+def _draw_class(
+    config: Config, files: dict[Path, int], embeddings: draw.Embeddings, device: torch.device, dtype: torch.dtype
+) -> None:
+    config = replace(config, refine=False)
+    unet = models.load_unet(config.pretrained_model, config.variant, device, dtype, config.attention)
+    vae = models.load_vae(config, device, dtype)
+    scheduler = draw.make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
+    for path, number in tqdm(files.items(), desc="drawing the class", unit="picture"):
+        seed = batches.stream_seed(config.seed, "class", number)
+        latents = draw.base_latents(unet, scheduler, embeddings.rows([0], unet), [seed], config)
+        content = io.BytesIO()
+        draw.decode(vae, latents)[0].save(content, format="PNG")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.getvalue())  # one by one, so that a stop costs one
+    del unet, vae
+    draw.free(device)

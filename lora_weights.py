@@ -1,0 +1,207 @@
+"""The LoRA: put on the networks that train, written as diffusers and as kohya's programs name it, merged for drawing.
+
+`Networks` are called as diffusers calls them: `unet`, `text_encoder`, `text_encoder_2`.
+"""
+
+import json
+import re
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from config import Config, UserError
+from data_utils import write_atomically
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
+# Every attention of each network.
+_UNET_TARGETS, _TEXT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0"), ("q_proj", "k_proj", "v_proj", "out_proj")
+_KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+_LAYERS_PER_BLOCK = 2  # of SDXL's UNet, base and refiner alike
+
+Networks = dict[str, torch.nn.Module]
+
+
+def add_lora(networks: Networks, config: Config) -> dict[str, torch.nn.Parameter]:
+    """Put a new LoRA, initially without effect, on the attention of every network.
+
+    Returns:
+        Its weights by name, the network's before a dot: the only ones that train, in fp32, since at usual learning
+        rates most updates of bf16 weights would round to nothing.
+    """
+    weights: dict[str, torch.nn.Parameter] = {}
+    for name, network in networks.items():
+        network.add_adapter(  # type: ignore[operator]
+            LoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,
+                lora_dropout=config.lora_dropout,
+                init_lora_weights="gaussian",
+                target_modules=list(_UNET_TARGETS if name == "unet" else _TEXT_TARGETS),
+            )
+        )
+        weights |= {f"{name}.{part}": weight for part, weight in network.named_parameters() if weight.requires_grad}
+    for weight in weights.values():
+        weight.data = weight.data.float()
+    return weights
+
+
+def lora_state(networks: Networks, scale: float = 1.0) -> dict[str, Tensor]:
+    """The LoRA as diffusers names it, on the CPU, in fp32.
+
+    Args:
+        scale: folded in; alpha / rank for a file, since plain loaders take alpha for the rank.
+    """
+    state = {}
+    for name, network in networks.items():
+        for key, weight in get_peft_model_state_dict(network).items():
+            # transformers 5.6 took the level `text_model` out of one of the encoders; files keep it.
+            path = key if name == "unet" or key.startswith("text_model.") else f"text_model.{key}"
+            state[f"{name}.{path}"] = (weight.detach().float().cpu() * (scale if "lora_B" in key else 1)).contiguous()
+    return state
+
+
+def kohya_state(state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """`lora_state` as kohya's sd-scripts name it, for ComfyUI, A1111 and InvokeAI: scaled by alpha / rank there."""
+    named = {}
+    for key, weight in state.items():
+        module, _, matrix = key.removesuffix(".weight").rpartition(".")
+        name = kohya_name(module)
+        named[f"{name}.{'lora_down' if matrix == 'lora_A' else 'lora_up'}.weight"] = weight
+        named[f"{name}.alpha"] = torch.tensor(alpha)
+    return named
+
+
+def kohya_name(module: str) -> str:
+    """`unet.down_blocks.1.attentions.0.proj` is `lora_unet_input_blocks_4_1_proj`, as SDXL's own code."""
+    network, _, path = module.partition(".")
+    if block := re.match(r"(down|up)_blocks\.(\d)\.attentions\.(\d)\.", path):
+        side, level, place = block[1], int(block[2]), int(block[3])
+        # Going down, the first block is the input convolution, and each level ends in a block that halves the size.
+        number = level * (_LAYERS_PER_BLOCK + 1) + place + (side == "down")
+        path = f"{'input' if side == 'down' else 'output'}_blocks.{number}.1.{path[block.end() :]}"
+    path = path.replace("mid_block.attentions.0.", "middle_block.1.")
+    return f"{_KOHYA_PREFIX[network]}_{path.replace('.', '_')}"
+
+
+def kohya_metadata(config: Config, alpha: float, steps: int, captions: list[str]) -> dict[str, str]:
+    """What those programs show of a LoRA: base model, size, trigger words. Keys and values as sd-scripts write them."""
+    name = config.lora_name
+    folder = f"1_{name}"
+    counts = {caption: captions.count(caption) for caption in dict.fromkeys(captions)}
+    square = f"{config.resolution}x{config.resolution}"
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": name,
+        "modelspec.date": date.today().isoformat(),
+        "modelspec.resolution": square,
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.trigger_phrase": trigger_words(config.instance_prompt),
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_sd_model_name": Path(config.pretrained_model).name,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.rank),
+        "ss_network_alpha": str(alpha),
+        "ss_network_args": "{}",
+        "ss_resolution": f"({config.resolution}, {config.resolution})",
+        "ss_output_name": name,
+        "ss_steps": str(steps),
+        "ss_max_train_steps": str(config.max_train_steps),
+        "ss_learning_rate": str(config.learning_rate),
+        "ss_lr_scheduler": config.lr_scheduler,
+        "ss_optimizer": config.optimizer,
+        "ss_seed": str(config.seed),
+        "ss_num_train_images": str(len(captions)),
+        "ss_batch_size_per_device": str(config.train_batch_size),
+        "ss_gradient_accumulation_steps": str(config.gradient_accumulation_steps),
+        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1, "img_count": len(captions)}}),
+        "ss_tag_frequency": json.dumps({folder: counts}, ensure_ascii=False),
+    }
+
+
+def trigger_words(instance_prompt: str) -> str:
+    """The tokens in angle brackets that call the style up, or the whole prompt where there are none."""
+    return ", ".join(dict.fromkeys(re.findall(r"<[^<>\s]+>", instance_prompt))) or instance_prompt
+
+
+def save_results(
+    config: Config, state: dict[str, Tensor], alpha: float, steps: int, learns: dict[str, Any], captions: list[str]
+) -> Path:
+    """Write a finished LoRA, as `lora_state` gives it, for diffusers and for kohya's programs; returns the first file.
+
+    That one comes last, since it is what says that the run is finished.
+    """
+    folder = Path(config.lora_output_dir)
+    metadata = kohya_metadata(config, alpha, steps, captions)
+    save_lora(folder / f"{config.lora_name}.safetensors", kohya_state(state, alpha), metadata)
+    scale = alpha / config.rank
+    folded = {key: weight * scale if "lora_B" in key else weight for key, weight in state.items()}
+    save_lora(folder / LORA_FILE, folded, {"step": str(steps), "learns": json.dumps(learns)})
+    return folder / LORA_FILE
+
+
+def save_lora(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a LoRA file; its name never stands for half of it."""
+    # Not save_file: it has temporary names and errors of its own, which hide a full disk.
+    write_atomically(path, save(state, metadata={"format": "pt", **metadata}))
+
+
+def read_lora(path: Path) -> dict[str, Tensor]:
+    """A LoRA that diffusers' own scripts wrote, under the names of `lora_state`, in fp32."""
+    old = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B."}
+    old |= {".lora_linear_layer.down.": ".lora_A.", ".lora_linear_layer.up.": ".lora_B."}
+    state = {}
+    for key, weight in load_file(path).items():
+        for theirs, ours in old.items():
+            key = key.replace(theirs, ours)
+        state[key] = weight.float()
+    return state
+
+
+def merge_lora(networks: Networks, path: Path, scale: float) -> None:
+    """Load a LoRA file and add `scale` times its product to the networks' weights: no cost per step after that.
+
+    diffusers' and kohya's keys are understood. A network that the file has nothing for is left alone, but the UNet.
+
+    Raises:
+        UserError: not safetensors, not a LoRA for this model, or of other shapes.
+    """
+    if scale == 0:
+        return
+    try:
+        blocks = SimpleNamespace(layers_per_block=_LAYERS_PER_BLOCK)
+        state, alphas = StableDiffusionXLPipeline.lora_state_dict(load_file(path), unet_config=blocks)
+        for name, network in networks.items():
+            if name == "unet":
+                network.load_lora_adapter(state, network_alphas=alphas, prefix="unet", adapter_name="lora")  # type: ignore[operator]
+                if not getattr(network, "peft_config", None):
+                    raise ValueError("it has no weights for the UNet")
+            else:
+                StableDiffusionXLPipeline.load_lora_into_text_encoder(
+                    state, alphas, network, prefix=name, adapter_name="lora"
+                )
+            _merge(network, scale)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        advice = "check lora_path and pretrained_model"
+        raise UserError(f"{path} is not a LoRA for this model ({reason}): {advice}") from error
+
+
+def _merge(network: torch.nn.Module, scale: float) -> None:
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.scale_layer(scale)
+            module.merge()
+    recurse_remove_peft_layers(network)
