@@ -113,7 +113,8 @@ def run(config: Config, job: dict[str, Any], pictures: Path) -> str:
     learnt = lora_weights.read_lora(folder / lora_weights.LORA_FILE)
     texts = [config.instance_prompt] * len(job["captions"])
     # The script's alpha is its rank.
-    place = lora_weights.save_results(config, learnt, config.rank, config.max_train_steps, job["learns"], texts)
+    layers = models.layers_per_block(config.pretrained_model)
+    place = lora_weights.save_results(config, learnt, config.rank, config.max_train_steps, job["learns"], texts, layers)
     return f"trained {config.max_train_steps} steps with {script.name}; the LoRA is {place}"
 
 

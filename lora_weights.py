@@ -7,7 +7,6 @@ import json
 import re
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
 # Every attention of each network.
 _UNET_TARGETS, _TEXT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0"), ("q_proj", "k_proj", "v_proj", "out_proj")
 _KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-_LAYERS_PER_BLOCK = 2  # of SDXL's UNet, base and refiner alike
+_LAYERS_PER_BLOCK = 2  # of SDXL's UNet; the demo's has 1
 
 Networks = dict[str, torch.nn.Module]
 
@@ -71,24 +70,24 @@ def lora_state(networks: Networks, scale: float = 1.0) -> dict[str, Tensor]:
     return state
 
 
-def kohya_state(state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+def kohya_state(state: dict[str, Tensor], alpha: float, layers_per_block: int = _LAYERS_PER_BLOCK) -> dict[str, Tensor]:
     """`lora_state` as kohya's sd-scripts name it, for ComfyUI, A1111 and InvokeAI: scaled by alpha / rank there."""
     named = {}
     for key, weight in state.items():
         module, _, matrix = key.removesuffix(".weight").rpartition(".")
-        name = kohya_name(module)
+        name = kohya_name(module, layers_per_block)
         named[f"{name}.{'lora_down' if matrix == 'lora_A' else 'lora_up'}.weight"] = weight
         named[f"{name}.alpha"] = torch.tensor(alpha)
     return named
 
 
-def kohya_name(module: str) -> str:
+def kohya_name(module: str, layers_per_block: int = _LAYERS_PER_BLOCK) -> str:
     """`unet.down_blocks.1.attentions.0.proj` is `lora_unet_input_blocks_4_1_proj`, as SDXL's own code."""
     network, _, path = module.partition(".")
     if block := re.match(r"(down|up)_blocks\.(\d)\.attentions\.(\d)\.", path):
         side, level, place = block[1], int(block[2]), int(block[3])
         # Going down, the first block is the input convolution, and each level ends in a block that halves the size.
-        number = level * (_LAYERS_PER_BLOCK + 1) + place + (side == "down")
+        number = level * (layers_per_block + 1) + place + (side == "down")
         path = f"{'input' if side == 'down' else 'output'}_blocks.{number}.1.{path[block.end() :]}"
     path = path.replace("mid_block.attentions.0.", "middle_block.1.")
     return f"{_KOHYA_PREFIX[network]}_{path.replace('.', '_')}"
@@ -137,7 +136,13 @@ def trigger_words(instance_prompt: str) -> str:
 
 
 def save_results(
-    config: Config, state: dict[str, Tensor], alpha: float, steps: int, learns: dict[str, Any], captions: list[str]
+    config: Config,
+    state: dict[str, Tensor],
+    alpha: float,
+    steps: int,
+    learns: dict[str, Any],
+    captions: list[str],
+    layers_per_block: int = _LAYERS_PER_BLOCK,
 ) -> Path:
     """Write a finished LoRA, as `lora_state` gives it, for diffusers and for kohya's programs; returns the first file.
 
@@ -145,7 +150,7 @@ def save_results(
     """
     folder = Path(config.lora_output_dir)
     metadata = kohya_metadata(config, alpha, steps, captions)
-    save_lora(folder / f"{config.lora_name}.safetensors", kohya_state(state, alpha), metadata)
+    save_lora(folder / f"{config.lora_name}.safetensors", kohya_state(state, alpha, layers_per_block), metadata)
     scale = alpha / config.rank
     folded = {key: weight * scale if "lora_B" in key else weight for key, weight in state.items()}
     save_lora(folder / LORA_FILE, folded, {"step": str(steps), "learns": json.dumps(learns)})
@@ -181,8 +186,10 @@ def merge_lora(networks: Networks, path: Path, scale: float) -> None:
     if scale == 0:
         return
     try:
-        blocks = SimpleNamespace(layers_per_block=_LAYERS_PER_BLOCK)
-        state, alphas = StableDiffusionXLPipeline.lora_state_dict(load_file(path), unet_config=blocks)
+        theirs = tuple(f"{prefix}{end}" for name, prefix in _KOHYA_PREFIX.items() if name in networks for end in "._")
+        own = {key: value for key, value in load_file(path).items() if key.startswith((*theirs, *networks))}
+        unet_config = networks["unet"].config if "unet" in networks else None
+        state, alphas = StableDiffusionXLPipeline.lora_state_dict(own, unet_config=unet_config)
         for name, network in networks.items():
             if name == "unet":
                 network.load_lora_adapter(state, network_alphas=alphas, prefix="unet", adapter_name="lora")  # type: ignore[operator]

@@ -131,6 +131,11 @@ def load_unet(
     return unet
 
 
+def layers_per_block(source: str) -> int:
+    """Of a UNet that need not be loaded for it."""
+    return int(UNet2DConditionModel.load_config(source, subfolder="unet")["layers_per_block"])
+
+
 def load_vae(config: Config, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
     """The VAE in fp32, since SDXL's own overflows in fp16; `pretrained_vae`, made to mend that, in `dtype`."""
     source, subfolder = config.pretrained_model, "vae"

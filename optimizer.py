@@ -47,7 +47,8 @@ def make_optimizer(config: Config, lora: Weights) -> torch.optim.Optimizer:
 
 def rate_factor_at(config: Config) -> Callable[[int], float]:
     """The course of the learning rate as a function of the step, so that a resumed run needs no schedule state."""
-    nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    # polynomial ends at a rate of 1e-7, so it has to know the rate it begins at.
+    nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], max(config.learning_rate, 1e-6))
     return get_scheduler(
         config.lr_scheduler, nothing, num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=config.max_train_steps, num_cycles=config.lr_num_cycles, power=config.lr_power,

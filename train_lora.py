@@ -119,7 +119,8 @@ def train(config: Config, job: dict[str, Any], stop: StopSignal) -> str:
     place = run.folder / lora_weights.LORA_FILE
     if accelerator.is_main_process:
         state, texts = lora_weights.lora_state(networks), list(job["captions"].values())
-        lora_weights.save_results(config, state, config.alpha, steps, job["learns"], texts)
+        layers = unet.config.layers_per_block
+        lora_weights.save_results(config, state, config.alpha, steps, job["learns"], texts, layers)
     memory = models.peak_memory(device)
     return f"trained {steps} steps; the LoRA is {place}" + (f" ({memory})" if memory else "")
 

@@ -1,6 +1,7 @@
 """What a step sees: encodings against the VAE and diffusers' own time ids, batches as a function of the step."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,3 +135,39 @@ def test_a_picture_that_vanishes_is_named(settings: Make, tmp_path: Path) -> Non
         batches.encode_pictures(
             models.load_vae(settings(), CPU, torch.float32), [tmp_path / "gone.jpg"], 64, mirrored=False
         )
+
+
+def with_class(instances: int, of_class: int) -> batches.Encoded:
+    return replace(made_up(instances + of_class), instances=instances)
+
+
+def test_a_class_picture_follows_every_picture_of_the_user() -> None:
+    data = with_class(3, 2)
+    seen = [shown(data, seed=1, step=step, size=2) for step in range(3)]
+    instances, others = ([row for rows in seen for row in rows[start::2]] for start in (0, 1))
+    assert sorted(instances) == [0, 0, 1, 1, 2, 2]
+    assert sorted(others) == [3, 3, 3, 4, 4, 4]
+    plain = replace(made_up(3), instances=3)
+    assert instances == [row for step in range(3) for row in shown(plain, seed=1, step=step, size=2)]
+
+
+def test_weights_make_the_mean_the_sum_of_two_means() -> None:
+    batch = batches.step_batch(with_class(3, 2), 1, 0, 2, 1000, prior_weight=0.25)
+    errors = torch.tensor([1.0, 100.0, 3.0, 300.0])
+    assert (errors * batch.weights).mean() == pytest.approx((1 + 3) / 2 + 0.25 * (100 + 300) / 2)
+    assert torch.equal(batches.step_batch(made_up(3), 1, 0, 2, 1000).weights, torch.ones(2))
+
+
+def test_noise_offset_shifts_whole_channels_and_nothing_else() -> None:
+    data = made_up(4)
+    plain, shifted = (batches.step_batch(data, 1, 0, 4, 1000, noise_offset=offset) for offset in (0.0, 0.5))
+    shift = shifted.noise - plain.noise
+    torch.testing.assert_close(shift, shift[:, :, :1, :1].expand_as(shift))
+    assert shift[:, :, 0, 0].unique().numel() == 16  # another for every picture and channel
+    assert shift.abs().max() > 0.3
+    assert torch.equal(plain.latents, shifted.latents)
+    assert torch.equal(plain.timesteps, shifted.timesteps)
+    many = torch.cat([
+        batches.step_batch(data, 1, step, 4, 1000, noise_offset=0.5).noise.mean((2, 3)) for step in range(400)
+    ])  # fmt: skip
+    assert many.var() == pytest.approx(0.25 + 0.25, rel=0.1)  # of four values' mean, and of the shift

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from diffusers.training_utils import compute_snr
 from safetensors.torch import load_file
 
 import batches
+import class_pictures
 import data_utils
 import image_files
 import lora_weights
@@ -25,7 +27,7 @@ from config import LOSS_NOT_FINITE, Config, UserError
 from encode import Captions, encode
 from logbook import Logbook
 from optimizer import make_optimizer
-from pictures import Make, refused
+from pictures import Make, gradient, jpg, refused, snapshot
 from supervise import Stopped
 
 CPU = torch.device("cpu")
@@ -192,10 +194,13 @@ class StopAt:
         return self.step is not None and self.asked >= self.step
 
 
-def train_here(config: Config, resume: Path | None = None, stop: StopAt | None = None) -> str:
+def train_here(
+    config: Config, resume: Path | None = None, stop: StopAt | None = None, of_class: Sequence[Path] = ()
+) -> str:
     """Runs `train_lora.train` in this process, from scratch or from a checkpoint."""
     images = data_utils.list_images(config.images_dir)
     job = {
+        "class_pictures": list(map(str, of_class)),
         "captions": {str(path): config.instance_prompt for path in images},
         "learns": {"rank": config.rank},
         "resume": str(resume) if resume else None,
@@ -204,8 +209,17 @@ def train_here(config: Config, resume: Path | None = None, stop: StopAt | None =
     return train_lora.train(config, job, stop or StopAt(None))  # type: ignore[arg-type]
 
 
-def test_a_run_in_three_parts_equals_the_straight_one(settings: Make, tmp_path: Path) -> None:
-    options = {"max_train_steps": 6, "lr_scheduler": "cosine", "lora_dropout": 0.1, "random_flip": True}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_dropout": 0.1, "random_flip": True},
+        {"optimizer": "prodigy", "learning_rate": 1.0, "noise_offset": 0.1},
+        {"train_text_encoder": True, "text_encoder_lr": 1e-2, "gradient_checkpointing": True},
+        {"with_prior_preservation": True, "num_class_images": 3, "class_prompt": "a net"},
+    ],
+)
+def test_a_run_in_three_parts_equals_the_straight_one(settings: Make, tmp_path: Path, changes: dict[str, Any]) -> None:
+    options = {"max_train_steps": 6, "lr_scheduler": "cosine", **changes}
     straight = settings(lora_output_dir=str(tmp_path / "straight"), **options)
     parted = settings(lora_output_dir=str(tmp_path / "parted"), checkpointing_steps=3, **options)
     train_here(straight)
@@ -299,6 +313,91 @@ def test_checkpoint_of_another_model_is_refused(settings: Make, tmp_path: Path) 
     train_here(settings(max_train_steps=2))
     with pytest.raises(UserError, match="does not fit this model"):
         train_here(settings(rank=8), resume=tmp_path / "lora" / "checkpoint-2")
+
+
+def test_text_encoders_learn_what_the_whole_gradient_says(settings: Make, photos: Path) -> None:
+    """Against the plain way: captions through a pipeline's encoders in the step, and autograd over everything."""
+    config = settings(train_text_encoder=True)
+    captions = {str(path): f"lace number {index % 2}" for index, path in enumerate(data_utils.list_images(photos))}
+    data, read, _ = encode(config, {"captions": captions}, Accelerator(), torch.float32)
+    run = make_run(config, data)
+    torch.manual_seed(3)
+    lora = lora_weights.add_lora(read.encoders, config)
+    for weight in lora.values():
+        weight.data = torch.randn(weight.shape) * 0.1
+    assert {name.partition(".")[0] for name in lora} == {"text_encoder", "text_encoder_2"}
+    batch = batches.step_batch(data, config.seed, 0, 4, 1000)
+    train_lora.training_loss(run.unet, read.read(batch), run.noise_scheduler, None).backward()
+    got = {name: weight.grad.clone() for name, weight in lora.items() if weight.grad is not None}
+
+    for weight in lora.values():
+        weight.grad = None
+    tokenizers = models.load_tokenizers(config.pretrained_model)
+    texts = [list(dict.fromkeys(captions.values()))[index] for index in batch.caption.tolist()]
+    tokens = models.tokenize(texts, tokenizers)
+    first, second = (
+        encoder(ids, output_hidden_states=True) for encoder, ids in zip(read.encoders.values(), tokens, strict=True)
+    )
+    embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    direct = replace(batch, prompt_embeds=embeds, pooled_prompt_embeds=second.text_embeds)
+    train_lora.training_loss(run.unet, direct, run.noise_scheduler, None).backward()
+    # SDXL reads the layer before the last of the first encoder: nothing comes back to that one.
+    settings_of_first: Any = read.encoders["text_encoder"].config
+    last = f"text_encoder.encoder.layers.{settings_of_first.num_hidden_layers - 1}."
+    assert got.keys() == {name for name in lora if not name.replace("text_model.", "").startswith(last)}
+    for name, gradient_there in got.items():
+        torch.testing.assert_close(gradient_there, lora[name].grad, rtol=1e-4, atol=1e-8)
+    assert sum(float(gradient.abs().sum()) for gradient in got.values()) > 0
+
+
+def test_what_the_text_encoders_learnt_is_saved(settings: Make, tmp_path: Path) -> None:
+    train_here(settings(train_text_encoder=True, text_encoder_lr=1e-2, validation_steps=2, num_validation_images=1))
+    for name in (lora_weights.LORA_FILE, f"checkpoint-4/{lora_weights.LORA_FILE}"):
+        state = load_file(tmp_path / "lora" / name)
+        for prefix in ("unet.", "text_encoder.text_model.", "text_encoder_2.text_model."):
+            learnt = [tensor.abs().max() > 0 for key, tensor in state.items() if key.startswith(prefix) and "_B" in key]
+            assert sum(learnt) >= len(learnt) - 4  # all but the first encoder's last layer, which SDXL does not read
+            assert sum(learnt) > 4
+    grids = [(tmp_path / "lora" / "samples" / f"step-00000{step}.png").read_bytes() for step in (2, 4)]
+    assert grids[0] != grids[1]
+
+
+def test_missing_class_pictures_are_drawn_by_the_base_and_kept(settings: Make, tmp_path: Path) -> None:
+    config = settings(with_prior_preservation=True, num_class_images=3, class_prompt="a net", max_train_steps=1)
+    train_here(config)
+    drawn = sorted((tmp_path / "lora" / "class_images").iterdir())
+    assert len(drawn) == 3
+    assert len({path.read_bytes() for path in drawn}) == 3
+    assert class_pictures.pictures_there(config) == drawn
+    before = snapshot(tmp_path / "lora" / "class_images")
+    again = replace(config, lora_output_dir=str(tmp_path / "again"), class_data_dir=str(tmp_path / "lora/class_images"))
+    train_here(again, of_class=class_pictures.pictures_there(again))
+    assert snapshot(tmp_path / "lora" / "class_images") == before
+    # With another prompt they are of no use, and with a larger number only the rest is drawn.
+    assert class_pictures.pictures_there(replace(config, class_prompt="a stripe")) == []
+    more = class_pictures.pictures_to_draw(replace(config, num_class_images=5), drawn)
+    assert list(more.values()) == [3, 4]
+
+
+def test_class_pictures_have_time_ids_and_captions_of_their_own(settings: Make, photos: Path, tmp_path: Path) -> None:
+    own = jpg(tmp_path / "net.jpg", gradient(200, 120))
+    config = settings(with_prior_preservation=True, num_class_images=1, class_prompt="a net")
+    captions = {str(path): "lace" for path in data_utils.list_images(photos)}
+    data, _, _ = encode(config, {"captions": captions, "class_pictures": [str(own)]}, Accelerator(), torch.float32)
+    assert (data.instances, len(data.caption)) == (5, 6)
+    assert data.time_ids[5].tolist() == [120.0, 200.0, 0.0, 22.0, 64.0, 64.0]  # 200 x 120 scaled to 107 x 64
+    assert data.caption.tolist() == [0, 0, 0, 0, 0, 1]
+    tokenizers = models.load_tokenizers(config.pretrained_model)
+    encoders = models.load_text_encoders(config, CPU, torch.float32)
+    assert torch.equal(data.prompt_embeds[1:], models.encode_prompts(["a net"], tokenizers, encoders)[0])
+
+
+def test_prior_preservation_adds_the_class_loss_by_its_weight(settings: Make) -> None:
+    batch, schedule = random_batch(4), noise_schedule()
+    weighted = replace(batch, weights=torch.tensor([2.0, 1.0, 2.0, 1.0]))
+    parts = [replace(batch, **{k: v[rows] for k, v in vars(batch).items()}) for rows in ([0, 2], [1, 3])]
+    mine, other = (train_lora.training_loss(Echo(), part, schedule, 5.0) for part in parts)
+    torch.testing.assert_close(train_lora.training_loss(Echo(), weighted, schedule, 5.0), mine + 0.5 * other)
 
 
 def test_sample_grids_do_not_disturb_the_training(settings: Make, tmp_path: Path) -> None:

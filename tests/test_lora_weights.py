@@ -1,0 +1,165 @@
+"""The LoRA on UNet and text encoders: saved, loaded and merged without a change; the file for kohya's programs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import lora_weights
+import models
+from config import Config
+from pictures import Make, refused
+from test_models import CPU, PROMPTS, run_unet, trained_unet
+
+TEXT = ("text_encoder", "text_encoder_2")
+
+
+def encoders_of(config: Config) -> lora_weights.Networks:
+    return dict(zip(TEXT, models.load_text_encoders(config, CPU, torch.float32), strict=True))
+
+
+def trained_encoders(config: Config) -> lora_weights.Networks:
+    networks = encoders_of(config)
+    generator = torch.Generator().manual_seed(4)
+    for weight in lora_weights.add_lora(networks, config).values():
+        weight.data = torch.randn(weight.shape, generator=generator) * 0.3
+    return networks
+
+
+def embeddings(config: Config, networks: lora_weights.Networks) -> tuple[torch.Tensor, torch.Tensor]:
+    return models.encode_prompts(PROMPTS, models.load_tokenizers(config.pretrained_model), list(networks.values()))
+
+
+@pytest.fixture
+def saved(settings: Make, tmp_path: Path) -> tuple[Config, dict[str, Any]]:
+    """Both files of a LoRA of all three networks, alpha unequal to rank, and what the networks gave while training."""
+    unet, config = trained_unet(settings)
+    networks = trained_encoders(config)
+    expected = {"unet": run_unet(unet), "text": embeddings(config, networks)}
+    Path(config.lora_output_dir).mkdir()
+    state = lora_weights.lora_state({"unet": unet} | networks)
+    captions = [config.instance_prompt, config.instance_prompt, "a rosette"]
+    layers = unet.config.layers_per_block
+    lora_weights.save_results(config, state, config.alpha, 7, {"rank": 4}, captions, layers)
+    return config, expected
+
+
+def close(got: Any, expected: Any) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "myspecialstyle.safetensors"])
+def test_a_plain_pipeline_reads_both_files_as_they_were_trained(saved: Any, name: str) -> None:
+    config, expected = saved
+    plain = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
+    before, _, pooled_before, _ = plain.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    plain.load_lora_weights(config.lora_output_dir, weight_name=name)
+    embeds, _, pooled, _ = plain.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    close(run_unet(plain.unet), expected["unet"])
+    close((embeds, pooled), expected["text"])
+    for one, other in ((embeds, before), (pooled, pooled_before)):
+        assert (one - other).abs().max() > 0.05  # the text encoders' part does something
+    half = embeds.shape[-1] // 2
+    assert (embeds - before)[..., :half].abs().max() > 0.05
+    assert (embeds - before)[..., half:].abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "myspecialstyle.safetensors"])
+def test_merged_it_acts_as_it_was_trained(saved: Any, name: str) -> None:
+    config, expected = saved
+    unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
+    networks = encoders_of(config)
+    for part in ({"unet": unet}, networks):
+        lora_weights.merge_lora(part, Path(config.lora_output_dir, name), 1.0)
+    close(run_unet(unet), expected["unet"])
+    close(embeddings(config, networks), expected["text"])
+    assert not any("lora" in name for network in networks.values() for name, _ in network.named_parameters())
+
+
+def test_half_the_scale_is_half_the_change_of_the_weights(saved: Any) -> None:
+    config, _ = saved
+    path = Path(config.lora_output_dir, lora_weights.LORA_FILE)
+    plain, half, whole = (encoders_of(config) for _ in range(3))
+    lora_weights.merge_lora(half, path, 0.5)
+    lora_weights.merge_lora(whole, path, 1.0)
+    for name in TEXT:
+        weights = [
+            next(weight for key, weight in networks[name].named_parameters() if "q_proj.weight" in key)
+            for networks in (plain, half, whole)
+        ]
+        close((weights[1] - weights[0]) * 2, weights[2] - weights[0])
+        assert (weights[2] - weights[0]).abs().max() > 0.01
+
+
+def test_a_lora_without_text_encoders_leaves_them_alone(settings: Make, tmp_path: Path) -> None:
+    unet, config = trained_unet(settings)
+    path = tmp_path / lora_weights.LORA_FILE
+    lora_weights.save_lora(path, lora_weights.lora_state({"unet": unet}), {})
+    networks = encoders_of(config)
+    before = embeddings(config, networks)
+    lora_weights.merge_lora(networks, path, 1.0)
+    assert all(map(torch.equal, before, embeddings(config, networks)))
+
+
+def test_text_encoders_of_other_shapes_are_refused(saved: Any, tmp_path: Path) -> None:
+    config, _ = saved
+    state = load_file(Path(config.lora_output_dir, lora_weights.LORA_FILE))
+    cut = {key: value[:, :-1].contiguous() if "text_encoder." in key else value for key, value in state.items()}
+    save_file(cut, tmp_path / "cut.safetensors")
+    refused(lambda: lora_weights.merge_lora(encoders_of(config), tmp_path / "cut.safetensors", 1.0), "not a LoRA for")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        # Where SDXL's own code has its attention: input blocks 4, 5, 7, 8, the middle block 1, output blocks 0 to 5.
+        ("unet.down_blocks.1.attentions.0.proj_in", "lora_unet_input_blocks_4_1_proj_in"),
+        ("unet.down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_out.0",
+         "lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_out_0"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+         "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"),
+        ("unet.up_blocks.0.attentions.2.proj", "lora_unet_output_blocks_2_1_proj"),
+        ("unet.up_blocks.1.attentions.0.proj", "lora_unet_output_blocks_3_1_proj"),
+        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+         "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"),
+        ("text_encoder_2.text_model.encoder.layers.31.self_attn.out_proj",
+         "lora_te2_text_model_encoder_layers_31_self_attn_out_proj"),
+    ],
+)  # fmt: skip
+def test_kohya_names(module: str, name: str) -> None:
+    assert lora_weights.kohya_name(module) == name
+
+
+def test_the_kohya_file_carries_alpha_and_what_programs_show(saved: Any) -> None:
+    config, _ = saved
+    with safe_open(Path(config.lora_output_dir, "myspecialstyle.safetensors"), framework="pt") as file:
+        metadata, names = file.metadata(), set(file.keys())
+        alphas = {float(file.get_tensor(name)) for name in names if name.endswith(".alpha")}
+    assert alphas == {2.0}
+    modules = {name.partition(".")[0] for name in names}
+    assert names == {f"{m}.{end}" for m in modules for end in ("lora_down.weight", "lora_up.weight", "alpha")}
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert metadata["modelspec.trigger_phrase"] == "<myspecialstyle>"
+    assert metadata["modelspec.resolution"] == "64x64"
+    assert json.loads(metadata["ss_tag_frequency"]) == {"1_myspecialstyle": {config.instance_prompt: 2, "a rosette": 1}}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "folder", "name", "words"),
+    [
+        ("a photo of <my-lace>", "x/lora", "my-lace", "<my-lace>"),
+        ("lace in sks style", "x/antique lace", "antique lace", "lace in sks style"),
+        ("<a> and <b>, <a>", "x/lora", "a", "<a>, <b>"),
+    ],
+)
+def test_the_name_of_the_style(prompt: str, folder: str, name: str, words: str) -> None:
+    config = Config(instance_prompt=prompt, lora_output_dir=folder)
+    assert config.lora_name == name
+    assert lora_weights.trigger_words(prompt) == words
