@@ -13,8 +13,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
@@ -24,6 +23,10 @@ from config import Config, UserError
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
+_IN_ONE_FILE = {
+    "text_encoder": "conditioner.embedders.0.transformer.",
+    "text_encoder_2": "conditioner.embedders.1.model.",
+}
 
 # Their warnings are about their own matters, and their bars about single files; ours tell what the user needs.
 diffusers.utils.logging.set_verbosity_error()
@@ -92,7 +95,9 @@ def _load_from_file(part: Any, file: Path, subfolder: str, dtype: torch.dtype | 
         return part.from_pretrained(layout, subfolder=subfolder)
     if issubclass(part, PreTrainedModel):
         # from_single_file of the pipeline does this with the text encoders; transformers has no such method.
-        weights = load_file(file)
+        with safe_open(file, framework="pt") as content:
+            names = [name for name in content.keys() if name.startswith(_IN_ONE_FILE[subfolder])]  # noqa: SIM118
+            weights = {name: content.get_tensor(name) for name in names}
         return create_diffusers_clip_model_from_ldm(part, weights, subfolder, layout, dtype, local_files_only=True)
     return part.from_single_file(str(file), config=layout, subfolder=subfolder, torch_dtype=dtype)
 

@@ -1,0 +1,223 @@
+"""Models by name, against a small hub on this machine: what is downloaded, what is kept, how failures are told."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import hub
+import models
+from hub_server import Hub
+from original_names import original_checkpoint
+from pictures import ROOT, Make, refused
+
+BASE, REFINER = "lace/base", "lace/refiner"
+FETCH = """
+import json, sys
+import hub
+from config import Config, UserError
+try:
+    print(json.dumps(hub.fetch_models(Config(**json.loads(sys.argv[1])))))
+except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.fixture
+def server(tiny: Path, tmp_path: Path) -> Iterator[Hub]:
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    shutil.copytree(tiny / "refiner", tmp_path / "refiner")
+    for folder in ("base", "refiner"):  # what real repositories have besides
+        (tmp_path / folder / "README.md").write_text("about")
+        (tmp_path / folder / "sd_xl.safetensors").write_bytes(b"x" * 60_000)
+        (tmp_path / folder / "unet" / "model.onnx").write_bytes(b"x")
+    (tmp_path / "refiner" / "vae").mkdir()
+    (tmp_path / "refiner" / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
+    with Hub({BASE: tmp_path / "base", REFINER: tmp_path / "refiner"}) as running:
+        yield running
+
+
+Fetch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def fetch(server: Hub, tmp_path: Path) -> Fetch:
+    """`fetch_models` in a process of its own, since huggingface_hub reads its environment at the start."""
+
+    def run(**settings: Any) -> subprocess.CompletedProcess[str]:
+        values = {"pretrained_model": BASE, "refiner_model": REFINER, **settings}
+        command = [sys.executable, "-c", FETCH, json.dumps(values)]
+        return subprocess.run(
+            command,
+            env=environment(server, tmp_path),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+
+    return run
+
+
+def environment(server: Hub, folder: Path) -> dict[str, str]:
+    return os.environ | {
+        "HF_ENDPOINT": server.url, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "",
+    }  # fmt: skip
+
+
+def folders(done: subprocess.CompletedProcess[str]) -> dict[str, Path]:
+    assert done.returncode == 0, done.stderr
+    return {key: Path(path) for key, path in json.loads(done.stdout.splitlines()[-1]).items() if path}
+
+
+def told(done: subprocess.CompletedProcess[str], part: str, code: int) -> None:
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert part in done.stderr.splitlines()[-1]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def test_only_what_is_needed_is_downloaded_once(server: Hub, fetch: Fetch, tiny: Path) -> None:
+    done = fetch()
+    found = folders(done)
+    expected = {str(path.relative_to(tiny / "base")) for path in (tiny / "base").rglob("*.*") if path.is_file()}
+    kept = {str(path.relative_to(found["pretrained_model"])) for path in found["pretrained_model"].rglob("*.*")}
+    assert kept == expected
+    # Files of equal content, such as two vocabularies, are downloaded once.
+    assert {name.removeprefix(f"{BASE}/") for name in server.asked if name.startswith(BASE)} <= expected
+    assert weights(found["pretrained_model"]) == weights(tiny / "base")
+    refiner = [name.removeprefix(f"{REFINER}/") for name in server.asked if name.startswith(REFINER)]
+    assert sorted(refiner) == ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    assert "100%" in done.stderr  # progress
+    assert len(server.asked) == len(set(server.asked))
+    asked = len(server.asked)
+    assert folders(fetch()) == found
+    assert len(server.asked) == asked
+
+
+def test_without_a_connection_the_cache_is_enough(server: Hub, fetch: Fetch) -> None:
+    found = folders(fetch())
+    server.shutdown()
+    server.server_close()
+    assert folders(fetch()) == found
+
+
+def test_the_refiner_is_not_downloaded_where_it_is_not_used(server: Hub, fetch: Fetch) -> None:
+    folders(fetch(refine=False))
+    assert not any(name.startswith(REFINER) for name in server.asked)
+
+
+def test_the_variant_is_taken_where_there_is_one(server: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    for part in ("unet", "text_encoder"):  # not of the others
+        [plain] = (tmp_path / "base" / part).glob("*.safetensors")
+        shutil.copy(plain, plain.with_suffix(".fp16.safetensors"))
+    found = folders(fetch())["pretrained_model"]
+    assert sorted(weights(found)) == [
+        "text_encoder/model.fp16.safetensors", "text_encoder_2/model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    assert sorted(weights(folders(fetch(variant=None))["pretrained_model"]))[-2:] == [
+        "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_revision(server: Hub, fetch: Fetch) -> None:
+    found = folders(fetch(revision="old"))
+    assert found["pretrained_model"].name == "b" * 40
+    assert found["refiner_model"].name == "a" * 40
+    told(fetch(revision="none"), "revision none", 2)
+
+
+def test_another_vae(server: Hub, fetch: Fetch, tiny: Path) -> None:
+    server.repositories["lace/vae"] = tiny / "base" / "vae"
+    found = folders(fetch(pretrained_vae="lace/vae"))
+    assert sorted(path.name for path in found["pretrained_vae"].iterdir()) == [
+        "config.json", "diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    assert f"{BASE}/vae/diffusion_pytorch_model.safetensors" not in server.asked
+
+
+def test_a_missing_file(server: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "base" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    told(fetch(), "lace/base has no safetensors weights in unet", 2)
+
+
+def test_a_model_for_those_who_agreed_to_terms(server: Hub, fetch: Fetch) -> None:
+    server.gated.add(BASE)
+    told(fetch(), "hf auth login", 2)
+
+
+@pytest.mark.parametrize("name", ["lace/nothing", "not a name"])
+def test_a_name_that_is_none(fetch: Fetch, name: str) -> None:
+    told(fetch(pretrained_model=name), name, 2)
+
+
+def test_a_connection_that_drops_goes_on_where_it_was(server: Hub, fetch: Fetch, tiny: Path) -> None:
+    server.drops = 1
+    assert weights(folders(fetch())["pretrained_model"]) == weights(tiny / "base")
+    assert len(server.asked) == len(set(server.asked)) + 1
+
+
+def test_a_connection_that_keeps_dropping(server: Hub, fetch: Fetch, tiny: Path) -> None:
+    server.drops = 1000
+    told(fetch(), "run the same command again", 4)
+    server.drops = 0
+    assert weights(folders(fetch())["pretrained_model"]) == weights(tiny / "base")
+
+
+def test_no_connection_and_nothing_there(server: Hub, fetch: Fetch) -> None:
+    server.shutdown()
+    server.server_close()
+    told(fetch(), "the hub is not reached", 4)
+
+
+def test_paths_are_not_looked_up(tmp_path: Path, tiny: Path) -> None:
+    assert hub.fetch(str(tiny / "base"), ["unet"]) == tiny / "base"
+    for name in ("no/such/folder", "./none", str(tmp_path / "none"), "none.safetensors"):
+        refused(lambda name=name: hub.fetch(name, ["unet"]), "there is no model at")  # type: ignore[misc]
+    (tmp_path / "model.safetensors").write_bytes(b"a pickle, say")
+    refused(lambda: hub.fetch(str(tmp_path / "model.safetensors"), ["unet"]), "not a safetensors file")
+
+
+def test_a_checkpoint_in_one_file(server: Hub, fetch: Fetch, tiny: Path, tmp_path: Path) -> None:
+    server.repositories = {hub.BASE_LAYOUT: tmp_path / "base", hub.REFINER_LAYOUT: tmp_path / "refiner"}
+    files = {"pretrained_model": tmp_path / "lace.safetensors", "refiner_model": tmp_path / "refine.safetensors"}
+    save_file(original_checkpoint(tiny / "base"), files["pretrained_model"])
+    save_file({"conditioner.embedders.0.model.ln_final.weight": torch.ones(3)}, files["refiner_model"])
+    assert folders(fetch(**{key: str(path) for key, path in files.items()})) == files
+    assert not any(name.endswith(".safetensors") for name in server.asked)
+    assert {"/".join(name.split("/")[:2]) for name in server.asked} == {hub.BASE_LAYOUT, hub.REFINER_LAYOUT}
+
+
+def test_its_parts_are_those_of_the_model_it_was_made_of(
+    settings: Make, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "lace.safetensors"
+    save_file(original_checkpoint(tiny / "base"), file)
+    monkeypatch.setattr(hub, "_download", lambda *_: tiny / "base")
+    cpu = torch.device("cpu")
+    loaded = []
+    for config in (settings(), settings(pretrained_model=str(file))):
+        parts = [models.load_unet(config.pretrained_model, None, cpu, torch.float32)]
+        parts += [models.load_vae(config, cpu, torch.float32), *models.load_text_encoders(config, cpu, torch.float32)]
+        loaded.append([part.state_dict() for part in parts])
+        tokens = models.load_tokenizers(config.pretrained_model)[0]("lace").input_ids
+    assert tokens == models.load_tokenizers(str(tiny / "base"))[0]("lace").input_ids
+    for folder, single in zip(*loaded, strict=True):
+        assert folder.keys() == single.keys()
+        assert all(torch.equal(folder[name], single[name]) for name in folder)
