@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 import lora_weights
 import models
 from batches import stream_seed
-from config import Config
+from config import LOSS_NOT_FINITE, Config, UserError
 from gallery import Design
 
 logger = logging.getLogger(__name__)
@@ -238,10 +238,20 @@ def refiner_steps(config: Config) -> int:
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-    """Latents (n, 4, h, w) to pictures, one by one: decoding takes more memory than anything else."""
+    """Latents (n, 4, h, w) to pictures, one by one: decoding takes more memory than anything else.
+
+    Raises:
+        UserError: the picture would be black, since it is not of finite numbers (exit 5).
+    """
     pictures = []
     for single in latents.to(vae.device, vae.dtype).split(1):
         pixels = vae.decode(single / vae.config.scaling_factor).sample[0]
+        if not pixels.isfinite().all():
+            at_fault = "latents" if not single.isfinite().all() else "VAE's output"
+            advice = "set mixed_precision: bf16 or no, leave pretrained_vae empty, or try lora_scale=0"
+            raise UserError(
+                f"the {at_fault} is not of finite numbers, so that pictures are black: {advice}", LOSS_NOT_FINITE
+            )
         values = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().contiguous()
         height, width, _ = values.shape
         pictures.append(Image.frombytes("RGB", (width, height), values.numpy().tobytes()))

@@ -17,9 +17,9 @@ import draw
 import lora_weights
 import models
 from batches import stream_seed
-from config import Config, UserError
+from config import LOSS_NOT_FINITE, Config, UserError
 from gallery import Design
-from pictures import Make
+from pictures import Make, refused
 
 PROMPT, NEGATIVE = "a photo of <myspecialstyle>", "blurry"
 Pictures = dict[tuple[int, bool], Image.Image]
@@ -146,3 +146,15 @@ def test_announced_steps_are_made(settings: Make, flow: str, monkeypatch: pytest
 def test_a_missing_refiner_is_one_sentence(settings: Make) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         drawn(settings(refiner_model="no-such-folder/refiner"), None, [1])
+
+
+@pytest.mark.parametrize("where", ["latents", "VAE"])
+def test_pictures_are_never_black_without_a_word(settings: Make, where: str) -> None:
+    vae = models.load_vae(settings(), torch.device("cpu"), torch.float32)
+    latents = torch.zeros(1, 4, 8, 8)
+    if where == "latents":
+        latents[0, 0, 0, 0] = torch.inf
+    else:
+        with torch.no_grad():
+            vae.decoder.conv_out.bias.fill_(torch.nan)
+    refused(lambda: draw.decode(vae, latents), f"{where}.*not of finite numbers", LOSS_NOT_FINITE)

@@ -1,5 +1,6 @@
 """Loading parts, prompts to embeddings, and the LoRA file, each against diffusers' own pipelines."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import lora_weights
 import models
 from config import Config, UserError
-from pictures import Make
+from pictures import Make, refused
 
 CPU = torch.device("cpu")
 PROMPTS = ["a photo of <myspecialstyle>", "white lace, scalloped edge"]
@@ -198,3 +199,23 @@ def test_lora_file_holds_its_metadata_and_only_the_unet(settings: Make, tmp_path
     assert names
     assert all(name.startswith("unet.") and name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
     assert [item.name for item in tmp_path.iterdir()] == [lora_weights.LORA_FILE]
+
+
+def test_xformers_that_cannot_be_used_is_one_sentence(tiny: Path) -> None:
+    said = refused(
+        lambda: models.load_unet(str(tiny / "base"), None, CPU, torch.float32, "xformers"),
+        "attention is xformers, which cannot be used here.*pip install xformers",
+    )
+    assert "\n" not in said
+    for attention in ("auto", "sdpa"):
+        models.load_unet(str(tiny / "base"), None, CPU, torch.float32, attention)
+
+
+def test_the_vae_is_in_fp32_and_another_one_in_the_models_format(tiny: Path, settings: Make, tmp_path: Path) -> None:
+    vae = models.load_vae(settings(), CPU, torch.bfloat16)
+    assert vae.dtype == torch.float32
+    shutil.copytree(tiny / "base" / "vae", tmp_path / "other")
+    in_folder = models.load_vae(settings(pretrained_vae=str(tmp_path / "other")), CPU, torch.bfloat16)
+    in_model = models.load_vae(settings(pretrained_vae=str(tiny / "base")), CPU, torch.bfloat16)
+    assert in_folder.dtype == in_model.dtype == torch.bfloat16
+    assert torch.equal(in_folder.decoder.conv_in.weight, vae.decoder.conv_in.weight.bfloat16())

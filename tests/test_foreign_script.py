@@ -1,0 +1,125 @@
+"""`train_script`: what another script is given, and what becomes of its result; run as a user does.
+
+The script here is a stand-in with the flags of diffusers' own, which needs packages that this project does not.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import foreign_script
+from config import Config, dump_config
+from pictures import Make, jpg, main_py, names, refused, truncated_jpg
+
+FLAGS = (
+    "pretrained_model_name_or_path", "variant", "instance_data_dir", "instance_prompt", "output_dir", "resolution",
+    "rank", "max_train_steps", "learning_rate", "lr_scheduler", "mixed_precision", "class_prompt", "class_data_dir",
+    "seed", "resume_from_checkpoint", "checkpointing_steps",
+)  # fmt: skip
+SCRIPT = """
+import argparse, json, sys
+from pathlib import Path
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+parser = argparse.ArgumentParser()
+FLAGS
+parser.add_argument("--with_prior_preservation", default=False, action="store_true")
+parser.add_argument("--gradient_checkpointing", action="store_true")
+arguments = parser.parse_args()
+if arguments.learning_rate == "0.5":
+    raise ZeroDivisionError("a bug of the script")
+if arguments.learning_rate == "0.25":
+    import no_such_package
+files = sorted(Path(arguments.instance_data_dir).iterdir())
+for path in files:
+    Image.open(path).load()
+folder = Path(arguments.output_dir)
+(folder / "arguments.json").write_text(json.dumps(vars(arguments) | {"pictures": [path.name for path in files]}))
+name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+save_file({f"{name}.lora.down.weight": torch.ones(4, 8), f"{name}.lora.up.weight": torch.ones(8, 4)},
+          folder / "pytorch_lora_weights.safetensors")
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "their script.py"
+    path.write_text(SCRIPT.replace("FLAGS", "\n".join(f'parser.add_argument("--{name}")' for name in FLAGS)))
+    return path
+
+
+def write(config: Config, tmp_path: Path) -> list[str]:
+    (tmp_path / "mine.yaml").write_text(dump_config(config))
+    return ["--mode", "train", "--config", str(tmp_path / "mine.yaml")]
+
+
+def test_a_run(script: Path, settings: Make, tmp_path: Path) -> None:
+    photos = tmp_path / "my photos"
+    photos.mkdir()
+    for index in range(12):
+        jpg(photos / f"lace {index}.jpg")
+    truncated_jpg(photos / "broken.jpg")
+    (photos / "notes.txt").write_text("no picture")
+    config = settings(
+        train_script=str(script), images_dir=str(photos), snr_gamma=5.0, gradient_checkpointing=True, lora_alpha=None,
+        with_prior_preservation=True, class_prompt="a net",
+    )  # fmt: skip
+    done = main_py(*write(config, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "their script.py has no flag for: min_" not in done.stderr
+    assert "has no flag for: snr_gamma, validation_steps; they have no effect" in done.stderr
+    folder = tmp_path / "lora"
+    given = json.loads((folder / "train_script" / "arguments.json").read_text())
+    assert given["pictures"] == [f"{index:05d}.jpg" for index in range(12)]
+    assert given["pretrained_model_name_or_path"] == config.pretrained_model
+    assert (given["rank"], given["resolution"], given["mixed_precision"]) == ("4", "64", "no")
+    assert given["with_prior_preservation"]
+    assert given["class_prompt"] == "a net"
+    assert given["gradient_checkpointing"]
+    assert given["resume_from_checkpoint"] is None
+    assert given["variant"] is None  # the model has none
+
+    module = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    state = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert set(state) == {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
+    assert torch.equal(state[f"{module}.lora_B.weight"], torch.ones(8, 4))
+    with safe_open(folder / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        assert file.metadata()["step"] == "4"
+    assert {"myspecialstyle.safetensors", "config.yaml"} <= names(folder)
+    again = main_py(*write(config, tmp_path))
+    assert (again.returncode, "Finished already" in again.stdout) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("rate", "code", "said"),
+    [(0.5, 1, "failed with ZeroDivisionError"), (0.25, 2, "needs no_such_package, which is not installed")],
+)
+def test_a_script_that_fails(script: Path, settings: Make, tmp_path: Path, rate: float, code: int, said: str) -> None:
+    done = main_py(*write(settings(train_script=str(script), learning_rate=rate), tmp_path))
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_what_is_no_such_script_is_refused_before_anything(settings: Make, tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("print('hello')")
+    (tmp_path / "no.py").write_text("this is no Python")
+    for name, said in (("none.py", "cannot be read"), ("no.py", "cannot be read"), ("other.py", "flags are missing")):
+        refused(lambda name=name: foreign_script.check(settings(train_script=str(tmp_path / name))), said)  # type: ignore[misc]
+
+
+def test_switches_and_values(script: Path, settings: Make, tmp_path: Path) -> None:
+    flags = foreign_script.flags_of(script)
+    assert flags["gradient_checkpointing"]
+    assert not flags["rank"]
+    arguments = foreign_script.command_line(settings(), flags, tmp_path / "in", tmp_path / "out", "bf16")
+    assert "--mixed_precision=bf16" in arguments
+    assert f"--instance_data_dir={tmp_path / 'in'}" in arguments
+    assert not any(argument.startswith(("--gradient_checkpointing", "--class_prompt")) for argument in arguments)
+    assert not any(argument.partition("=")[0].removeprefix("--") not in flags for argument in arguments)
