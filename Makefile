@@ -3,13 +3,14 @@
 # make demo     train and draw on the embedded demo model, offline, without a GPU
 # make proof    that training teaches the style, and that a broken program would not pass for it
 # make test     the test suite
+# make test-colab  the same with the versions that Google Colab has, in .venv-colab
 # make torture  a hundred kills and thousands of broken inputs, about half an hour
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 export TRANSFORMERS_VERBOSITY := error
 
-.PHONY: check install demo proof test torture lint format clean
+.PHONY: check install demo proof test test-colab torture lint format clean
 
 check: lint test
 
@@ -32,6 +33,14 @@ proof: install
 test: install
 	$(RUN) -m pytest
 
+test-colab: .venv-colab/installed
+	.venv-colab/bin/python -m pytest
+
+.venv-colab/installed: requirements.txt requirements-dev.txt constraints-colab.txt
+	test -x .venv-colab/bin/python || $(PYTHON) -m venv .venv-colab
+	.venv-colab/bin/python -m pip install --quiet -r requirements-dev.txt -c constraints-colab.txt
+	@touch $@
+
 torture: install
 	KILLS=100 EXAMPLES=3000 $(RUN) -m pytest tests/test_nothing_lost.py tests/test_properties.py
 
@@ -45,4 +54,4 @@ format: install
 	$(RUN) -m ruff format
 
 clean:
-	rm -rf .venv demo/output
+	rm -rf .venv .venv-colab demo/output

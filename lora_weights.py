@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -164,7 +162,7 @@ def save_lora(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) ->
 
 
 def read_lora(path: Path) -> dict[str, Tensor]:
-    """A LoRA that diffusers' own scripts wrote, under the names of `lora_state`, in fp32."""
+    """A LoRA file in fp32; what diffusers' own scripts wrote, under the names of `lora_state`."""
     old = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B."}
     old |= {".lora_linear_layer.down.": ".lora_A.", ".lora_linear_layer.up.": ".lora_B."}
     state = {}
@@ -186,29 +184,43 @@ def merge_lora(networks: Networks, path: Path, scale: float) -> None:
     if scale == 0:
         return
     try:
-        theirs = tuple(f"{prefix}{end}" for name, prefix in _KOHYA_PREFIX.items() if name in networks for end in "._")
-        own = {key: value for key, value in load_file(path).items() if key.startswith((*theirs, *networks))}
-        unet_config = networks["unet"].config if "unet" in networks else None
-        state, alphas = StableDiffusionXLPipeline.lora_state_dict(own, unet_config=unet_config)
+        weights = read_lora(path)
         for name, network in networks.items():
             if name == "unet":
-                network.load_lora_adapter(state, network_alphas=alphas, prefix="unet", adapter_name="lora")  # type: ignore[operator]
-                if not getattr(network, "peft_config", None):
-                    raise ValueError("it has no weights for the UNet")
+                _merge_unet(network, weights, scale)
             else:
-                StableDiffusionXLPipeline.load_lora_into_text_encoder(
-                    state, alphas, network, prefix=name, adapter_name="lora"
-                )
-            _merge(network, scale)
+                _merge_text_encoder(network, name, weights, scale)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         advice = "check lora_path and pretrained_model"
         raise UserError(f"{path} is not a LoRA for this model ({reason}): {advice}") from error
 
 
-def _merge(network: torch.nn.Module, scale: float) -> None:
-    for module in network.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.scale_layer(scale)
-            module.merge()
-    recurse_remove_peft_layers(network)
+def _merge_unet(unet: Any, weights: dict[str, Tensor], scale: float) -> None:
+    own = {key: value for key, value in weights.items() if key.startswith(("unet.", "lora_unet_"))}
+    state, alphas = StableDiffusionXLPipeline.lora_state_dict(own, unet_config=unet.config)
+    unet.load_lora_adapter(state, network_alphas=alphas, prefix="unet", adapter_name="lora")
+    if not getattr(unet, "peft_config", None):
+        raise ValueError("it has no weights for the UNet")
+    unet.fuse_lora(lora_scale=scale)
+    unet.unload_lora()
+
+
+@torch.no_grad()
+def _merge_text_encoder(encoder: torch.nn.Module, name: str, weights: dict[str, Tensor], scale: float) -> None:
+    # Not diffusers' loader: with Colab's versions it does not find the encoder's layers, see `lora_state`.
+    left = {key for key in weights if key.startswith((f"{name}.", f"{_KOHYA_PREFIX[name]}_"))}
+    for path, module in encoder.named_modules():
+        layer = f"{name}.{path}" if path.startswith("text_model.") else f"{name}.text_model.{path}"
+        theirs = kohya_name(layer)
+        for down, up, alpha in (
+            (f"{layer}.lora_A.weight", f"{layer}.lora_B.weight", ""),
+            (f"{theirs}.lora_down.weight", f"{theirs}.lora_up.weight", f"{theirs}.alpha"),
+        ):
+            if down in left:
+                strength = float(weights[alpha]) / len(weights[down]) if alpha in weights else 1.0
+                weight: Any = module.weight
+                weight += (scale * strength * (weights[up] @ weights[down])).to(weight)
+                left -= {down, up, alpha}
+    if left:
+        raise ValueError(f"it has weights for layers that the model does not have, such as {min(left)}")

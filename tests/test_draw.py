@@ -72,7 +72,7 @@ def test_pictures_equal_hand_driven_pipelines(settings: Make, lora: Path, flow: 
         config.refiner_model, vae=base.vae, text_encoder_2=base.text_encoder_2, tokenizer_2=base.tokenizer_2,
         scheduler=base.scheduler, torch_dtype=torch.float32,
     )  # fmt: skip
-    base.load_lora_weights(str(lora.parent))
+    base.load_lora_weights(str(lora.parent), weight_name=lora.name)
     common = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "num_inference_steps": 5, "guidance_scale": 5.0}
     latents = base(
         **common, width=64, height=72, output_type="latent", denoising_end=0.6 if flow == "ensemble" else None,

@@ -93,7 +93,7 @@ def test_saved_lora_acts_in_a_plain_pipeline_as_in_training(settings: Make, tmp_
     )
     plain = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
     base_output = run_unet(plain.unet)
-    plain.load_lora_weights(str(tmp_path))
+    plain.load_lora_weights(str(tmp_path), weight_name=lora_weights.LORA_FILE)
     torch.testing.assert_close(run_unet(plain.unet), expected, rtol=1e-4, atol=1e-5)
     assert (expected - base_output).abs().max() > 0.05  # the LoRA does do something
 
@@ -104,7 +104,7 @@ def test_merged_lora_equals_the_loaded_one(settings: Make, tmp_path: Path, scale
     path = tmp_path / lora_weights.LORA_FILE
     lora_weights.save_lora(path, lora_weights.lora_state({"unet": unet}, config.alpha / config.rank), {})
     plain = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
-    plain.load_lora_weights(str(tmp_path), adapter_name="lace")
+    plain.load_lora_weights(str(tmp_path), weight_name=lora_weights.LORA_FILE, adapter_name="lace")
     plain.set_adapters("lace", scale)
     merged = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
     lora_weights.merge_lora({"unet": merged}, path, scale)
