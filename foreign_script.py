@@ -111,10 +111,12 @@ def run(config: Config, job: dict[str, Any], pictures: Path) -> str:
     if os.environ.get("RANK", "0") != "0":
         return ""
     learnt = lora_weights.read_lora(folder / lora_weights.LORA_FILE)
-    texts = [config.instance_prompt] * len(job["captions"])
+    job["captions"] = dict.fromkeys(job["captions"], config.instance_prompt)
+    layers, kind = models.layers_per_block(config.pretrained_model), models.load_noise_scheduler(config).config
     # The script's alpha is its rank.
-    layers = models.layers_per_block(config.pretrained_model)
-    place = lora_weights.save_results(config, learnt, config.rank, config.max_train_steps, job["learns"], texts, layers)
+    place = lora_weights.save_results(
+        config, learnt, config.rank, config.max_train_steps, job, layers, kind.prediction_type
+    )
     return f"trained {config.max_train_steps} steps with {script.name}; the LoRA is {place}"
 
 

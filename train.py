@@ -290,9 +290,12 @@ def _write_run_files(config: Config, taken: Sequence[Picture], finished: int | N
             config.images_dir, config.instance_prompt, images=[p.path for p in taken], fallback_dir=output_dir
         )
         data_utils.write_atomically(output_dir / "config.yaml", dump_config(config).encode())
-        for path in (_lora_file(config), output_dir / f"{config.lora_name}.safetensors"):
+        for path in (
+            _lora_file(config),
+            *(output_dir / f"{config.lora_name}{end}" for end in (".safetensors", ".json")),
+        ):
             if finished is not None and path.exists():
-                names = data_utils.numbered(output_dir, f"{path.stem}-step{finished}", ".safetensors")
+                names = data_utils.numbered(output_dir, f"{path.stem}-step{finished}", path.suffix)
                 path.rename(next(name for name in names if not name.exists()))
 
 

@@ -118,9 +118,8 @@ def train(config: Config, job: dict[str, Any], stop: StopSignal) -> str:
         raise Stopped(f"stopped at step {steps}; the same command goes on from there")
     place = run.folder / lora_weights.LORA_FILE
     if accelerator.is_main_process:
-        state, texts = lora_weights.lora_state(networks), list(job["captions"].values())
-        layers = unet.config.layers_per_block
-        lora_weights.save_results(config, state, config.alpha, steps, job["learns"], texts, layers)
+        state, kind = lora_weights.lora_state(networks), noise_scheduler.config.prediction_type
+        lora_weights.save_results(config, state, config.alpha, steps, job, unet.config.layers_per_block, kind)
     memory = models.peak_memory(device)
     return f"trained {steps} steps; the LoRA is {place}" + (f" ({memory})" if memory else "")
 

@@ -37,6 +37,7 @@ def test_train_and_draw(config_file: Path, tmp_path: Path) -> None:
         "metrics.csv",
         "loss.png",
         "samples/step-000004.png",
+        "myspecialstyle.json",
         "myspecialstyle.safetensors",
         "pytorch_lora_weights.safetensors",
     }

@@ -46,9 +46,10 @@ def saved(settings: Make, tmp_path: Path) -> tuple[Config, dict[str, Any]]:
     expected = {"unet": run_unet(unet), "text": embeddings(config, networks)}
     Path(config.lora_output_dir).mkdir()
     state = lora_weights.lora_state({"unet": unet} | networks)
-    captions = [config.instance_prompt, config.instance_prompt, "a rosette"]
+    captions = dict(zip("abc", [config.instance_prompt, config.instance_prompt, "a rosette, White"], strict=True))
+    job = {"learns": {"pretrained_model": "some/model"}, "captions": captions}
     layers = unet.config.layers_per_block
-    lora_weights.save_results(config, state, config.alpha, 7, {"rank": 4}, captions, layers)
+    lora_weights.save_results(config, state, config.alpha, 7, job, layers)
     return config, expected
 
 
@@ -153,7 +154,11 @@ def test_the_kohya_file_carries_alpha_and_what_programs_show(saved: Any) -> None
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert metadata["modelspec.trigger_phrase"] == "<myspecialstyle>"
     assert metadata["modelspec.resolution"] == "64x64"
-    assert json.loads(metadata["ss_tag_frequency"]) == {"1_myspecialstyle": {config.instance_prompt: 2, "a rosette": 1}}
+    assert metadata["ss_sd_model_name"] == "some/model"
+    tags = {"a photo of <myspecialstyle>": 2, "a rosette": 1, "white": 1}
+    assert json.loads(metadata["ss_tag_frequency"]) == {"1_myspecialstyle": tags}
+    card = json.loads(Path(config.lora_output_dir, "myspecialstyle.json").read_text())
+    assert (card["activation text"], card["sd version"]) == ("<myspecialstyle>", "SDXL")
 
 
 @pytest.mark.parametrize(
