@@ -164,13 +164,14 @@ def our_step(case: Case, model: Path, pictures: list[Path], drawn: Step) -> Step
     encode = partial(models.encode_prompts, tokenizers=models.load_tokenizers(str(model)), text_encoders=text_encoders)
     prompts = ([INSTANCE_PROMPT] * case.size + [CLASS_PROMPT] * case.size)[: len(pictures)]
     caption, prompt_embeds, pooled_prompt_embeds = batches.encode_captions(prompts, encode)
-    # The script adds the means of instances and class, ours is one mean over both: hence twice.
-    weights = [2.0, 2 * case.prior_loss_weight] * case.size if case.prior_loss_weight else [1.0] * case.size
+    data = batches.Encoded(mean, std, time_ids, caption, prompt_embeds, pooled_prompt_embeds, instances=case.size)
+    ours = batches.step_batch(data, SEED, 0, case.size, 1000, prior_weight=case.prior_loss_weight or 1.0)
     values = {name: drawn[name][""] for name in DRAWN} | {
         "time_ids": time_ids[rows],
+        "caption": caption,
         "prompt_embeds": prompt_embeds[caption],
         "pooled_prompt_embeds": pooled_prompt_embeds[caption],
-        "weights": torch.tensor(weights),
+        "weights": ours.weights,
     }
     batch = batches.Batch(**{name: values[name] for name in batches.Batch.__annotations__})
     unet = models.load_unet(str(model), None, cpu, torch.float32)
