@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import image_files
-from config import IMAGE_EXTENSIONS, Config
+from config import IMAGE_EXTENSIONS, Config, UserError
 from data_utils import named_as_pictures
 
 logger = logging.getLogger(__name__)
@@ -28,11 +28,13 @@ def folder_of(config: Config) -> Path:
 def pictures_there(config: Config) -> list[Path]:
     """The good pictures of the class, at most `num_class_images`; none that were drawn with other settings."""
     folder, digest = folder_of(config), _digest(config)
+    if config.class_data_dir and not folder.is_dir():
+        raise UserError(f"class_data_dir: {folder} is no folder: make it, or leave the key empty")
     if not folder.is_dir():
         return []
     found = named_as_pictures(folder, IMAGE_EXTENSIONS)
     own = [path for path in found if not (drawn := _DRAWN.fullmatch(path.name)) or drawn[1] == digest]
-    pictures = image_files.check_pictures(own, config.min_image_size, kinds())
+    pictures = image_files.check_pictures(own, 1, kinds())
     for picture in pictures:
         if not picture.taken:
             logger.warning("class picture %s is passed over: %s", picture.path, picture.reason)
@@ -40,7 +42,10 @@ def pictures_there(config: Config) -> list[Path]:
 
 
 def pictures_to_draw(config: Config, there: list[Path]) -> dict[Path, int]:
-    """Files of the pictures that are still missing, each with its number, which stands for its seed."""
+    """Files of the pictures that are still missing, each with its number, which stands for its seed.
+
+    For the settings as the user wrote them: the training process knows models as paths, and would find other names.
+    """
     missing: dict[Path, int] = {}
     number = 0
     while len(there) + len(missing) < config.num_class_images:

@@ -177,6 +177,8 @@ class Config:
             problems.append("instance_prompt is empty: describe your pictures, e.g. a photo of <myspecialstyle>")
         if self.with_prior_preservation and not self.class_prompt.strip():
             problems.append("class_prompt is empty, and with_prior_preservation needs it: e.g. a photo of lace")
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            problems.append("optimizer prodigy finds the rate by itself, times learning_rate: set learning_rate to 1")
         if self.prompt is not None and self.prompts_file is not None:
             problems.append("prompt and prompts_file are both set: keep one of them")
         if self.prompt is not None and not all(prompt.strip() for prompt in self.prompt or [""]):

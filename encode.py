@@ -84,7 +84,10 @@ def encode(
     kinds = image_files.formats(config.image_extensions)
     mean, std, time_ids = _encode_pictures(config, paths, kinds, device, dtype)
     if config.with_prior_preservation:
-        paths = pictures_of_class(config, [Path(path) for path in job["class_pictures"]], of_class, accelerator, dtype)
+        missing = {Path(path): number for path, number in job["class_to_draw"].items()}
+        draw_missing(config, missing, of_class, accelerator, dtype)
+        # In the same order whether they were there or not: a run that goes on finds all of them there.
+        paths = sorted([*map(Path, job["class_pictures"]), *missing])
         others = _encode_pictures(config, paths, class_pictures.kinds(), device, dtype)
         mean, std, time_ids = (torch.cat(pair) for pair in zip((mean, std, time_ids), others, strict=True))
     data = batches.Encoded(mean, std, time_ids, caption_ids, prompt_embeds, pooled, instances)
@@ -105,16 +108,14 @@ def _encode_pictures(
     return encoded
 
 
-def pictures_of_class(
-    config: Config, there: list[Path], embeddings: draw.Embeddings, accelerator: Accelerator, dtype: torch.dtype
-) -> list[Path]:
-    """`num_class_images` pictures: those that are there, and the rest drawn, each process its share, and kept."""
-    missing = class_pictures.pictures_to_draw(config, there)
+def draw_missing(
+    config: Config, missing: dict[Path, int], embeddings: draw.Embeddings, accelerator: Accelerator, dtype: torch.dtype
+) -> None:
+    """Draw the pictures of the class that are not there, each process its share."""
     share = list(missing.items())[accelerator.process_index :: accelerator.num_processes]
     if share:
         _draw_class(config, dict(share), embeddings, accelerator.device, dtype)
     accelerator.wait_for_everyone()
-    return [*there, *missing]
 
 
 def _draw_class(

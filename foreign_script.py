@@ -12,6 +12,7 @@ import os
 import runpy
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import class_pictures
 import hub
 from config import Config, UserError, load_config
+from data_utils import write_atomically
 from supervise import ADVICE, Stopped, StopSignal, explain, hold_shared, report_outcome
 
 logger = logging.getLogger("train_lora")
@@ -100,9 +102,10 @@ def run(config: Config, job: dict[str, Any], pictures: Path) -> str:
     folder = Path(config.lora_output_dir, SCRIPT_FOLDER).absolute()
     folder.mkdir(exist_ok=True)
     pictures.mkdir(exist_ok=True)
+    _own(folder / "learns.json", job["learns"])
     for number, path in enumerate(job["captions"]):
-        if not (link := pictures / f"{number:05d}{Path(path).suffix}").is_symlink():
-            link.symlink_to(Path(path).absolute())
+        with suppress(FileExistsError):  # another process of this run made it
+            (pictures / f"{number:05d}{Path(path).suffix}").symlink_to(Path(path).absolute())
     if set(job["captions"].values()) != {config.instance_prompt}:
         logger.warning("%s learns every picture with the instance prompt: captions have no effect", script.name)
     dtype = models.pick_dtype(config.mixed_precision, models.pick_device())
@@ -118,6 +121,17 @@ def run(config: Config, job: dict[str, Any], pictures: Path) -> str:
         config, learnt, config.rank, config.max_train_steps, job, layers, kind.prediction_type
     )
     return f"trained {config.max_train_steps} steps with {script.name}; the LoRA is {place}"
+
+
+def _own(path: Path, learns: dict[str, Any]) -> None:
+    """The script's checkpoints do not say what they have learnt: a file beside them does.
+
+    Raises:
+        UserError: they have learnt something else.
+    """
+    if path.exists() and json.loads(path.read_text()) != learns:
+        raise UserError(f"{path.parent} has learnt something else: to start anew, set lora_output_dir to a new folder")
+    write_atomically(path, json.dumps(learns).encode())
 
 
 def command_line(config: Config, flags: dict[str, bool], pictures: Path, folder: Path, precision: str) -> list[str]:
@@ -136,7 +150,11 @@ def command_line(config: Config, flags: dict[str, bool], pictures: Path, folder:
         "resume_from_checkpoint": "latest" if any(folder.glob("checkpoint-*")) else None,
     }
     if config.with_prior_preservation:
+        # With larger batches the script pairs pictures and prompts wrongly: it repeats [instance, class] over a row of
+        # all instances and then all classes.
         values |= {
+            "train_batch_size": 1,
+            "gradient_accumulation_steps": config.train_batch_size * config.gradient_accumulation_steps,
             "with_prior_preservation": True,
             "class_data_dir": class_pictures.folder_of(config).absolute(),
             "class_prompt": config.class_prompt,
@@ -145,7 +163,7 @@ def command_line(config: Config, flags: dict[str, bool], pictures: Path, folder:
         }
     arguments = []
     for name, value in values.items():
-        if name in flags and value not in (None, False):
+        if name in flags and value is not None and value is not False:
             arguments += [f"--{name}"] if flags[name] else [f"--{name}={value}"]
     return arguments
 
@@ -159,6 +177,8 @@ def _run_as_main(script: Path, arguments: list[str]) -> None:
         raise Stopped("stopped; the same command goes on from the script's last checkpoint, if it made one") from stop
     except ModuleNotFoundError as error:
         raise UserError(f"{script} needs {error.name}, which is not installed: pip install {error.name}") from error
+    except ImportError as error:  # what it asks for is in another version
+        raise UserError(f"{script} does not fit the installed packages: {str(error).splitlines()[0]}") from error
     except SystemExit as end:
         if end.code:
             raise UserError(f"{script} ended with code {end.code}; {said}") from end

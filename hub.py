@@ -21,6 +21,7 @@ WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
 # A checkpoint in one file has weights only; shapes, vocabulary and noise schedule are those of the model it is one of.
 BASE_LAYOUT, REFINER_LAYOUT = "stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-refiner-1.0"
 
+_BROKEN = "{} did not arrive whole ({}): run the same command again, it goes on with what is missing; is the disk full?"
 # What a connection that breaks raises: that of huggingface_hub's network library, which differs by version, and of Xet.
 _CONNECTION_LOST: tuple[type[Exception], ...] = (
     next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"),
@@ -84,6 +85,11 @@ def layout(file: Path) -> Path:
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file} is not a safetensors file, and no other kind is loaded ({reason})") from error
+    if "v_pred" in names:
+        advice = "give it as a folder in diffusers' layout, whose scheduler says so"
+        raise UserError(
+            f"{file} predicts velocity, which a single file cannot say in a way that is read here: {advice}"
+        )
     # SDXL's base has two text encoders, its refiner the larger one alone.
     is_refiner = any(name.startswith("conditioner.embedders.0.model.") for name in names)
     small = _in([*WITH_WEIGHTS, *WITHOUT_WEIGHTS], ["*.json", "*.txt"])
@@ -124,12 +130,17 @@ def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
         raise UserError(
             f"{name} is not a model on the hub, nor a folder ({reason}): check name and revision"
         ) from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+        refused = {getattr(getattr(each, "response", None), "status_code", 0) for each in (error, error.__cause__)}
+        if refused & {401, 403}:
+            how = "it may have expired: log in anew with `hf auth login`, or set HF_TOKEN"
+            raise UserError(f"the hub refuses your token for {name}: {how}") from error
+        if isinstance(error, errors.HfHubHTTPError):
+            raise UserError(_BROKEN.format(name, str(error).strip().splitlines()[0][:200]), DISK_OR_DRIVE) from error
         how = "connect (and unset HF_HUB_OFFLINE), then run the same command again"
         raise UserError(
-            f"{name} is not on this machine yet, and the hub is not reached: {how}", DISK_OR_DRIVE
+            f"{name} is not all on this machine, and the hub is not reached: {how}", DISK_OR_DRIVE
         ) from error
     except _CONNECTION_LOST as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        how = "run the same command again, it goes on with what is missing; and see that the disk has room"
-        raise UserError(f"{name} did not arrive whole ({reason}): {how}", DISK_OR_DRIVE) from error
+        raise UserError(_BROKEN.format(name, reason), DISK_OR_DRIVE) from error

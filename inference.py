@@ -123,7 +123,9 @@ def _holds_pictures(folder: Path) -> bool:
 
 def _recipe_of(folder: Path) -> Any:
     try:
-        return json.loads((folder / gallery.MANIFEST).read_text(encoding="utf-8"))["recipe"]
+        recipe = json.loads((folder / gallery.MANIFEST).read_text(encoding="utf-8"))["recipe"]
+        # A setting that an older version did not have was what is its default now.
+        return {name: Config.__dataclass_fields__[name].default for name in RECIPE_SETTINGS} | recipe
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

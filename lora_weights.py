@@ -99,6 +99,7 @@ def kohya_metadata(
     """What those programs show of a LoRA: base model, size, captions. Keys and values as sd-scripts write them."""
     name, captions, side = config.lora_name, list(job["captions"].values()), config.resolution
     tags = Counter(tag for caption in captions for part in caption.split(",") if (tag := part.strip().lower()))
+    model = str(job["learns"].get("pretrained_model", config.pretrained_model))
     buckets = {"0": {"resolution": [side, side], "count": len(captions)}}
     return {
         "modelspec.sai_model_spec": "1.0.0",
@@ -111,7 +112,7 @@ def kohya_metadata(
         "modelspec.trigger_phrase": trigger_words(config.instance_prompt),
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_v2": "False",
-        "ss_sd_model_name": str(job["learns"].get("pretrained_model", config.pretrained_model)),
+        "ss_sd_model_name": model if re.fullmatch(r"[\w-]+/[\w.-]+", model) else Path(model).name,  # no one's folders
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.rank),
         "ss_network_alpha": str(alpha),
@@ -173,7 +174,7 @@ def read_lora(path: Path) -> dict[str, Tensor]:
     for key, weight in load_file(path).items():
         for theirs, ours in old.items():
             key = key.replace(theirs, ours)
-        state[key] = weight.float()
+        state[re.sub(r"^(text_encoder(?:_2)?)\.encoder\.", r"\1.text_model.encoder.", key)] = weight.float()
     return state
 
 

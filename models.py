@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 import hub
+import supervise
 from config import Config, UserError
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ def load_part(
             return _load_from_file(part, Path(source), subfolder, dtype)
         return part.from_pretrained(source, subfolder=subfolder, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and supervise.explain(error, ""):
+            raise  # out of memory
         reason = str(error).strip().split("\n")[0][:300]
     advice = "it must be a folder in diffusers' layout or a .safetensors checkpoint of SDXL"
     raise UserError(f"{Path(source, subfolder)} cannot be loaded ({reason}): {advice}")
@@ -145,7 +148,7 @@ def load_vae(config: Config, device: torch.device, dtype: torch.dtype) -> Autoen
     """The VAE in fp32, since SDXL's own overflows in fp16; `pretrained_vae`, made to mend that, in `dtype`."""
     source, subfolder = config.pretrained_model, "vae"
     if config.pretrained_vae:
-        source, subfolder = config.pretrained_vae, "vae" if Path(config.pretrained_vae, "vae").is_dir() else ""
+        source, subfolder = config.pretrained_vae, "" if Path(config.pretrained_vae, "config.json").is_file() else "vae"
     own = dtype if config.pretrained_vae else torch.float32
     vae = load_part(AutoencoderKL, source, subfolder, config.variant, own)
     return vae.to(device).eval().requires_grad_(False)

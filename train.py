@@ -38,7 +38,7 @@ TRAINING_SCRIPT, SCRIPT_RUNNER = (Path(__file__).with_name(name) for name in ("t
 # A run cannot go on when one of these changes: it would be learning something else.
 LEARNT_SETTINGS = (
     "pretrained_model", "revision", "resolution", "rank", "lora_alpha", "seed", "train_text_encoder", "optimizer",
-    "with_prior_preservation",
+    "with_prior_preservation", "pretrained_vae",
 )  # fmt: skip
 MOST_BAD = 0.1  # share of the pictures
 ANEW = "to start anew, set lora_output_dir to a new folder"
@@ -63,7 +63,7 @@ def run(config: Config, dry_run: bool = False) -> None:
             print(f"Finished already: {_lora_file(config)} has {finished} steps. Set max_train_steps higher to go on.")
             return
         resume = where_to_go_on(config, learns)
-        if finished is not None and resume is None:
+        if finished is not None and resume is None and not config.train_script:
             raise UserError(f"{_lora_file(config)} is finished, and no checkpoint is left to go on from: {ANEW}")
         if dry_run:
             _print_plan(config, annotations, resume)
@@ -74,8 +74,12 @@ def run(config: Config, dry_run: bool = False) -> None:
             command = build_command(config, config_file, job_file)
             _write_run_files(config, taken, finished)
             captions = data_utils.read_annotations(annotations.path)
-            of_class = class_pictures.pictures_there(config) if config.with_prior_preservation else []
-            job = make_job({p.path: captions[p.path] for p in taken}, learns, resume, models, of_class)
+            job = make_job({p.path: captions[p.path] for p in taken}, learns, resume, models)
+            if config.with_prior_preservation:
+                there = class_pictures.pictures_there(config)
+                missing = class_pictures.pictures_to_draw(config, there)
+                job["class_pictures"] = list(map(str, there))
+                job["class_to_draw"] = {str(path): number for path, number in missing.items()}
             job_file.write_text(json.dumps(job))
             config_file.write_text(accelerate_settings())
             supervise.share(lock, output_dir)
@@ -139,6 +143,8 @@ def what_is_learnt(config: Config, pictures: Sequence[Picture], captions: dict[P
     learns["lora_alpha"] = config.alpha
     if config.with_prior_preservation:
         learns["class_prompt"] = config.class_prompt
+    if config.train_script:
+        learns["train_script"] = True
     learns["pictures"] = _digest(sorted(picture.sha256 for picture in pictures))
     learns["captions"] = _digest(sorted([picture.sha256, captions[picture.path]] for picture in pictures))
     return learns
@@ -208,16 +214,14 @@ def _must_match(learnt: dict[str, Any], learns: dict[str, Any], place: Path) -> 
 
 
 def make_job(
-    captions: dict[Path, str], learns: dict[str, Any], resume: Path | None, models: dict[str, Any],
-    of_class: Sequence[Path],
-) -> dict[str, Any]:  # fmt: skip
+    captions: dict[Path, str], learns: dict[str, Any], resume: Path | None, models: dict[str, Any]
+) -> dict[str, Any]:
     """What the training process is told besides the settings, as JSON; `models` are settings, as paths."""
     return {
         "captions": {str(path): caption for path, caption in captions.items()},
         "learns": learns,
         "resume": str(resume) if resume else None,
         "models": models,
-        "class_pictures": list(map(str, of_class)),
     }
 
 
@@ -290,12 +294,13 @@ def _write_run_files(config: Config, taken: Sequence[Picture], finished: int | N
             config.images_dir, config.instance_prompt, images=[p.path for p in taken], fallback_dir=output_dir
         )
         data_utils.write_atomically(output_dir / "config.yaml", dump_config(config).encode())
+        was = f"step{finished}" if finished is not None else "earlier"  # or not of this program at all
         for path in (
             _lora_file(config),
             *(output_dir / f"{config.lora_name}{end}" for end in (".safetensors", ".json")),
         ):
-            if finished is not None and path.exists():
-                names = data_utils.numbered(output_dir, f"{path.stem}-step{finished}", path.suffix)
+            if path.exists():
+                names = data_utils.numbered(output_dir, f"{path.stem}-{was}", path.suffix)
                 path.rename(next(name for name in names if not name.exists()))
 
 

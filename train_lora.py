@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -247,12 +248,16 @@ def save_checkpoint(run: Run, step: int) -> None:
 def restore(run: Run, folder: Path) -> int:
     """Put a verified checkpoint back into LoRA, optimizer and loss scaler; returns its step."""
     state = json.loads((folder / "state.json").read_text())
-    tensors = load_file(folder / "training_state.safetensors")
+    # Before text encoders could train, names had no network in front.
+    tensors = {
+        re.sub(r"^(\w+)\.(?!unet\.|text_encoder)", r"\1.unet.", name): tensor
+        for name, tensor in load_file(folder / "training_state.safetensors").items()
+    }
     try:
         with torch.no_grad():
             for name, weight in run.lora.items():
                 weight.copy_(tensors.pop(f"lora.{name}"))
-        restore_optimizer(run.optimizer, run.lora, tensors, state["optimizer"])
+        restore_optimizer(run.optimizer, run.lora, tensors, state.get("optimizer", {}))
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this model: to start anew, set another lora_output_dir") from error
     if state["scaler"]:
@@ -267,16 +272,23 @@ def draw_samples(run: Run, step: int) -> None:
     config = replace(run.config, width=run.config.resolution, height=run.config.resolution, refine=False)
     scheduler = draw.make_scheduler(config.scheduler, run.noise_scheduler.config)
     device = run.accelerator.device
-    run.unet.eval()
+    for network in run.networks.values():
+        network.eval()
     embeddings = run.preview.embed()
     with torch.no_grad(), torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
         latents = [
             draw.base_latents(run.unet, scheduler, embeddings.rows([0], run.unet), [config.seed + index], config)
             for index in range(config.num_validation_images)
         ]
-    pictures = draw.decode(vae.to(device), torch.cat(latents))
-    vae.to("cpu")
-    run.unet.train()
+    for network in run.networks.values():
+        network.train()
+    try:
+        pictures = draw.decode(vae.to(device), torch.cat(latents))
+    except UserError as error:  # of the VAE, or of drawing in fp16: the LoRA need not be at fault
+        logger.warning("no sample pictures at step %d: %s", step, error)
+        return
+    finally:
+        vae.to("cpu")
     path = run.folder / "samples" / f"step-{step:06d}.png"
     path.parent.mkdir(exist_ok=True)
     data_utils.write_atomically(path, gallery.contact_sheet(pictures))

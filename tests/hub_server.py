@@ -20,6 +20,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories = repositories
         self.asked: list[str] = []  # "owner/name/path" of every file that was downloaded
         self.gated: set[str] = set()
+        self.token_expired = False
         self.drops = 0  # how many downloads of large files break off half-way
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -49,6 +50,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, b"{}")
 
     def _folder(self, name: str) -> Path | None:
+        if self.server.token_expired:
+            self._answer(401, b'{"error": "Invalid credentials"}', {"X-Error-Message": "Invalid credentials"})
+            return None
         if name in self.server.gated:
             self._answer(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
         elif name not in self.server.repositories:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from config import dump_config, load_config
-from pictures import ROOT, Make, main_py
+from pictures import ROOT, Make, main_py, snapshot
 
 
 def files(folder: Path) -> set[str]:
@@ -103,3 +104,22 @@ def test_a_stop_saves_and_the_same_command_goes_on(config_file: Path, tmp_path: 
     on = main_py("--mode", "train", "--config", str(config_file), f"max_train_steps={max(steps) + 1}")
     assert on.returncode == 0, on.stderr
     assert f"going on from {tmp_path / 'lora' / f'checkpoint-{max(steps)}'}" in on.stderr
+
+
+def test_class_pictures_are_drawn_once_and_the_users_files_kept(settings: Make, tmp_path: Path) -> None:
+    config = settings(with_prior_preservation=True, class_prompt="a net", num_class_images=2, max_train_steps=2)
+    model = f"{config.pretrained_model}/"  # as a hub's name, not what the training process is given
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "myspecialstyle.safetensors").write_bytes(b"mine")
+    (tmp_path / "mine.yaml").write_text(dump_config(replace(config, pretrained_model=model)))
+    command = ["--mode", "train", "--config", str(tmp_path / "mine.yaml")]
+    assert main_py(*command).returncode == 0
+    drawn = snapshot(tmp_path / "lora" / "class_images")
+    assert len(drawn) == 3
+    planned = main_py(*command, "--dry-run", "max_train_steps=4")
+    assert "Would learn 2 class pictures" in planned.stdout
+    done = main_py(*command, "max_train_steps=4")
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr
+    assert snapshot(tmp_path / "lora" / "class_images") == drawn
+    assert (tmp_path / "lora" / "myspecialstyle-earlier.safetensors").read_bytes() == b"mine"

@@ -118,6 +118,8 @@ def test_switches_and_values(script: Path, settings: Make, tmp_path: Path) -> No
     flags = foreign_script.flags_of(script)
     assert flags["gradient_checkpointing"]
     assert not flags["rank"]
+    zeros = foreign_script.command_line(settings(seed=0), flags, tmp_path / "in", tmp_path / "out", "no")
+    assert "--seed=0" in zeros
     arguments = foreign_script.command_line(settings(), flags, tmp_path / "in", tmp_path / "out", "bf16")
     assert "--mixed_precision=bf16" in arguments
     assert f"--instance_data_dir={tmp_path / 'in'}" in arguments

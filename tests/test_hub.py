@@ -162,6 +162,11 @@ def test_a_model_for_those_who_agreed_to_terms(server: Hub, fetch: Fetch) -> Non
     told(fetch(), "hf auth login", 2)
 
 
+def test_a_token_that_expired(server: Hub, fetch: Fetch) -> None:
+    server.token_expired = True
+    told(fetch(), "hf auth login", 2)
+
+
 @pytest.mark.parametrize("name", ["lace/nothing", "not a name"])
 def test_a_name_that_is_none(fetch: Fetch, name: str) -> None:
     told(fetch(pretrained_model=name), name, 2)

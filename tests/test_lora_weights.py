@@ -120,6 +120,23 @@ def test_text_encoders_of_other_shapes_are_refused(saved: Any, tmp_path: Path) -
     refused(lambda: lora_weights.merge_lora(encoders_of(config), tmp_path / "cut.safetensors", 1.0), "not a LoRA for")
 
 
+def test_what_diffusers_scripts_write_is_read(saved: Any, tmp_path: Path) -> None:
+    """Their names: `lora.down`, and with transformers 5.6 no `text_model` in the first encoder."""
+    config, expected = saved
+    ours = load_file(Path(config.lora_output_dir, lora_weights.LORA_FILE))
+    renamed = {
+        key.replace("text_encoder.text_model.", "text_encoder.")
+        .replace("lora_A", "lora.down")
+        .replace("lora_B", "lora.up"): w
+        for key, w in ours.items()
+    }
+    save_file(renamed, tmp_path / "theirs.safetensors")
+    assert lora_weights.read_lora(tmp_path / "theirs.safetensors").keys() == ours.keys()
+    networks = encoders_of(config)
+    lora_weights.merge_lora(networks, tmp_path / "theirs.safetensors", 1.0)
+    close(embeddings(config, networks), expected["text"])
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [
@@ -154,7 +171,7 @@ def test_the_kohya_file_carries_alpha_and_what_programs_show(saved: Any) -> None
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert metadata["modelspec.trigger_phrase"] == "<myspecialstyle>"
     assert metadata["modelspec.resolution"] == "64x64"
-    assert metadata["ss_sd_model_name"] == "some/model"
+    assert metadata["ss_sd_model_name"] == "some/model"  # a path would be its last name alone
     tags = {"a photo of <myspecialstyle>": 2, "a rosette": 1, "white": 1}
     assert json.loads(metadata["ss_tag_frequency"]) == {"1_myspecialstyle": tags}
     card = json.loads(Path(config.lora_output_dir, "myspecialstyle.json").read_text())

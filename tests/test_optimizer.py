@@ -76,7 +76,7 @@ def test_prodigy_leaves_out_what_is_not_finite() -> None:
 
 def test_prodigy_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
-    refused(lambda: make_optimizer(Config(optimizer="prodigy"), made_up()), "pip install prodigyopt")
+    refused(lambda: make_optimizer(Config(optimizer="prodigy", learning_rate=1.0), made_up()), "pip install prodigyopt")
 
 
 @pytest.mark.parametrize(

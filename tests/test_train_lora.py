@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import batches
 import class_pictures
@@ -201,6 +202,7 @@ def train_here(
     images = data_utils.list_images(config.images_dir)
     job = {
         "class_pictures": list(map(str, of_class)),
+        "class_to_draw": {str(path): n for path, n in class_pictures.pictures_to_draw(config, list(of_class)).items()},
         "captions": {str(path): config.instance_prompt for path in images},
         "learns": {"rank": config.rank},
         "resume": str(resume) if resume else None,
@@ -225,10 +227,11 @@ def test_a_run_in_three_parts_equals_the_straight_one(settings: Make, tmp_path: 
     train_here(straight)
     resume = None
     for step in (2, 4):
+        there = class_pictures.pictures_there(parted)
         with pytest.raises(Stopped, match=f"stopped at step {step}"):
-            train_here(parted, resume, StopAt(2))
+            train_here(parted, resume, StopAt(2), there)
         resume = tmp_path / "parted" / f"checkpoint-{step}"
-    train_here(parted, resume)
+    train_here(parted, resume, of_class=class_pictures.pictures_there(parted))
     for name in (lora_weights.LORA_FILE, "checkpoint-6/training_state.safetensors"):
         expected, got = load_file(tmp_path / "straight" / name), load_file(tmp_path / "parted" / name)
         assert expected.keys() == got.keys()
@@ -350,6 +353,35 @@ def test_text_encoders_learn_what_the_whole_gradient_says(settings: Make, photos
     assert sum(float(gradient.abs().sum()) for gradient in got.values()) > 0
 
 
+def test_a_checkpoint_of_before_text_encoders_could_train_is_gone_on_with(settings: Make, tmp_path: Path) -> None:
+    train_here(settings(max_train_steps=4))
+    shutil.copytree(tmp_path / "lora", tmp_path / "old")
+    folder = tmp_path / "old" / "checkpoint-2"
+    names = load_file(folder / "training_state.safetensors")
+    save_file(
+        {key.replace(".unet.", ".", 1): value for key, value in names.items()}, folder / "training_state.safetensors"
+    )
+    state = json.loads((folder / "state.json").read_text())
+    del state["optimizer"]
+    (folder / "state.json").write_text(json.dumps(state))
+    train_here(settings(max_train_steps=4, lora_output_dir=str(tmp_path / "again")), folder)
+    expected, got = (load_file(tmp_path / name / lora_weights.LORA_FILE) for name in ("lora", "again"))
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_sample_pictures_that_are_black_do_not_end_the_training(
+    settings: Make, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    [file] = (tmp_path / "base" / "vae").glob("*.safetensors")
+    broken = load_file(file)
+    broken["decoder.conv_out.bias"].fill_(torch.nan)
+    save_file(broken, file, metadata={"format": "pt"})
+    train_here(settings(pretrained_model=str(tmp_path / "base"), validation_steps=2, num_validation_images=1))
+    assert (tmp_path / "lora" / lora_weights.LORA_FILE).exists()
+    assert "no sample pictures at step 2" in caplog.text
+
+
 def test_what_the_text_encoders_learnt_is_saved(settings: Make, tmp_path: Path) -> None:
     train_here(settings(train_text_encoder=True, text_encoder_lr=1e-2, validation_steps=2, num_validation_images=1))
     for name in (lora_weights.LORA_FILE, f"checkpoint-4/{lora_weights.LORA_FILE}"):
@@ -383,7 +415,9 @@ def test_class_pictures_have_time_ids_and_captions_of_their_own(settings: Make, 
     own = jpg(tmp_path / "net.jpg", gradient(200, 120))
     config = settings(with_prior_preservation=True, num_class_images=1, class_prompt="a net")
     captions = {str(path): "lace" for path in data_utils.list_images(photos)}
-    data, _, _ = encode(config, {"captions": captions, "class_pictures": [str(own)]}, Accelerator(), torch.float32)
+    data, _, _ = encode(
+        config, {"captions": captions, "class_pictures": [str(own)], "class_to_draw": {}}, Accelerator(), torch.float32
+    )
     assert (data.instances, len(data.caption)) == (5, 6)
     assert data.time_ids[5].tolist() == [120.0, 200.0, 0.0, 22.0, 64.0, 64.0]  # 200 x 120 scaled to 107 x 64
     assert data.caption.tolist() == [0, 0, 0, 0, 0, 1]
