@@ -6,7 +6,7 @@ resumed run repeats the straight one with no saved state, and processes share on
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,8 +48,26 @@ class Batch:
     pooled_prompt_embeds: Tensor  # (B, p)
     weights: Tensor  # (B,) of each picture's loss in the mean over the batch
 
-    def part(self, start: int, stop: int, device: torch.device) -> "Batch":
-        return Batch(*(value[start:stop].to(device, non_blocking=True) for value in vars(self).values()))
+    def split(self, size: int) -> list["Batch"]:
+        """In parts of `size` whose losses add up to the loss of the whole, which is a mean over pictures."""
+        count = len(self.caption)
+        rows = zip(*(value.split(size) for value in vars(self).values()), strict=True)
+        return [part.weighed(len(part.caption) / count) for part in (Batch(*values) for values in rows)]
+
+    def weighed(self, factor: float) -> "Batch":
+        return replace(self, weights=self.weights * factor)
+
+    def share(self, rank: int, world: int) -> "Batch":
+        """The `rank`-th of `world` equal parts, for a process of its own."""
+        size = len(self.caption) // world
+        return Batch(*(value[rank * size : (rank + 1) * size] for value in vars(self).values()))
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+
+    def pinned(self) -> "Batch":
+        """In memory that a GPU copies from by itself, without the CPU waiting for it."""
+        return Batch(*(value.pin_memory() for value in vars(self).values()))
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def update_weights(
     elif not lost:
         scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)  # graphs and one buffer for all rely on where gradients are
     return grad_norm
 
 

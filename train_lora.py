@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import lora_weights
 import models
 from config import Config, UserError, load_config
 from encode import Captions, Preview, encode
+from learner import Learner
 from logbook import READ_EVERY, Logbook
 from optimizer import make_optimizer, optimizer_state, rate_factor_at, restore_optimizer, update_weights
 from supervise import Stopped, StopSignal, hold_shared, report_outcome
@@ -63,12 +65,10 @@ class Run:
     job: dict[str, Any]  # see train.make_job
     data: batches.Encoded
     networks: lora_weights.Networks  # the UNet, and both text encoders if they train
-    captions: Captions
     lora: dict[str, torch.nn.Parameter]
     noise_scheduler: DDPMScheduler
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    dtype: torch.dtype
+    learner: Learner
     accelerator: Accelerator
     preview: Preview
 
@@ -97,16 +97,11 @@ def train(config: Config, job: dict[str, Any], stop: StopSignal) -> str:
     networks = {"unet": unet} | captions.encoders
     torch.manual_seed(batches.stream_seed(config.seed, "lora"))
     lora = lora_weights.add_lora(networks, config)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-        for text_encoder in captions.encoders.values():
-            text_encoder.gradient_checkpointing_enable()  # type: ignore[operator]
-    optimizer = make_optimizer(config, lora)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     noise_scheduler = models.load_noise_scheduler(config)
-    run = Run(
-        config, job, data, networks, captions, lora, noise_scheduler, optimizer, scaler, dtype, accelerator, preview
-    )
+    loss = partial(_loss, config, captions, unet, noise_scheduler)
+    learner = Learner(config, networks, loss, device, dtype)
+    optimizer = make_optimizer(config, lora)
+    run = Run(config, job, data, networks, lora, noise_scheduler, optimizer, learner, accelerator, preview)
     first_step = restore(run, Path(job["resume"])) if job["resume"] else 0
 
     stop.deferred = True
@@ -135,8 +130,7 @@ def loop(run: Run, log: Logbook, first_step: int, stop: StopSignal) -> int:
     factor_at = rate_factor_at(config)
     done = first_step
     stopping = False
-    for network in run.networks.values():
-        network.train()
+    run.learner.train()
     while done < config.max_train_steps and not stopping:
         factor = factor_at(done)
         loss, grad_norm, stopping = update(run, done, factor, stop.requested)
@@ -163,27 +157,23 @@ def update(run: Run, step: int, factor: float, stop_requested: bool) -> tuple[Te
         The loss (mean over the batch), the gradients' norm before clipping, and whether any process wants to stop.
     """
     config, world, rank = run.config, run.accelerator.num_processes, run.accelerator.process_index
-    device, parts = run.accelerator.device, config.gradient_accumulation_steps
     # Dropout's draws; everything else random comes with the batch.
     torch.manual_seed(batches.stream_seed(config.seed, "dropout", step, rank))
     batch = batches.step_batch(
-        run.data, config.seed, step, config.train_batch_size * parts * world,
+        run.data, config.seed, step, config.train_batch_size * config.gradient_accumulation_steps * world,
         run.noise_scheduler.config.num_train_timesteps, config.noise_offset, config.prior_loss_weight,
-    )  # fmt: skip
-    size = len(batch.caption) // (parts * world)
-    total = torch.zeros((), device=device)
-    for index in range(parts):
-        start = (index * world + rank) * size
-        part = batch.part(start, start + size, device)
-        with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
-            part = run.captions.read(part)
-            loss = training_loss(run.unet, part, run.noise_scheduler, config.snr_gamma) / parts
-        run.scaler.scale(loss).backward()
-        total += loss.detach()
+    ).share(rank, world)  # fmt: skip
+    loss = run.learner(batch.pinned() if run.accelerator.device.type == "cuda" else batch)
     if world > 1:
-        total, stop_requested = _average(run, total, stop_requested)
-    grad_norm = update_weights(run.optimizer, run.scaler, total, factor, config.max_grad_norm)
-    return total, grad_norm, stop_requested
+        loss, stop_requested = _average(run, loss, stop_requested)
+    grad_norm = update_weights(run.optimizer, run.learner.scaler, loss, factor, config.max_grad_norm)
+    return loss, grad_norm, stop_requested
+
+
+def _loss(
+    config: Config, captions: Captions, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, batch: batches.Batch
+) -> Tensor:
+    return training_loss(unet, captions.read(batch), noise_scheduler, config.snr_gamma)
 
 
 def training_loss(
@@ -220,7 +210,7 @@ def loss_weights(timesteps: Tensor, noise_scheduler: DDPMScheduler, snr_gamma: f
 
 def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, bool]:
     """Gradients, loss and the wish to stop averaged over all processes, in one message."""
-    gradients = [weight.grad for weight in run.lora.values() if weight.grad is not None]
+    gradients = run.learner.gradients()
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss[None], loss.new_tensor([stop_requested])])
     flat = run.accelerator.reduce(flat, "mean")
     sizes = [gradient.numel() for gradient in gradients]
@@ -233,7 +223,7 @@ def save_checkpoint(run: Run, step: int) -> None:
     """Publish `checkpoint-<step>`: the LoRA as it will be used, and all that an exact resume needs."""
     tensors, numbers = optimizer_state(run.optimizer, run.lora)
     tensors |= {f"lora.{name}": weight.detach() for name, weight in run.lora.items()}
-    state = {"step": step, "learns": run.job["learns"], "scaler": run.scaler.state_dict(), "optimizer": numbers}
+    state = {"step": step, "learns": run.job["learns"], "scaler": run.learner.scaler.state_dict(), "optimizer": numbers}
 
     def write(folder: Path) -> None:
         lora = lora_weights.lora_state(run.networks, run.config.alpha / run.config.rank)
@@ -261,7 +251,7 @@ def restore(run: Run, folder: Path) -> int:
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this model: to start anew, set another lora_output_dir") from error
     if state["scaler"]:
-        run.scaler.load_state_dict(state["scaler"])
+        run.learner.scaler.load_state_dict(state["scaler"])
     logger.info("going on from %s", folder)
     return int(state["step"])
 
@@ -271,19 +261,14 @@ def draw_samples(run: Run, step: int) -> None:
     vae = run.preview.vae
     config = replace(run.config, width=run.config.resolution, height=run.config.resolution, refine=False)
     scheduler = draw.make_scheduler(config.scheduler, run.noise_scheduler.config)
-    device = run.accelerator.device
-    for network in run.networks.values():
-        network.eval()
     embeddings = run.preview.embed()
-    with torch.no_grad(), torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
-        latents = [
-            draw.base_latents(run.unet, scheduler, embeddings.rows([0], run.unet), [config.seed + index], config)
-            for index in range(config.num_validation_images)
-        ]
-    for network in run.networks.values():
-        network.train()
+    run.learner.train(False)
+    with torch.no_grad(), run.learner.autocast():
+        seeds = [config.seed + index for index in range(config.num_validation_images)]
+        latents = draw.base_latents(run.unet, scheduler, embeddings.rows([0] * len(seeds), run.unet), seeds, config)
+    run.learner.train()
     try:
-        pictures = draw.decode(vae.to(device), torch.cat(latents))
+        pictures = draw.decode(vae.to(run.accelerator.device), latents)
     except UserError as error:  # of the VAE, or of drawing in fp16: the LoRA need not be at fault
         logger.warning("no sample pictures at step %d: %s", step, error)
         return

@@ -59,11 +59,12 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
     assert not torch.equal(first.noise[0], first.noise[1])
 
 
-def test_parts_are_the_whole_batch_cut_up() -> None:
-    batch = batches.step_batch(made_up(5), 1, 0, 6, 1000)
-    parts = [batch.part(start, start + 2, CPU) for start in (0, 2, 4)]
+def test_shares_and_parts_are_the_whole_batch_cut_up() -> None:
+    batch = batches.step_batch(made_up(5), 1, 0, 12, 1000)
+    parts = [part for rank in (0, 1) for part in batch.share(rank, 2).split(2)]
     for name, value in vars(batch).items():
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), value)
+        together = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(together, value / 3 if name == "weights" else value)  # three parts of a mean
 
 
 def test_mirrored_versions_are_both_drawn() -> None:

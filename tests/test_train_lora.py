@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ import models
 import train_lora
 from config import LOSS_NOT_FINITE, Config, UserError
 from encode import Captions, encode
+from learner import Learner
 from logbook import Logbook
 from optimizer import make_optimizer
 from pictures import Make, gradient, jpg, refused, snapshot
@@ -102,13 +104,14 @@ def make_run(config: Config, data: batches.Encoded | None = None) -> train_lora.
             batch.prompt_embeds, batch.pooled_prompt_embeds, 6,
         )  # fmt: skip
     process: Any = SimpleNamespace(device=CPU, num_processes=1, process_index=0, is_main_process=True)
+    noise_scheduler = noise_schedule()
+    loss = partial(train_lora._loss, config, Captions([], {}), unet, noise_scheduler)
+    learner = Learner(config, networks, loss, CPU, torch.float32)
     optimizer = make_optimizer(config, lora)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     job: dict[str, Any] = {"learns": {}, "resume": None, "captions": {}}
     preview: Any = None
     return train_lora.Run(
-        config, job, data, networks, Captions([], {}), lora, noise_schedule(), optimizer, scaler, torch.float32,
-        process, preview,
+        config, job, data, networks, lora, noise_scheduler, optimizer, learner, process, preview,
     )  # fmt: skip
 
 
@@ -145,8 +148,7 @@ def test_gradients_are_clipped(settings: Make) -> None:
 
 
 def test_gradient_checkpointing_changes_nothing(settings: Make) -> None:
-    plain, saving = make_run(settings()), make_run(settings())
-    saving.unet.enable_gradient_checkpointing()
+    plain, saving = make_run(settings()), make_run(settings(gradient_checkpointing=True))
     for run in (plain, saving):
         run.unet.train()
         train_lora.update(run, 0, 1.0, False)

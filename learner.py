@@ -1,0 +1,173 @@
+"""A share of a training step, forward and backward: fast where that is right, in as much memory as there is.
+
+The fast way is three things. `fused_lora.py` calculates the LoRA in a few large products, on any device.
+`gpu_kernels.py` does the passes between products in one each, on NVIDIA GPUs since Ampere. `captured.py` replays all of
+it as a CUDA graph. `benchmarks/train.py` measures what each brings.
+
+The optimizer is left out of the graph on purpose: what the CPU does for it is hidden behind the graph's own work, and
+any optimizer can be used.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import draw
+import supervise
+from batches import Batch
+from captured import Captured, CaptureError
+from config import OUT_OF_MEMORY, Config
+from fused_lora import FusedLora
+
+logger = logging.getLogger("train_lora")
+
+
+class Learner:
+    """Adds the gradients of batches to those of the LoRA.
+
+    Args:
+        networks: the UNet, and both text encoders if they train, with their LoRA.
+        loss: of a batch on the device, as a scalar: the mean over its pictures.
+        dtype: the number format of the frozen weights.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        networks: dict[str, Any],
+        loss: Callable[[Batch], Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.networks, self.loss, self.device, self.dtype = networks, loss, device, dtype
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.at_once = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+        self.checkpointing = False
+        self.fused: FusedLora | None = None
+        self.captured: Captured | None = None
+        if reason := why_plain(config):
+            logger.info("the plain way of training, since %s", reason)
+        else:
+            self.fused = FusedLora(networks["unet"], config.alpha / config.rank)
+            if can_use_kernels(device):
+                from gpu_kernels import use_kernels
+
+                use_kernels(networks["unet"])
+            if device.type == "cuda":
+                self.captured = Captured(self._learn, device)
+        if config.gradient_checkpointing:
+            self._checkpoint()
+
+    def train(self, mode: bool = True) -> None:
+        for network in self.networks.values():
+            network.train(mode)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The plain way mixes fp32 and `dtype` as PyTorch does; the fast one is in `dtype` all through."""
+        return torch.autocast(self.device.type, self.dtype, enabled=not self.fused and self.dtype != torch.float32)
+
+    def gradients(self) -> list[Tensor]:
+        """All that there are, in one piece if they are kept so."""
+        if self.fused:
+            return [self.fused.gradients]
+        return [p.grad for network in self.networks.values() for p in network.parameters() if p.grad is not None]
+
+    def __call__(self, share: Batch) -> Tensor:
+        """Learn from this process's share of a step, a few pictures at once; returns the mean loss over the share.
+
+        Where memory runs out it begins again with fewer at once, which changes results by rounding only.
+
+        Raises:
+            RuntimeError: not even one picture at a time, with checkpointing, fits.
+        """
+        while True:
+            try:
+                return torch.stack([self._pass(part) for part in share.split(self.at_once)]).sum()
+            except RuntimeError as error:
+                nothing_left = self.at_once == 1 and self.checkpointing
+                if nothing_left or not _is_out_of_memory(error):
+                    raise
+            # Not in the clause above, where the error holds on to what is to be freed.
+            self._save_memory()
+
+    def _pass(self, batch: Batch) -> Tensor:
+        if self.captured:
+            try:
+                return self.captured(batch)
+            except CaptureError as error:
+                if _is_out_of_memory(error):
+                    raise
+                logger.warning("no CUDA graph here (%s): steps are several times slower at small sizes", error)
+                self.captured = None
+        return self._learn(batch.to(self.device))
+
+    def _learn(self, batch: Batch) -> Tensor:
+        """Forward and backward over a batch on the device; returns its loss."""
+        try:
+            with self.autocast():
+                loss = self.loss(batch)
+            self.scaler.scale(loss).backward()
+        finally:
+            if self.fused:
+                self.fused.aside.join()  # even then: a graph's capture must not end with a stream astray
+        if self.fused:
+            self.fused.collect_gradients()
+        return loss.detach()
+
+    def _save_memory(self) -> None:
+        """One step down: a smaller part of the batch at once, then checkpointing."""
+        for gradient in self.gradients():
+            gradient.zero_()
+        if self.captured:
+            self.captured.forget()
+        draw.free(self.device)
+        if self.at_once > 1:
+            self.at_once = max(size for size in range(1, self.at_once) if self.at_once % size == 0)
+            logger.warning("out of memory: a step still learns from as many pictures, but %d at once", self.at_once)
+        else:
+            self._checkpoint()
+            logger.warning("out of memory: gradient checkpointing from here on, a third slower")
+
+    def _checkpoint(self) -> None:
+        self.checkpointing = True
+        # Nothing random is in the fast way, and a graph cannot be captured where generators are read.
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=not self.fused)
+        for name, network in self.networks.items():
+            if name == "unet":
+                network.enable_gradient_checkpointing(again)
+            else:
+                network.gradient_checkpointing_enable()
+
+
+def why_plain(config: Config) -> str:
+    """What of the settings the fast way cannot do; empty if it can do all."""
+    if config.lora_dropout:
+        return "lora_dropout drops inputs of each linear on its own"
+    if config.train_text_encoder:
+        return "the text encoders train too"
+    if config.attention == "xformers":
+        return "attention is xformers'"
+    return ""
+
+
+def can_use_kernels(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0) and importlib.util.find_spec("triton") is not None
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Or came of it: a capture that is broken off has an error of its own."""
+    while error is not None:
+        said = supervise.explain(error, "") if isinstance(error, Exception) else None
+        if said and said[1] == OUT_OF_MEMORY:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
