@@ -7,28 +7,22 @@ resumed run repeats the straight one with no saved state, and processes share on
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm.auto import tqdm
 
-import image_files
-from config import LOSS_NOT_FINITE, UserError
+from latents import Latents
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """N pictures, each in F versions (as it is, and mirrored where random_flip is on), and U different captions.
+    """N pictures and U different captions.
 
     The first `instances` are the user's; any that follow are of the class, for prior preservation.
     """
 
-    mean: Tensor  # (N, F, 4, h, w) the VAE's posterior, in the UNet's scale
-    std: Tensor  # (N, F, 4, h, w)
-    time_ids: Tensor  # (N, 6) original height and width, crop top and left, target height and width
+    latents: Latents
     caption: Tensor  # (N,) index into the embeddings
     prompt_embeds: Tensor  # (U, 77, c)
     pooled_prompt_embeds: Tensor  # (U, p)
@@ -70,49 +64,6 @@ class Batch:
         return Batch(*(value.pin_memory() for value in vars(self).values()))
 
 
-@torch.no_grad()
-def encode_pictures(
-    vae: AutoencoderKL, paths: Sequence[Path], resolution: int, mirrored: bool, kinds: Sequence[str] = ("JPEG",)
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Every picture through the VAE once.
-
-    The posterior's mean and deviation are kept, not a sample of it: sampling belongs into the step. A mirrored version
-    is encoded on its own, because mirrored latents are not the latents of the mirrored picture.
-
-    Returns:
-        mean and std (N, F, 4, resolution / 8, resolution / 8) times the VAE's scaling factor, and time ids (N, 6).
-
-    Raises:
-        UserError: a picture can no longer be read, or the VAE makes no finite numbers of it (exit 5).
-    """
-    means, stds, time_ids = [], [], []
-    for path in tqdm(paths, desc="encoding pictures", unit="picture"):
-        try:
-            # Twice the training size is enough to scale down from, and much faster to decode.
-            picture, (width, height) = image_files.open_picture(path, 2 * resolution, kinds)
-        except image_files.BROKEN as error:
-            raise UserError(f"{path} can no longer be read ({error}): was it changed or moved meanwhile?") from error
-        square, (top, left) = image_files.fit_square(picture, resolution)
-        versions = [square, ImageOps.mirror(square)] if mirrored else [square]
-        pixels = torch.stack([to_tensor(version) for version in versions]).to(vae.device, vae.dtype)
-        posterior = vae.encode(pixels).latent_dist
-        if not posterior.mean.isfinite().all():
-            raise UserError(
-                f"the VAE makes no finite numbers of {path}: its weights are damaged, or overflow in fp16",
-                LOSS_NOT_FINITE,
-            )
-        means.append((posterior.mean * vae.config.scaling_factor).float().cpu())
-        stds.append((posterior.std * vae.config.scaling_factor).float().cpu())
-        time_ids.append([height, width, top, left, resolution, resolution])
-    return torch.stack(means), torch.stack(stds), torch.tensor(time_ids, dtype=torch.float32)
-
-
-def to_tensor(picture: Image.Image) -> Tensor:
-    """An RGB picture as (3, height, width) in -1..1."""
-    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return values.view(picture.height, picture.width, 3).permute(2, 0, 1).float() / 127.5 - 1
-
-
 def encode_captions(
     captions: Sequence[str], encode: Callable[[list[str]], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +85,7 @@ def encode_captions(
 def step_batch(
     data: Encoded, seed: int, step: int, size: int, timesteps: int, noise_offset: float = 0.0, prior_weight: float = 1.0
 ) -> Batch:
-    """The whole effective batch of optimizer step `step` (counted from 0).
+    """The whole effective batch of optimizer step `step` (counted from 0), of pictures that have one shape.
 
     Where there are class pictures, one follows each of the user's, so that every share of the batch has both.
 
@@ -146,26 +97,29 @@ def step_batch(
         prior_weight: of the class pictures' mean loss, which is added to that of the user's pictures.
     """
     generator = stream(seed, "step", step)
-    pictures = torch.tensor(list(_pictures(data.instances, seed, "epoch", step * size, size)))
     weights = torch.ones(size)
+    mean, std = data.latents.mean, data.latents.std
+    bucket, before = _bucket(_buckets(mean[: data.instances]), seed, step)
+    pictures = torch.tensor([bucket[place] for place in _places(len(bucket), seed, "epoch", before * size, size)])
     if others := len(data.caption) - data.instances:
-        classes = data.instances + torch.tensor(list(_pictures(others, seed, "class epoch", step * size, size)))
+        classes = data.instances + torch.tensor(list(_places(others, seed, "class epoch", step * size, size)))
         pictures = torch.stack([pictures, classes], dim=1).flatten()
         # Twice, since the mean is taken over twice as many.
         weights = torch.tensor([2.0, 2.0 * prior_weight]).repeat(size)
-    versions = torch.randint(data.mean.shape[1], pictures.shape, generator=generator)
-    mean, std = data.mean[pictures, versions], data.std[pictures, versions]
+    versions = torch.randint(len(mean[0]), pictures.shape, generator=generator)
+    chosen = list(zip(pictures.tolist(), versions.tolist(), strict=True))
+    means, stds = (torch.stack([part[picture][version] for picture, version in chosen]) for part in (mean, std))
     captions = data.caption[pictures]
-    latents = mean + std * torch.randn(mean.shape, generator=generator)
-    noise = torch.randn(mean.shape, generator=generator)
+    latents = means + stds * torch.randn(means.shape, generator=generator)
+    noise = torch.randn(means.shape, generator=generator)
     drawn_timesteps = torch.randint(timesteps, pictures.shape, generator=generator)
     if noise_offset:
-        noise += noise_offset * torch.randn((*mean.shape[:2], 1, 1), generator=generator)
+        noise += noise_offset * torch.randn((*means.shape[:2], 1, 1), generator=generator)
     return Batch(
         latents=latents,
         noise=noise,
         timesteps=drawn_timesteps,
-        time_ids=data.time_ids[pictures],
+        time_ids=data.latents.time_ids[pictures],
         caption=captions,
         prompt_embeds=data.prompt_embeds[captions],
         pooled_prompt_embeds=data.pooled_prompt_embeds[captions],
@@ -173,8 +127,29 @@ def step_batch(
     )
 
 
-def _pictures(count: int, seed: int, name: str, start: int, size: int) -> Iterator[int]:
-    """Positions start … start + size of an endless row in which every epoch is a new shuffle of all pictures."""
+def _buckets(mean: Sequence[Tensor]) -> list[list[int]]:
+    """The pictures of each shape, in the order of their first ones."""
+    buckets: dict[Any, list[int]] = {}
+    for picture, value in enumerate(mean):
+        buckets.setdefault(value.shape, []).append(picture)
+    return list(buckets.values())
+
+
+def _bucket(buckets: list[list[int]], seed: int, step: int) -> tuple[list[int], int]:
+    """The bucket that a step learns from, and how many steps learnt from it before.
+
+    In as many steps as there are pictures, each bucket has as many as it has pictures: all pictures are seen equally
+    often.
+    """
+    row = [number for number, bucket in enumerate(buckets) for _ in bucket]
+    cycle, place = divmod(step, len(row))
+    order = [row[index] for index in torch.randperm(len(row), generator=stream(seed, "buckets", cycle)).tolist()]
+    number = order[place]
+    return buckets[number], cycle * len(buckets[number]) + order[:place].count(number)
+
+
+def _places(count: int, seed: int, name: str, start: int, size: int) -> Iterator[int]:
+    """Positions start … start + size of an endless row in which every epoch is a new shuffle of 0 … count."""
     orders: dict[int, list[int]] = {}
     for position in range(start, start + size):
         epoch, place = divmod(position, count)

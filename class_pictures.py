@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import image_files
@@ -25,23 +26,28 @@ def folder_of(config: Config) -> Path:
     return Path(config.class_data_dir or Path(config.lora_output_dir, "class_images"))
 
 
-def pictures_there(config: Config) -> list[Path]:
-    """The good pictures of the class, at most `num_class_images`; none that were drawn with other settings."""
+def pictures_there(config: Config) -> dict[Path, str]:
+    """The good pictures of the class, at most `num_class_images`; none that were drawn with other settings.
+
+    Returns:
+        The SHA-256 of each.
+    """
     folder, digest = folder_of(config), _digest(config)
     if config.class_data_dir and not folder.is_dir():
         raise UserError(f"class_data_dir: {folder} is no folder: make it, or leave the key empty")
     if not folder.is_dir():
-        return []
+        return {}
     found = named_as_pictures(folder, IMAGE_EXTENSIONS)
     own = [path for path in found if not (drawn := _DRAWN.fullmatch(path.name)) or drawn[1] == digest]
     pictures = image_files.check_pictures(own, 1, kinds())
     for picture in pictures:
         if not picture.taken:
             logger.warning("class picture %s is passed over: %s", picture.path, picture.reason)
-    return [picture.path for picture in pictures if picture.taken][: config.num_class_images]
+    good = [picture for picture in pictures if picture.taken][: config.num_class_images]
+    return {picture.path: picture.sha256 for picture in good}
 
 
-def pictures_to_draw(config: Config, there: list[Path]) -> dict[Path, int]:
+def pictures_to_draw(config: Config, there: Collection[Path]) -> dict[Path, int]:
     """Files of the pictures that are still missing, each with its number, which stands for its seed.
 
     For the settings as the user wrote them: the training process knows models as paths, and would find other names.

@@ -91,6 +91,9 @@ class Config:
     random_flip: bool = setting(False, "also learn every picture mirrored")
 
     resolution: int = setting(512, "side of the training square in pixels", group="training", least=64, multiple_of=8)
+    aspect_ratio_buckets: bool = setting(
+        False, "cut each picture to the one of SDXL's shapes that is most like it; false: to a square"
+    )
     train_batch_size: int = setting(2, "pictures per step on each GPU", least=1)
     gradient_accumulation_steps: int = setting(1, "batches summed before each update; saves memory", least=1)
     max_train_steps: int = setting(1000, "how many updates to make", least=1)
@@ -177,6 +180,10 @@ class Config:
             problems.append("instance_prompt is empty: describe your pictures, e.g. a photo of <myspecialstyle>")
         if self.with_prior_preservation and not self.class_prompt.strip():
             problems.append("class_prompt is empty, and with_prior_preservation needs it: e.g. a photo of lace")
+        if self.with_prior_preservation and self.aspect_ratio_buckets:
+            problems.append(
+                "with_prior_preservation and aspect_ratio_buckets are both true: class pictures are square, keep one"
+            )
         if self.optimizer == "prodigy" and self.learning_rate < 0.1:
             problems.append("optimizer prodigy finds the rate by itself, times learning_rate: set learning_rate to 1")
         if self.prompt is not None and self.prompts_file is not None:
@@ -188,9 +195,8 @@ class Config:
                 f"refiner_strength {self.refiner_strength:g} of {self.num_inference_steps} num_inference_steps is less "
                 "than one step: raise one of them"
             )
-        for name, value in vars(self).items():
-            if _SECRET.search(repr(value)):
-                problems.append(f"{name} holds a token or a password: {NO_SECRETS}")
+        secret = [name for name, value in vars(self).items() if _SECRET.search(repr(value))]
+        problems += [f"{name} holds a token or a password: {NO_SECRETS}" for name in secret]
         if problems:
             raise UserError("\n".join(problems))
 

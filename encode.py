@@ -1,5 +1,6 @@
 """Before the first step: captions and pictures through their encoders, once; pictures of the class, if any, drawn."""
 
+import hashlib
 import io
 import logging
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import batches
+import cache
 import class_pictures
 import draw
 import image_files
+import latents
 import models
 from config import Config
 from data_utils import write_atomically
@@ -80,17 +83,16 @@ def encode(
         del text_encoders, encode_prompts, embed
         draw.free(device)
 
-    paths = list(map(Path, job["captions"]))
-    kinds = image_files.formats(config.image_extensions)
-    mean, std, time_ids = _encode_pictures(config, paths, kinds, device, dtype)
+    contents = {Path(path): job["contents"][path] for path in job["captions"]}
+    encoded = _encode_pictures(config, contents, image_files.formats(config.image_extensions), accelerator, dtype)
     if config.with_prior_preservation:
         missing = {Path(path): number for path, number in job["class_to_draw"].items()}
         draw_missing(config, missing, of_class, accelerator, dtype)
+        contents = {Path(path): digest for path, digest in job["class_pictures"].items()}
+        contents |= {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in missing}
         # In the same order whether they were there or not: a run that goes on finds all of them there.
-        paths = sorted([*map(Path, job["class_pictures"]), *missing])
-        others = _encode_pictures(config, paths, class_pictures.kinds(), device, dtype)
-        mean, std, time_ids = (torch.cat(pair) for pair in zip((mean, std, time_ids), others, strict=True))
-    data = batches.Encoded(mean, std, time_ids, caption_ids, prompt_embeds, pooled, instances)
+        encoded += _encode_pictures(config, dict(sorted(contents.items())), class_pictures.kinds(), accelerator, dtype)
+    data = batches.Encoded(encoded, caption_ids, prompt_embeds, pooled, instances)
     return data, captions, Preview(embed_preview, models.load_vae(config, torch.device("cpu"), dtype))
 
 
@@ -99,11 +101,16 @@ def _same(embeddings: draw.Embeddings) -> draw.Embeddings:
 
 
 def _encode_pictures(
-    config: Config, paths: list[Path], kinds: tuple[str, ...], device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    vae = models.load_vae(config, device, dtype)
-    encoded = batches.encode_pictures(vae, paths, config.resolution, config.random_flip, kinds)
-    del vae
+    config: Config, contents: dict[Path, str], kinds: tuple[str, ...], accelerator: Accelerator, dtype: torch.dtype
+) -> latents.Latents:
+    device = accelerator.device
+    shapes = latents.shapes(config.resolution, config.aspect_ratio_buckets)
+    source, subfolder = models.vae_place(config)
+    place = Path(source) if Path(source).is_file() else Path(source, subfolder)
+    depends_on = [cache.stamps(place), str(dtype), device.type]
+    load_vae = partial(models.load_vae, config, device, dtype)
+    with accelerator.local_main_process_first():  # the others find what it has kept
+        encoded = latents.encode_pictures(load_vae, contents, shapes, config.random_flip, kinds, depends_on)
     draw.free(device)
     return encoded
 
@@ -127,9 +134,9 @@ def _draw_class(
     scheduler = draw.make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
     for path, number in tqdm(files.items(), desc="drawing the class", unit="picture"):
         seed = batches.stream_seed(config.seed, "class", number)
-        latents = draw.base_latents(unet, scheduler, embeddings.rows([0], unet), [seed], config)
+        drawn = draw.base_latents(unet, scheduler, embeddings.rows([0], unet), [seed], config)
         content = io.BytesIO()
-        draw.decode(vae, latents)[0].save(content, format="PNG")
+        draw.decode(vae, drawn)[0].save(content, format="PNG")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content.getvalue())  # one by one, so that a stop costs one
     del unet, vae

@@ -1,4 +1,4 @@
-"""One picture: opening it safely, checking it in a process that may die of it, cutting it square."""
+"""One picture: opening it safely, checking it in a process that may die of it, cutting it to a shape."""
 
 import hashlib
 import io
@@ -181,14 +181,15 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     return wide.point(lambda value: value * factor + 0).convert("L")
 
 
-def fit_square(picture: Image.Image, side: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Scale the shorter side to `side` pixels and cut the centre out.
+def fit(picture: Image.Image, shape: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
+    """Scale a picture until it covers `shape`, a height and width in pixels, and cut the centre out.
 
     Returns:
-        The square, and the (top, left) of the cut in pixels of the scaled picture, as SDXL's time ids want it.
+        That part, and the (top, left) of the cut in pixels of the scaled picture, as SDXL's time ids want it.
     """
-    scale = side / min(picture.size)
-    width, height = (max(side, round(length * scale)) for length in picture.size)
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    scaled = picture.resize((width, height), Image.Resampling.LANCZOS)
-    return scaled.crop((left, top, left + side, top + side)), (top, left)
+    height, width = shape
+    scale = max(width / picture.width, height / picture.height)
+    scaled_width, scaled_height = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    left, top = round((scaled_width - width) / 2), round((scaled_height - height) / 2)
+    scaled = picture.resize((scaled_width, scaled_height), Image.Resampling.LANCZOS)
+    return scaled.crop((left, top, left + width, top + height)), (top, left)

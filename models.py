@@ -146,12 +146,16 @@ def layers_per_block(source: str) -> int:
 
 def load_vae(config: Config, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
     """The VAE in fp32, since SDXL's own overflows in fp16; `pretrained_vae`, made to mend that, in `dtype`."""
-    source, subfolder = config.pretrained_model, "vae"
-    if config.pretrained_vae:
-        source, subfolder = config.pretrained_vae, "" if Path(config.pretrained_vae, "config.json").is_file() else "vae"
+    source, subfolder = vae_place(config)
     own = dtype if config.pretrained_vae else torch.float32
     vae = load_part(AutoencoderKL, source, subfolder, config.variant, own)
     return vae.to(device).eval().requires_grad_(False)
+
+
+def vae_place(config: Config) -> tuple[str, str]:
+    """The folder or the file that the VAE is in, and the folder in that."""
+    alone = config.pretrained_vae and Path(config.pretrained_vae, "config.json").is_file()
+    return config.pretrained_vae or config.pretrained_model, "" if alone else "vae"
 
 
 def load_noise_scheduler(config: Config) -> DDPMScheduler:

@@ -38,7 +38,7 @@ TRAINING_SCRIPT, SCRIPT_RUNNER = (Path(__file__).with_name(name) for name in ("t
 # A run cannot go on when one of these changes: it would be learning something else.
 LEARNT_SETTINGS = (
     "pretrained_model", "revision", "resolution", "rank", "lora_alpha", "seed", "train_text_encoder", "optimizer",
-    "with_prior_preservation", "pretrained_vae",
+    "with_prior_preservation", "pretrained_vae", "aspect_ratio_buckets",
 )  # fmt: skip
 MOST_BAD = 0.1  # share of the pictures
 ANEW = "to start anew, set lora_output_dir to a new folder"
@@ -74,11 +74,11 @@ def run(config: Config, dry_run: bool = False) -> None:
             command = build_command(config, config_file, job_file)
             _write_run_files(config, taken, finished)
             captions = data_utils.read_annotations(annotations.path)
-            job = make_job({p.path: captions[p.path] for p in taken}, learns, resume, models)
+            job = make_job(taken, captions, learns, resume, models)
             if config.with_prior_preservation:
                 there = class_pictures.pictures_there(config)
                 missing = class_pictures.pictures_to_draw(config, there)
-                job["class_pictures"] = list(map(str, there))
+                job["class_pictures"] = {str(path): digest for path, digest in there.items()}
                 job["class_to_draw"] = {str(path): number for path, number in missing.items()}
             job_file.write_text(json.dumps(job))
             config_file.write_text(accelerate_settings())
@@ -214,11 +214,16 @@ def _must_match(learnt: dict[str, Any], learns: dict[str, Any], place: Path) -> 
 
 
 def make_job(
-    captions: dict[Path, str], learns: dict[str, Any], resume: Path | None, models: dict[str, Any]
+    pictures: Sequence[Picture],
+    captions: dict[Path, str],
+    learns: dict[str, Any],
+    resume: Path | None,
+    models: dict[str, Any],
 ) -> dict[str, Any]:
     """What the training process is told besides the settings, as JSON; `models` are settings, as paths."""
     return {
-        "captions": {str(path): caption for path, caption in captions.items()},
+        "captions": {str(picture.path): captions[picture.path] for picture in pictures},
+        "contents": {str(picture.path): picture.sha256 for picture in pictures},
         "learns": learns,
         "resume": str(resume) if resume else None,
         "models": models,

@@ -8,6 +8,7 @@ from the pictures to the LoRA's gradients, we work out ourselves. Besides our re
 """
 
 import argparse
+import hashlib
 import importlib
 import os
 import shutil
@@ -25,6 +26,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 import batches
+import latents
 import lora_weights
 import models
 import train_lora
@@ -155,19 +157,20 @@ def script_step(path: Path, case: Case, model: Path, work: Path) -> Step:
 def our_step(case: Case, model: Path, pictures: list[Path], drawn: Step) -> Step:
     """The same step with our code, all of whose use is here, and what the script's step drew."""
     config, cpu = Config(pretrained_model=str(model), variant=None, rank=RANK), torch.device("cpu")
-    mean, std, time_ids = batches.encode_pictures(
-        models.load_vae(config, cpu, torch.float32), pictures, RESOLUTION, mirrored=False
-    )
+    contents = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures}
+    load_vae = partial(models.load_vae, config, cpu, torch.float32)
+    encoded = latents.encode_pictures(load_vae, contents, [(RESOLUTION, RESOLUTION)], mirrored=False)
     # The script shuffles: a row's picture is the one with the nearest latents.
+    mean, std = torch.cat(encoded.mean), torch.cat(encoded.std)  # one version of each
     rows = torch.cdist(drawn["posterior mean"][""].flatten(1), mean.flatten(1)).argmin(dim=1)
     text_encoders = models.load_text_encoders(config, cpu, torch.float32)
     encode = partial(models.encode_prompts, tokenizers=models.load_tokenizers(str(model)), text_encoders=text_encoders)
     prompts = ([INSTANCE_PROMPT] * case.size + [CLASS_PROMPT] * case.size)[: len(pictures)]
     caption, prompt_embeds, pooled_prompt_embeds = batches.encode_captions(prompts, encode)
-    data = batches.Encoded(mean, std, time_ids, caption, prompt_embeds, pooled_prompt_embeds, instances=case.size)
+    data = batches.Encoded(encoded, caption, prompt_embeds, pooled_prompt_embeds, instances=case.size)
     ours = batches.step_batch(data, SEED, 0, case.size, 1000, prior_weight=case.prior_loss_weight or 1.0)
     values = {name: drawn[name][""] for name in DRAWN} | {
-        "time_ids": time_ids[rows],
+        "time_ids": encoded.time_ids[rows],
         "caption": caption,
         "prompt_embeds": prompt_embeds[caption],
         "pooled_prompt_embeds": pooled_prompt_embeds[caption],
@@ -178,7 +181,7 @@ def our_step(case: Case, model: Path, pictures: list[Path], drawn: Step) -> Step
     with watched_step() as seen:
         lora_weights.add_lora({"unet": unet}, config)
         train_lora.training_loss(unet.train(), batch, models.load_noise_scheduler(config), case.snr_gamma).backward()
-    keep(seen, posterior_mean=mean[rows, 0], posterior_deviation=std[rows, 0])
+    keep(seen, posterior_mean=mean[rows], posterior_deviation=std[rows])
     return {name: seen[name] for name in seen if name not in (*DRAWN, "LoRA")}
 
 

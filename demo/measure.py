@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import batches
 import data_utils
 import draw
 import image_files
+import latents
 from config import IMAGE_EXTENSIONS, Config
 from demo.draw_textiles import ALL_OVER, COLOURS, PATTERNS, SIDE, Textile, choose
 from gallery import Design
@@ -115,7 +115,7 @@ def open_squares(paths: Sequence[Path], side: int = SIDE) -> list[Image.Image]:
     """Picture files, cut and resized as for training."""
     kinds = image_files.formats(IMAGE_EXTENSIONS)
     opened = [image_files.open_picture(path, kinds=kinds)[0] for path in paths]
-    return [image_files.fit_square(picture, side)[0] for picture in opened]
+    return [image_files.fit(picture, (side, side))[0] for picture in opened]
 
 
 def held_out_lace() -> Tensor:
@@ -125,7 +125,7 @@ def held_out_lace() -> Tensor:
 
 def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures of one size as (n, 3, h, w) from 0 to 1."""
-    return torch.stack([batches.to_tensor(picture) for picture in pictures]) / 2 + 0.5
+    return torch.stack([latents.to_tensor(picture) for picture in pictures]) / 2 + 0.5
 
 
 # --- does the base model draw what the prompt says?

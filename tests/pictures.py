@@ -5,7 +5,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,11 @@ def jpgs(folder: Path, count: int = 3) -> list[Path]:
     """A folder of different good pictures, `lace_0.jpg` and on."""
     folder.mkdir(parents=True, exist_ok=True)
     return [jpg(folder / f"lace_{index}.jpg", gradient(turn=index)) for index in range(count)]
+
+
+def contents(paths: Iterable[Path]) -> dict[Path, str]:
+    """The SHA-256 of each file."""
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def truncated_jpg(path: Path) -> Path:

@@ -1,31 +1,25 @@
-"""What a step sees: encodings against the VAE and diffusers' own time ids, batches as a function of the step."""
+"""What a step sees: batches as a function of the step."""
 
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
-from PIL import Image, ImageOps
 
 import batches
-import data_utils
-import models
-from config import UserError
-from pictures import Make
-
-CPU = torch.device("cpu")
+from latents import Latents
 
 
 def made_up(pictures: int, versions: int = 1) -> batches.Encoded:
     """Encodings whose latents tell which picture and version they are."""
     marks = torch.arange(pictures * versions, dtype=torch.float32).view(pictures, versions, 1, 1, 1)
-    return batches.Encoded(
-        mean=marks.expand(pictures, versions, 4, 2, 2),
-        std=torch.zeros(pictures, versions, 4, 2, 2),
+    latents = Latents(
+        mean=list(marks.expand(pictures, versions, 4, 2, 2)),
+        std=list(torch.zeros(pictures, versions, 4, 2, 2)),
         time_ids=torch.arange(pictures).float()[:, None].expand(pictures, 6),
+    )
+    return batches.Encoded(
+        latents=latents,
         caption=torch.zeros(pictures, dtype=torch.long),
         prompt_embeds=torch.zeros(1, 77, 8),
         pooled_prompt_embeds=torch.zeros(1, 4),
@@ -75,7 +69,7 @@ def test_mirrored_versions_are_both_drawn() -> None:
 
 def test_latents_are_sampled_anew_from_the_posterior() -> None:
     data = made_up(2)
-    spread = batches.Encoded(**(vars(data) | {"std": torch.full((2, 1, 4, 2, 2), 0.5)}))
+    spread = replace(data, latents=replace(data.latents, std=list(torch.full((2, 1, 4, 2, 2), 0.5))))
     samples = torch.stack([batches.step_batch(spread, 0, step, 2, 1000).latents for step in range(400)])
     means = torch.stack([batches.step_batch(data, 0, step, 2, 1000).latents for step in range(400)])
     deviation = (samples - means).std().item()
@@ -89,35 +83,6 @@ def test_timesteps_cover_the_whole_schedule() -> None:
     assert abs(drawn.float().mean() - 499.5) < 30
 
 
-def test_pictures_are_encoded_as_the_vae_does(settings: Make, photos: Path) -> None:
-    vae = models.load_vae(settings(), CPU, torch.float32)
-    path = photos / "lace_1.jpg"
-    mean, std, _ = batches.encode_pictures(vae, [path], 64, mirrored=True)
-    # By hand: 96x72 to 85x64, the middle 64 columns.
-    square = Image.open(path).convert("RGB").resize((85, 64), Image.Resampling.LANCZOS).crop((10, 0, 74, 64))
-    for version, picture in enumerate((square, ImageOps.mirror(square))):
-        pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)[None]
-        posterior = vae.encode(pixels / 127.5 - 1).latent_dist
-        torch.testing.assert_close(mean[0, version], posterior.mean[0] * 0.13025)
-        torch.testing.assert_close(std[0, version], posterior.std[0] * 0.13025)
-    # Mirrored latents are not the latents of the mirrored picture.
-    assert (mean[0, 1] - mean[0, 0].flip(-1)).abs().max() > 1e-3
-
-
-def test_time_ids_equal_the_pipelines(settings: Make, photos: Path) -> None:
-    config = settings()
-    vae = models.load_vae(config, CPU, torch.float32)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
-    paths = data_utils.list_images(photos)
-    _, _, time_ids = batches.encode_pictures(vae, paths, 64, mirrored=False)
-    for row, path in zip(time_ids, paths, strict=True):
-        width, height = Image.open(path).size
-        scaled = (round(height * 64 / min(width, height)), round(width * 64 / min(width, height)))
-        top_left = (round((scaled[0] - 64) / 2), round((scaled[1] - 64) / 2))
-        expected = pipeline._get_add_time_ids((height, width), top_left, (64, 64), torch.float32, 128)
-        assert torch.equal(row, expected[0])
-
-
 def test_equal_captions_are_encoded_once() -> None:
     asked: list[str] = []
 
@@ -129,13 +94,6 @@ def test_equal_captions_are_encoded_once() -> None:
     assert asked == ["a", "b"]
     assert index.tolist() == [0, 1, 0]
     assert embeds[index][:, 0, 0].tolist() == pooled[index][:, 0].tolist() == [1.0, 2.0, 1.0]
-
-
-def test_a_picture_that_vanishes_is_named(settings: Make, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="gone.jpg can no longer be read"):
-        batches.encode_pictures(
-            models.load_vae(settings(), CPU, torch.float32), [tmp_path / "gone.jpg"], 64, mirrored=False
-        )
 
 
 def with_class(instances: int, of_class: int) -> batches.Encoded:
@@ -172,3 +130,30 @@ def test_noise_offset_shifts_whole_channels_and_nothing_else() -> None:
         batches.step_batch(data, 1, step, 4, 1000, noise_offset=0.5).noise.mean((2, 3)) for step in range(400)
     ])  # fmt: skip
     assert many.var() == pytest.approx(0.25 + 0.25, rel=0.1)  # of four values' mean, and of the shift
+
+
+def in_shapes(widths: list[int]) -> batches.Encoded:
+    """A picture of each width."""
+    data = made_up(len(widths))
+    mean, std = ([part[..., :1].expand(1, 4, 2, width) for part, width in zip(parts, widths, strict=True)]
+                 for parts in (data.latents.mean, data.latents.std))  # fmt: skip
+    return replace(data, latents=replace(data.latents, mean=mean, std=std))
+
+
+def test_a_batch_has_one_shape_and_all_pictures_are_seen_equally_often() -> None:
+    widths = [2, 3, 2, 5, 3, 2, 2]
+    data = in_shapes(widths)
+    seen = [shown(data, seed=1, step=step, size=4) for step in range(3 * 7)]
+    assert all(len({widths[picture] for picture in pictures}) == 1 for pictures in seen)
+    cycles = seen[:7], seen[7:14], seen[14:]
+    for cycle in cycles:
+        assert Counter(picture for pictures in cycle for picture in pictures) == dict.fromkeys(range(7), 4)
+    assert len({tuple(widths[pictures[0]] for pictures in cycle) for cycle in cycles}) > 1
+    assert seen[13] == shown(data, seed=1, step=13, size=4)
+
+
+def test_epochs_within_a_shape_go_on_from_step_to_step() -> None:
+    data = in_shapes([2, 3, 2, 3, 3])
+    seen = [shown(data, seed=5, step=step, size=2) for step in range(5)]
+    wide = [picture for pictures in seen for picture in pictures if picture in (1, 3, 4)]
+    assert sorted(wide[:3]) == sorted(wide[3:]) == [1, 3, 4]

@@ -231,13 +231,23 @@ def test_a_file_without_permission_is_passed_over(tmp_path: Path) -> None:
     assert os.read(reader, 200).decode() == "unreadable: Permission denied"
 
 
-@pytest.mark.parametrize(("size", "corner"), [((64, 32), (0, 16)), ((40, 60), (8, 0)), ((20, 20), (0, 0))])
-def test_fit_square_cuts_the_centre(size: tuple[int, int], corner: tuple[int, int]) -> None:
-    scale = 32 / min(size)
-    whole = gradient(*size).resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.LANCZOS)
-    square, found = image_files.fit_square(gradient(*size), 32)
+@pytest.mark.parametrize(
+    ("size", "shape", "scaled", "corner"),
+    [
+        ((64, 32), (32, 32), (64, 32), (0, 16)),
+        ((40, 60), (32, 32), (32, 48), (8, 0)),
+        ((20, 20), (32, 32), (32, 32), (0, 0)),
+        ((40, 60), (16, 32), (32, 48), (16, 0)),
+        ((30, 10), (20, 40), (60, 20), (0, 10)),
+    ],
+)
+def test_fit_cuts_the_centre(
+    size: tuple[int, int], shape: tuple[int, int], scaled: tuple[int, int], corner: tuple[int, int]
+) -> None:
+    whole = gradient(*size).resize(scaled, Image.Resampling.LANCZOS)
+    part, found = image_files.fit(gradient(*size), shape)
     assert found == corner
-    assert far(square, whole.crop((corner[1], corner[0], corner[1] + 32, corner[0] + 32))) == 0
+    assert far(part, whole.crop((corner[1], corner[0], corner[1] + shape[1], corner[0] + shape[0]))) == 0
 
 
 def test_no_process_is_left_when_the_main_one_is_killed(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,11 @@ import models
 import train_lora
 from config import LOSS_NOT_FINITE, Config, UserError
 from encode import Captions, encode
+from latents import Latents, to_tensor
 from learner import Learner
 from logbook import Logbook
 from optimizer import make_optimizer
-from pictures import Make, gradient, jpg, refused, snapshot
+from pictures import Make, contents, gradient, jpg, refused, snapshot
 from supervise import Stopped
 
 CPU = torch.device("cpu")
@@ -99,10 +100,8 @@ def make_run(config: Config, data: batches.Encoded | None = None) -> train_lora.
     lora = lora_weights.add_lora(networks, config)
     if data is None:
         batch = random_batch(6)
-        data = batches.Encoded(
-            batch.latents[:, None], torch.zeros(6, 1, 4, 8, 8), batch.time_ids, torch.arange(6),
-            batch.prompt_embeds, batch.pooled_prompt_embeds, 6,
-        )  # fmt: skip
+        latents = Latents(list(batch.latents[:, None]), list(torch.zeros(6, 1, 4, 8, 8)), batch.time_ids)
+        data = batches.Encoded(latents, torch.arange(6), batch.prompt_embeds, batch.pooled_prompt_embeds, 6)
     process: Any = SimpleNamespace(device=CPU, num_processes=1, process_index=0, is_main_process=True)
     noise_scheduler = noise_schedule()
     loss = partial(train_lora._loss, config, Captions([], {}), unet, noise_scheduler)
@@ -164,7 +163,7 @@ def test_cached_latents_give_the_loss_of_encoding_in_the_step(settings: Make, ph
         models.load_text_encoders(config, CPU, torch.float32),
     )
     captions = {str(path): f"lace number {index}" for index, path in enumerate(data_utils.list_images(photos))}
-    data, _, _ = encode(config, {"captions": captions}, Accelerator(), torch.float32)
+    data, _, _ = encode(config, job_of(captions), Accelerator(), torch.float32)
     run = make_run(config, data)
     batch = batches.step_batch(data, config.seed, 3, 2, 1000)
     cached = train_lora.training_loss(run.unet, batch, run.noise_scheduler, None)
@@ -173,8 +172,8 @@ def test_cached_latents_give_the_loss_of_encoding_in_the_step(settings: Make, ph
     chosen = [int((data.prompt_embeds == embeds).flatten(1).all(1).nonzero()[0]) for embeds in batch.prompt_embeds]
     paths = [Path(list(captions)[index]) for index in chosen]
     embeds, pooled = models.encode_prompts([captions[str(path)] for path in paths], tokenizers, encoders)
-    squares = [image_files.fit_square(image_files.open_picture(path)[0], 64)[0] for path in paths]
-    posterior = vae.encode(torch.stack([batches.to_tensor(square) for square in squares])).latent_dist
+    squares = [image_files.fit(image_files.open_picture(path)[0], (64, 64))[0] for path in paths]
+    posterior = vae.encode(torch.stack([to_tensor(square) for square in squares])).latent_dist
     stream = batches.stream(config.seed, "step", 3)
     torch.randint(1, (2,), generator=stream)  # the draw of mirrored versions comes first
     sampled = (posterior.mean + posterior.std * torch.randn(2, 4, 8, 8, generator=stream)) * vae.config.scaling_factor
@@ -197,15 +196,23 @@ class StopAt:
         return self.step is not None and self.asked >= self.step
 
 
+def as_json(by_path: dict[Path, Any]) -> dict[str, Any]:
+    return {str(path): value for path, value in by_path.items()}
+
+
+def job_of(captions: dict[str, str]) -> dict[str, Any]:
+    return {"captions": captions, "contents": as_json(contents(map(Path, captions)))}
+
+
 def train_here(
-    config: Config, resume: Path | None = None, stop: StopAt | None = None, of_class: Sequence[Path] = ()
+    config: Config, resume: Path | None = None, stop: StopAt | None = None, of_class: Iterable[Path] = ()
 ) -> str:
     """Runs `train_lora.train` in this process, from scratch or from a checkpoint."""
     images = data_utils.list_images(config.images_dir)
     job = {
-        "class_pictures": list(map(str, of_class)),
-        "class_to_draw": {str(path): n for path, n in class_pictures.pictures_to_draw(config, list(of_class)).items()},
-        "captions": {str(path): config.instance_prompt for path in images},
+        **job_of({str(path): config.instance_prompt for path in images}),
+        "class_pictures": as_json(contents(of_class)),
+        "class_to_draw": as_json(class_pictures.pictures_to_draw(config, list(of_class))),
         "learns": {"rank": config.rank},
         "resume": str(resume) if resume else None,
     }
@@ -220,6 +227,7 @@ def train_here(
         {"optimizer": "prodigy", "learning_rate": 1.0, "noise_offset": 0.1},
         {"train_text_encoder": True, "text_encoder_lr": 1e-2, "gradient_checkpointing": True},
         {"with_prior_preservation": True, "num_class_images": 3, "class_prompt": "a net"},
+        {"aspect_ratio_buckets": True, "gradient_accumulation_steps": 2},
     ],
 )
 def test_a_run_in_three_parts_equals_the_straight_one(settings: Make, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -269,7 +277,9 @@ def test_an_update_without_finite_loss_is_left_out(settings: Make) -> None:
     train_lora.update(run, 0, 1.0, False)
     before = [weight.clone() for weight in run.lora.values()]
     moments = [tensor.clone() for state in run.optimizer.state.values() for tensor in state.values()]
-    good, run.data = run.data, replace(run.data, mean=run.data.mean * torch.nan)
+    latents = run.data.latents
+    broken = replace(latents, mean=[mean * torch.nan for mean in latents.mean])
+    good, run.data = run.data, replace(run.data, latents=broken)
     loss, _, _ = train_lora.update(run, 1, 1.0, False)
     assert loss.isnan()
     assert all(map(torch.equal, before, run.lora.values()))
@@ -324,7 +334,7 @@ def test_text_encoders_learn_what_the_whole_gradient_says(settings: Make, photos
     """Against the plain way: captions through a pipeline's encoders in the step, and autograd over everything."""
     config = settings(train_text_encoder=True)
     captions = {str(path): f"lace number {index % 2}" for index, path in enumerate(data_utils.list_images(photos))}
-    data, read, _ = encode(config, {"captions": captions}, Accelerator(), torch.float32)
+    data, read, _ = encode(config, job_of(captions), Accelerator(), torch.float32)
     run = make_run(config, data)
     torch.manual_seed(3)
     lora = lora_weights.add_lora(read.encoders, config)
@@ -402,13 +412,13 @@ def test_missing_class_pictures_are_drawn_by_the_base_and_kept(settings: Make, t
     drawn = sorted((tmp_path / "lora" / "class_images").iterdir())
     assert len(drawn) == 3
     assert len({path.read_bytes() for path in drawn}) == 3
-    assert class_pictures.pictures_there(config) == drawn
+    assert class_pictures.pictures_there(config) == contents(drawn)
     before = snapshot(tmp_path / "lora" / "class_images")
     again = replace(config, lora_output_dir=str(tmp_path / "again"), class_data_dir=str(tmp_path / "lora/class_images"))
     train_here(again, of_class=class_pictures.pictures_there(again))
     assert snapshot(tmp_path / "lora" / "class_images") == before
     # With another prompt they are of no use, and with a larger number only the rest is drawn.
-    assert class_pictures.pictures_there(replace(config, class_prompt="a stripe")) == []
+    assert class_pictures.pictures_there(replace(config, class_prompt="a stripe")) == {}
     more = class_pictures.pictures_to_draw(replace(config, num_class_images=5), drawn)
     assert list(more.values()) == [3, 4]
 
@@ -417,11 +427,10 @@ def test_class_pictures_have_time_ids_and_captions_of_their_own(settings: Make, 
     own = jpg(tmp_path / "net.jpg", gradient(200, 120))
     config = settings(with_prior_preservation=True, num_class_images=1, class_prompt="a net")
     captions = {str(path): "lace" for path in data_utils.list_images(photos)}
-    data, _, _ = encode(
-        config, {"captions": captions, "class_pictures": [str(own)], "class_to_draw": {}}, Accelerator(), torch.float32
-    )
+    job = job_of(captions) | {"class_pictures": as_json(contents([own])), "class_to_draw": {}}
+    data, _, _ = encode(config, job, Accelerator(), torch.float32)
     assert (data.instances, len(data.caption)) == (5, 6)
-    assert data.time_ids[5].tolist() == [120.0, 200.0, 0.0, 22.0, 64.0, 64.0]  # 200 x 120 scaled to 107 x 64
+    assert data.latents.time_ids[5].tolist() == [120.0, 200.0, 0.0, 22.0, 64.0, 64.0]  # 200 x 120 scaled to 107 x 64
     assert data.caption.tolist() == [0, 0, 0, 0, 0, 1]
     tokenizers = models.load_tokenizers(config.pretrained_model)
     encoders = models.load_text_encoders(config, CPU, torch.float32)

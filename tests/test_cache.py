@@ -1,0 +1,85 @@
+"""What is remembered from run to run, and that nothing depends on it."""
+
+import logging
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+import cache
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "lace-lora"
+
+
+class Counted:
+    """Makes another tensor each time."""
+
+    made = 0
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        self.made += 1
+        return {"value": torch.tensor(float(self.made))}
+
+
+def test_an_equal_key_is_answered_from_the_file_and_another_one_is_not(own_folder: Path) -> None:
+    make = Counted()
+    assert [float(cache.remembered(key, make)["value"]) for key in ({"a": 1}, {"a": 1}, {"a": 2}, {"a": 1})] == [
+        1,
+        1,
+        2,
+        1,
+    ]
+    assert len(list(own_folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.write_bytes(path.read_bytes()[:-2]), lambda path: path.write_text("x")]
+)
+def test_a_damaged_file_is_made_anew(own_folder: Path, caplog: pytest.LogCaptureFixture, damage: object) -> None:
+    make = Counted()
+    cache.remembered({}, make)
+    [file] = own_folder.iterdir()
+    damage(file)  # type: ignore[operator]
+    assert float(cache.remembered({}, make)["value"]) == 2
+    assert str(file) in caplog.text
+    assert float(cache.remembered({}, make)["value"]) == 2
+
+
+def test_a_folder_that_takes_nothing_costs_a_warning(own_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own_folder.write_text("a file where the folder should be")
+    make = Counted()
+    with caplog.at_level(logging.WARNING):
+        assert [float(cache.remembered({}, make)["value"]) for _ in range(2)] == [1, 2]
+    assert "cannot be kept" in caplog.text
+
+
+def test_the_least_recently_used_files_go(own_folder: Path) -> None:
+    make = Counted()
+    for number in range(cache.MOST_FILES):
+        cache.remembered({"number": number}, make)
+        for path in own_folder.iterdir():  # as if some time had passed
+            at = path.stat().st_mtime - 10
+            os.utime(path, (at, at))
+    cache.remembered({"number": 0}, make)
+    cache.remembered({"number": "new"}, make)
+    assert len(list(own_folder.iterdir())) == cache.MOST_FILES
+    assert float(cache.remembered({"number": 0}, make)["value"]) == 1
+    assert float(cache.remembered({"number": 1}, make)["value"]) > cache.MOST_FILES
+
+
+def test_stamps_change_with_what_they_stand_for(tmp_path: Path) -> None:
+    file = tmp_path / "weights" / "deep" / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"one")
+    before = cache.stamps(tmp_path / "weights")
+    assert before == cache.stamps(tmp_path / "weights") != []
+    at = file.stat()[stat.ST_MTIME] + 5
+    os.utime(file, (at, at))
+    assert before != cache.stamps(tmp_path / "weights")
+    assert cache.stamps(file) == cache.stamps(file.parent)

@@ -1,0 +1,141 @@
+"""Pictures to latents: against the VAE and diffusers' own time ids, shapes, and what is kept for the next run."""
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image, ImageOps
+
+import data_utils
+import latents
+import models
+from config import Config, UserError
+from latents import Latents
+from pictures import Make, contents
+
+CPU = torch.device("cpu")
+SQUARE = [(64, 64)]
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def encode(
+    config: Config, paths: Iterable[Path], allowed: Sequence[latents.Shape] = SQUARE, mirrored: bool = False
+) -> Latents:
+    load_vae = partial(models.load_vae, config, CPU, torch.float32)
+    return latents.encode_pictures(load_vae, contents(paths), allowed, mirrored)
+
+
+def test_pictures_are_encoded_as_the_vae_does(settings: Make, photos: Path) -> None:
+    path = photos / "lace_1.jpg"
+    found = encode(settings(), [path], mirrored=True)
+    vae = models.load_vae(settings(), CPU, torch.float32)
+    # By hand: 96x72 to 85x64, the middle 64 columns.
+    square = Image.open(path).convert("RGB").resize((85, 64), Image.Resampling.LANCZOS).crop((10, 0, 74, 64))
+    for version, picture in enumerate((square, ImageOps.mirror(square))):
+        pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)[None]
+        posterior = vae.encode(pixels / 127.5 - 1).latent_dist
+        torch.testing.assert_close(found.mean[0][version], posterior.mean[0] * 0.13025)
+        torch.testing.assert_close(found.std[0][version], posterior.std[0] * 0.13025)
+    # Mirrored latents are not the latents of the mirrored picture.
+    assert (found.mean[0][1] - found.mean[0][0].flip(-1)).abs().max() > 1e-3
+
+
+def test_time_ids_equal_the_pipelines(settings: Make, photos: Path) -> None:
+    config = settings()
+    pipeline = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
+    paths = data_utils.list_images(photos)
+    for row, path in zip(encode(config, paths).time_ids, paths, strict=True):
+        width, height = Image.open(path).size
+        scaled = (round(height * 64 / min(width, height)), round(width * 64 / min(width, height)))
+        top_left = (round((scaled[0] - 64) / 2), round((scaled[1] - 64) / 2))
+        expected = pipeline._get_add_time_ids((height, width), top_left, (64, 64), torch.float32, 128)
+        assert torch.equal(row, expected[0])
+
+
+def test_a_picture_that_vanishes_or_changes_is_named(settings: Make, photos: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "lace.jpg"
+    picture.write_bytes((photos / "lace_0.jpg").read_bytes())
+    known = contents([picture])
+    load_vae = partial(models.load_vae, settings(), CPU, torch.float32)
+    picture.write_bytes((photos / "lace_1.jpg").read_bytes())
+    with pytest.raises(UserError, match=r"lace.jpg was changed while"):
+        latents.encode_pictures(load_vae, known, SQUARE, False)
+    picture.unlink()
+    with pytest.raises(UserError, match=r"lace.jpg can no longer be read"):
+        latents.encode_pictures(load_vae, known, SQUARE, False)
+
+
+def test_buckets_are_sdxls_at_1024_and_of_about_one_area_at_any_size() -> None:
+    assert latents.shapes(512, buckets=False) == [(512, 512)]
+    full = latents.shapes(1024, buckets=True)
+    assert len(full) == len(set(full)) == 41
+    assert {(1024, 1024), (2048, 512), (512, 2048), (832, 1216), (1216, 832), (704, 1344)} <= set(full)
+    for resolution in (512, 768, 1024):
+        for height, width in latents.shapes(resolution, buckets=True):
+            assert height % 32 == width % 32 == 0
+            assert 0.83 < height * width / resolution**2 < 1.08
+    assert latents.shapes(64, buckets=True)  # the demo's size
+
+
+def test_each_picture_gets_the_bucket_that_is_most_like_it(settings: Make, tmp_path: Path) -> None:
+    sizes = {(200, 200): (128, 128), (300, 200): (96, 160), (200, 400): (192, 96), (2000, 100): (64, 256)}
+    paths = []
+    for width, height in sizes:
+        paths.append(tmp_path / f"{width}x{height}.jpg")
+        Image.radial_gradient("L").resize((width, height)).convert("RGB").save(paths[-1])
+    found = encode(settings(), paths, allowed=latents.shapes(128, buckets=True))
+    for mean, ids, shape in zip(found.mean, found.time_ids.tolist(), sizes.values(), strict=True):
+        assert tuple(mean.shape) == (1, 4, shape[0] // 8, shape[1] // 8)
+        assert tuple(ids[4:]) == shape
+    # By hand: 300x200 covers 160x96 at 160x107.
+    assert found.time_ids[1].tolist() == [200, 300, 6, 0, 96, 160]
+
+
+def test_a_second_run_needs_neither_vae_nor_pictures(settings: Make, photos: Path) -> None:
+    paths = data_utils.list_images(photos)
+    first = encode(settings(), paths, mirrored=True, allowed=latents.shapes(64, buckets=True))
+
+    def load_nothing() -> Any:
+        raise AssertionError("the VAE is loaded")
+
+    options: dict[str, Any] = {"mirrored": True, "allowed": latents.shapes(64, buckets=True)}
+    known = {Path("gone") / str(number): digest for number, digest in enumerate(contents(paths).values())}
+    again = latents.encode_pictures(load_nothing, known, **options)
+    assert all(map(torch.equal, first.mean + first.std, again.mean + again.std))
+    assert torch.equal(first.time_ids, again.time_ids)
+    others: list[dict[str, Any]] = [{"mirrored": False}, {"allowed": SQUARE}, {"depends_on": "another VAE"}]
+    for other in others:
+        with pytest.raises(AssertionError, match="the VAE is loaded"):
+            latents.encode_pictures(load_nothing, known, **(options | other))
+    with pytest.raises(AssertionError, match="the VAE is loaded"):
+        latents.encode_pictures(load_nothing, dict(list(known.items())[:-1]), **options)
+
+
+def test_few_pictures_are_in_memory_at_once() -> None:
+    lock = threading.Lock()
+    begun: list[Path] = []
+    taken: list[Path] = []
+
+    def note(path: Path) -> Path:
+        with lock:
+            begun.append(path)
+            assert len(begun) - len(taken) <= 9
+        time.sleep(0.001)
+        return path
+
+    paths = [Path(str(number)) for number in range(60)]
+    for path in latents._ahead(note, paths):
+        with lock:
+            taken.append(path)
+    assert taken == paths
