@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -18,10 +19,26 @@ from data_utils import write_atomically
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
 # Updates in a row that may be left out because the loss or the gradients are not finite; fp16 begins with a few such.
 MOST_LOST, MOST_OVERFLOWN = 5, 25
-READ_EVERY = 10  # steps between readings of the loss from the GPU: each reading waits for the GPU to catch up
+READ_EVERY = 10  # steps between readings of the loss: each costs the CPU a little
 
 
 logger = logging.getLogger("train_lora")
+
+
+class Late:
+    """Numbers that a GPU is still calculating; they come to the CPU by themselves, and only reading waits for them."""
+
+    def __init__(self, *values: Tensor) -> None:
+        together = torch.stack([value.detach().float() for value in values])
+        self.numbers = together.to("cpu", non_blocking=together.is_cuda)
+        self.arrived = torch.cuda.Event() if together.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def read(self) -> list[float]:
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.numbers.tolist()
 
 
 class Logbook:
@@ -34,28 +51,29 @@ class Logbook:
     def __init__(self, config: Config, first_step: int, quiet: bool) -> None:
         self.folder, self.learning_rate = Path(config.lora_output_dir), config.learning_rate
         self.rows = _read_rows(self.folder / "metrics.csv", before=first_step)
-        self.pending: list[tuple[int, Tensor, float, Tensor]] = []
+        self.pending: list[tuple[int, float, Late]] = []
         self.started = time.monotonic()
         self.bar = tqdm(total=config.max_train_steps, initial=first_step, desc="training", unit="step", disable=quiet)
         self.writer = _tensorboard(self.folder / "logs", first_step) if config.report_to == "tensorboard" else None
 
     def record(self, step: int, loss: Tensor, learning_rate: float, grad_norm: Tensor) -> None:
-        """Note one step, counted from 1; loss and norm stay on their device until the next reading."""
-        self.pending.append((step, loss, learning_rate, grad_norm))
+        """Note one step, counted from 1; loss and norm may still be in the making."""
+        self.pending.append((step, learning_rate, Late(loss, grad_norm)))
         self.bar.update()
 
-    def read(self) -> None:
-        """Fetch the pending losses and norms into `rows`, and show the last."""
-        for step, loss, learning_rate, grad_norm in self.pending:
+    def read(self, latest: bool) -> None:
+        """Take losses and norms into `rows` and show the last; without `latest` all but one that may still be due."""
+        ready = self.pending if latest else self.pending[:-1] or self.pending
+        self.pending = self.pending[len(ready) :]
+        for step, learning_rate, numbers in ready:
+            loss, grad_norm = numbers.read()
             seconds = time.monotonic() - self.started
-            row = dict(zip(COLUMNS, (step, loss.item(), learning_rate, grad_norm.item(), seconds), strict=True))
+            row = dict(zip(COLUMNS, (step, loss, learning_rate, grad_norm, seconds), strict=True))
             self.rows.append(row)
             if self.writer:
                 for name in COLUMNS[1:4]:
                     self.writer.add_scalar(f"train/{name}", row[name], step)
-        if self.pending:
-            self.bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{learning_rate:.1e}")
-        self.pending.clear()
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}")
 
     def check_finite(self, ending: bool) -> bool:
         """Whether what was learnt may be saved: the last loss read is a finite number, or the run is ending.

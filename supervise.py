@@ -27,6 +27,7 @@ from data_utils import write_atomically
 logger = logging.getLogger(__name__)
 
 OUTCOME = "outcome.json"
+_GROUP = ".group"  # of files whose names are the process groups that train: several processes have one each
 STOPPED = 130
 ADVICE = (
     "set gradient_checkpointing: true, or halve train_batch_size and double gradient_accumulation_steps, "
@@ -40,13 +41,24 @@ _DISK_ERRORS = (
 _MEMORY_ERRORS = ("OutOfMemoryError", "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _REMIND_SECONDS = 0.5
-# Python runs this instead of accelerate's own file, so that a SIGINT ends the launcher without a traceback.
 _LAUNCHER_PID = "LACE_LORA_LAUNCHER"
-LAUNCHER = (
-    "import os, runpy, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
-    f'os.environ["{_LAUNCHER_PID}"] = str(os.getpid()); '
-    'runpy.run_module("accelerate.commands.launch", run_name="__main__", alter_sys=True)'
-)
+# Python runs this instead of accelerate's own file: a SIGINT, or a training process that failed, ends the launcher
+# without a traceback, since the reason travels in the file.
+LAUNCHER = f"""
+import logging, os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.environ["{_LAUNCHER_PID}"] = str(os.getpid())
+logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+try:
+    runpy.run_module("accelerate.commands.launch", run_name="__main__", alter_sys=True)
+except Exception as error:
+    if type(error).__name__ == "SignalException":
+        signal.signal(error.sigval, signal.SIG_DFL)
+        os.kill(os.getpid(), error.sigval)
+    if type(error).__name__ != "ChildFailedError":
+        raise
+    sys.exit(1)
+"""
 
 
 class Stopped(Exception):
@@ -75,6 +87,7 @@ def report_outcome(work: Callable[[StopSignal], str], folder: Path) -> int:
     _set_for_process(_PR_SET_PDEATHSIG, signal.SIGTERM)  # so that the launcher's death reaches us
     if os.environ.get(_LAUNCHER_PID, str(os.getppid())) != str(os.getppid()):
         return STOPPED  # it was dead before we could ask for that
+    (folder / f"{os.getpgrp()}{_GROUP}").touch()
     if not (folder / OUTCOME).exists():
         _write(folder, None, "")
     try:
@@ -179,11 +192,11 @@ def run(command: list[str], folder: Path) -> str:
             except subprocess.TimeoutExpired:
                 # Again and again: a process that is only just starting has no ear for it yet.
                 if stops:
-                    _signal_group(launcher.pid, signal.SIGKILL if len(stops) > 1 else signal.SIGTERM)
+                    _signal_groups(folder, launcher.pid, kill=len(stops) > 1)
         # The launcher can end before the training, by the signal that was for both: then that still saves.
-        while _group_lives(launcher.pid):
+        while any(list(map(_group_lives, _groups(folder) | {launcher.pid}))):
             told = _outcome(folder).get("exit_code") is not None
-            _signal_group(launcher.pid, signal.SIGKILL if told or len(stops) > 1 else signal.SIGTERM)
+            _signal_groups(folder, launcher.pid, kill=told or len(stops) > 1)
             time.sleep(_REMIND_SECONDS / 5)
     finally:
         _set_for_process(_PR_SET_CHILD_SUBREAPER, 0)
@@ -201,9 +214,17 @@ def _set_for_process(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value)
 
 
-def _signal_group(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
+def _groups(folder: Path) -> set[int]:
+    """The process groups that train: the launcher's, or, of several processes, one for each."""
+    return {int(path.stem) for path in folder.glob(f"*{_GROUP}")}
+
+
+def _signal_groups(folder: Path, launcher: int, kill: bool) -> None:
+    # A launcher of several processes is left alone if it can be: stopped, it would not wait for them to save.
+    groups = _groups(folder)
+    for group in groups | {launcher} if kill else groups or {launcher}:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL if kill else signal.SIGTERM)
 
 
 def _group_lives(group: int) -> bool:

@@ -233,6 +233,7 @@ def make_job(
 def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list[str]:
     """The whole launch. accelerate gets a file, the user's or ours: one cached on the machine would win over flags."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, threads // _processes_here(config.accelerate_config))
     return [
         sys.executable, "-c", supervise.LAUNCHER,
         "--config_file", config.accelerate_config or str(accelerate_file),
@@ -242,6 +243,11 @@ def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list
         "--config", str(Path(config.lora_output_dir) / "config.yaml"),
         "--job", str(job_file),
     ]  # fmt: skip
+
+
+def _processes_here(accelerate_config: str | None) -> int:
+    settings = yaml.safe_load(Path(accelerate_config).read_text()) if accelerate_config else {}
+    return max(1, int(settings.get("num_processes") or 1) // int(settings.get("num_machines") or 1))
 
 
 def accelerate_settings() -> str:

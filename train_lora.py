@@ -13,12 +13,13 @@ import os
 import re
 import sys
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -33,7 +34,7 @@ import models
 from config import Config, UserError, load_config
 from encode import Captions, Preview, encode
 from learner import Learner
-from logbook import READ_EVERY, Logbook
+from logbook import READ_EVERY, Late, Logbook
 from optimizer import make_optimizer, optimizer_state, rate_factor_at, restore_optimizer, update_weights
 from supervise import Stopped, StopSignal, hold_shared, report_outcome
 
@@ -71,6 +72,7 @@ class Run:
     learner: Learner
     accelerator: Accelerator
     preview: Preview
+    wish: Late | None = None  # of any process to stop, as of the step before
 
     @property
     def folder(self) -> Path:
@@ -87,10 +89,12 @@ def train(config: Config, job: dict[str, Any], stop: StopSignal) -> str:
     Raises:
         Stopped, UserError: see `loop`; OSError and out-of-memory errors as they come.
     """
-    accelerator = Accelerator()
-    device = accelerator.device
+    # The others wait for the first while it encodes pictures or draws samples, longer than the ten minutes of NCCL.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))])
+    device, world = accelerator.device, accelerator.num_processes
     dtype = models.pick_dtype(config.mixed_precision, device)
-    logger.info("training on %s in %s", device, str(dtype).removeprefix("torch."))
+    others = f", one of {world} processes" if world > 1 else ""
+    logger.info("training on %s in %s%s", device, str(dtype).removeprefix("torch."), others)
     data, captions, preview = encode(config, job, accelerator, dtype)
 
     unet = models.load_unet(config.pretrained_model, config.variant, device, dtype, config.attention)
@@ -139,7 +143,7 @@ def loop(run: Run, log: Logbook, first_step: int, stop: StopSignal) -> int:
         ending = stopping or done == config.max_train_steps
         saving = ending or done % config.checkpointing_steps == 0
         if saving or done % READ_EVERY == 0:
-            log.read()
+            log.read(latest=saving)
             # What came before a row of bad losses may be their cause: no checkpoint of that.
             saving = log.check_finite(ending) and saving
         if saving and is_main:
@@ -154,7 +158,8 @@ def update(run: Run, step: int, factor: float, stop_requested: bool) -> tuple[Te
     """One optimizer step over the whole effective batch; `factor` is the learning rate's, from the schedule.
 
     Returns:
-        The loss (mean over the batch), the gradients' norm before clipping, and whether any process wants to stop.
+        The loss (mean over the batch), the gradients' norm before clipping, and whether all processes are to stop. Of
+        several they do one step after the first of them wants to, so that none waits for its GPU to hear of it.
     """
     config, world, rank = run.config, run.accelerator.num_processes, run.accelerator.process_index
     # Dropout's draws; everything else random comes with the batch.
@@ -165,7 +170,9 @@ def update(run: Run, step: int, factor: float, stop_requested: bool) -> tuple[Te
     ).share(rank, world)  # fmt: skip
     loss = run.learner(batch.pinned() if run.accelerator.device.type == "cuda" else batch)
     if world > 1:
-        loss, stop_requested = _average(run, loss, stop_requested)
+        before = run.wish
+        loss, run.wish = _average(run, loss, stop_requested)
+        stop_requested = before is not None and before.read()[0] > 0
     grad_norm = update_weights(run.optimizer, run.learner.scaler, loss, factor, config.max_grad_norm)
     return loss, grad_norm, stop_requested
 
@@ -208,7 +215,7 @@ def loss_weights(timesteps: Tensor, noise_scheduler: DDPMScheduler, snr_gamma: f
     return snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
 
 
-def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, bool]:
+def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, Late]:
     """Gradients, loss and the wish to stop averaged over all processes, in one message."""
     gradients = run.learner.gradients()
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss[None], loss.new_tensor([stop_requested])])
@@ -216,7 +223,7 @@ def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, bool
     sizes = [gradient.numel() for gradient in gradients]
     for gradient, averaged in zip(gradients, flat[:-2].split(sizes), strict=True):
         gradient.copy_(averaged.view_as(gradient))
-    return flat[-2], bool(flat[-1] > 0)
+    return flat[-2], Late(flat[-1])
 
 
 def save_checkpoint(run: Run, step: int) -> None:

@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from config import dump_config, load_config
 from pictures import ROOT, Make, main_py, snapshot
@@ -83,6 +85,26 @@ def test_train_and_draw(config_file: Path, tmp_path: Path) -> None:
     assert (tmp_path / "pictures-2" / "refined_output_000.jpg").exists()
     comment = json.loads(Image.open(tmp_path / "pictures-2" / "refined_output_000.jpg").info["comment"])
     assert comment["seed"] == 7
+
+
+def test_two_processes_learn_what_one_does_with_twice_the_batch(
+    settings: Make, config_file: Path, two_processes: str, tmp_path: Path
+) -> None:
+    common = ["--mode", "train", "--config", str(config_file), "learning_rate=0.01", "gradient_accumulation_steps=2"]
+    one = main_py(*common, "train_batch_size=2", f"lora_output_dir={tmp_path / 'one'}")
+    two = main_py(
+        *common, "train_batch_size=1", f"lora_output_dir={tmp_path / 'two'}", f"accelerate_config={two_processes}"
+    )
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert "one of 2 processes" in two.stderr
+    expected, learnt = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
+    assert max(weight.abs().max() for name, weight in expected.items() if "lora_B" in name or "lora.up" in name) > 0.01
+    for name, weight in expected.items():  # which Adam has moved by up to 0.04, rounding of small gradients included
+        torch.testing.assert_close(learnt[name], weight, rtol=1e-3, atol=2e-4)
+    rows = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("one", "two")]
+    for single, double in zip(*rows, strict=True):
+        assert single.split(",")[0] == double.split(",")[0]
+    assert float(rows[0][-1].split(",")[1]) == pytest.approx(float(rows[1][-1].split(",")[1]), rel=1e-3)
 
 
 def test_a_stop_saves_and_the_same_command_goes_on(config_file: Path, tmp_path: Path) -> None:

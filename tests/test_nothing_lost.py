@@ -127,7 +127,20 @@ STOPS = [("main", signal.SIGTERM), ("group", signal.SIGINT), ("launcher", signal
 def test_a_stop_saves_and_says_how_to_go_on(
     whom: str, number: signal.Signals, settings: Make, start: Start, tmp_path: Path
 ) -> None:
-    process = start(settings(max_train_steps=100_000, checkpointing_steps=5))
+    stop_and_look(whom, number, settings(max_train_steps=100_000, checkpointing_steps=5), start, tmp_path)
+
+
+@pytest.mark.parametrize(("whom", "number"), [("main", signal.SIGINT), ("launcher", signal.SIGTERM)])
+def test_a_stop_of_two_processes_saves_and_says_how_to_go_on(
+    whom: str, number: signal.Signals, settings: Make, start: Start, two_processes: str, tmp_path: Path
+) -> None:
+    config = settings(max_train_steps=100_000, checkpointing_steps=5, accelerate_config=two_processes)
+    stop_and_look(whom, number, config, start, tmp_path)
+    assert "one of 2 processes" in (tmp_path / "said.txt").read_text()
+
+
+def stop_and_look(whom: str, number: signal.Signals, config: Config, start: Start, tmp_path: Path) -> None:
+    process = start(config)
     assert wait_for(lambda: reached(tmp_path / "lora") >= 5, process)
     family = process.children(recursive=True)
     began = time.monotonic()
