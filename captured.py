@@ -67,6 +67,9 @@ class Captured:
             with torch.cuda.graph(graph, pool=self.pool):
                 output = self.function(inputs)
         except RuntimeError as error:
+            # PyTorch leaves its generator as if the capture still went on: no random number could be drawn any more.
+            fresh = torch.Generator(self.device).graphsafe_get_state()
+            torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
             reason = str(error).strip().split("\n")[0]
             raise CaptureError(reason) from error
         return graph, inputs, output

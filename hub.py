@@ -98,7 +98,12 @@ def layout(file: Path) -> Path:
 
 def has_weights(folder: Path, variant: str | None) -> bool:
     """Whether weights in that variant are there, whole or in shards; None means plain ones."""
-    return any(any(folder.glob(name)) for name in _weight_names(variant) if name.endswith(".safetensors"))
+    return bool(weight_files(folder, variant))
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    names = [name for name in _weight_names(variant) if name.endswith(".safetensors")]
+    return sorted(path for name in names for path in folder.glob(name))
 
 
 def _weight_names(variant: str | None) -> list[str]:

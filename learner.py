@@ -25,8 +25,11 @@ from batches import Batch
 from captured import Captured, CaptureError
 from config import OUT_OF_MEMORY, Config
 from fused_lora import FusedLora
+from optimizer import Weights
 
 logger = logging.getLogger("train_lora")
+
+_ALL = "unet.lora"  # the name of the weights as one
 
 
 class Learner:
@@ -79,20 +82,45 @@ class Learner:
             return [self.fused.gradients]
         return [p.grad for network in self.networks.values() for p in network.parameters() if p.grad is not None]
 
+    def to_update(self, lora: Weights) -> Weights:
+        """The weights for an optimizer: as one if they lie side by side, since a thousand cost the CPU 20 ms a step."""
+        return {_ALL: self.fused.weights} if self.fused else lora
+
+    def by_weight(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An optimizer's state of what `to_update` gave, by `<what>.<weight>`, as if it had got each on its own."""
+        if not self.fused:
+            return state
+        parts = {key.partition(".")[0]: self.fused.take_apart(value) for key, value in state.items()}
+        return {f"{what}.unet.{name}": part for what, named in parts.items() for name, part in named.items()}
+
+    def together(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The reverse of `by_weight`.
+
+        Raises:
+            KeyError: something is missing of a weight.
+        """
+        if not self.fused:
+            return state
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            what, _, name = key.partition(".unet.")
+            parts.setdefault(what, {})[name] = value
+        return {f"{what}.{_ALL}": self.fused.put_together(named) for what, named in parts.items()}
+
     def __call__(self, share: Batch) -> Tensor:
         """Learn from this process's share of a step, a few pictures at once; returns the mean loss over the share.
 
         Where memory runs out it begins again with fewer at once, which changes results by rounding only.
 
         Raises:
-            RuntimeError: not even one picture at a time, with checkpointing, fits.
+            RuntimeError: not even one picture at a time, with checkpointing and without a graph, fits.
         """
         while True:
             try:
                 return torch.stack([self._pass(part) for part in share.split(self.at_once)]).sum()
             except RuntimeError as error:
-                nothing_left = self.at_once == 1 and self.checkpointing
-                if nothing_left or not _is_out_of_memory(error):
+                nothing_left = self.at_once == 1 and self.checkpointing and not self.captured
+                if nothing_left or not is_out_of_memory(error):
                     raise
             # Not in the clause above, where the error holds on to what is to be freed.
             self._save_memory()
@@ -102,7 +130,7 @@ class Learner:
             try:
                 return self.captured(batch)
             except CaptureError as error:
-                if _is_out_of_memory(error):
+                if is_out_of_memory(error):
                     raise
                 logger.warning("no CUDA graph here (%s): steps are several times slower at small sizes", error)
                 self.captured = None
@@ -122,18 +150,25 @@ class Learner:
         return loss.detach()
 
     def _save_memory(self) -> None:
-        """One step down: a smaller part of the batch at once, then checkpointing."""
+        """One step down: a smaller part of the batch at once, then checkpointing, then no graph."""
         for gradient in self.gradients():
             gradient.zero_()
-        if self.captured:
-            self.captured.forget()
-        draw.free(self.device)
+        self.forget_graphs()
         if self.at_once > 1:
             self.at_once = max(size for size in range(1, self.at_once) if self.at_once % size == 0)
             logger.warning("out of memory: a step still learns from as many pictures, but %d at once", self.at_once)
-        else:
+        elif not self.checkpointing:
             self._checkpoint()
             logger.warning("out of memory: gradient checkpointing from here on, a third slower")
+        else:
+            self.captured = None
+            logger.warning("out of memory: no CUDA graph from here on, which takes less memory and more time")
+
+    def forget_graphs(self) -> None:
+        """Give back the memory that graphs keep between steps; the next step makes them anew."""
+        if self.captured:
+            self.captured.forget()
+        draw.free(self.device)
 
     def _checkpoint(self) -> None:
         self.checkpointing = True
@@ -163,7 +198,7 @@ def can_use_kernels(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0) and importlib.util.find_spec("triton") is not None
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Or came of it: a capture that is broken off has an error of its own."""
     while error is not None:
         said = supervise.explain(error, "") if isinstance(error, Exception) else None

@@ -63,13 +63,19 @@ def pick_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
 
 
 def load_part(
-    part: Any, source: str, subfolder: str, variant: str | None = None, dtype: torch.dtype | None = None
+    part: Any,
+    source: str,
+    subfolder: str,
+    variant: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> Any:
     """One part of a model in a folder of diffusers' layout, or in one file.
 
     Args:
         variant: which weight files to prefer; plain ones are taken where there are none of these.
         dtype: number format of the weights, read from safetensors alone; None for parts without weights.
+        device: a GPU that a UNet is going to, and need not stand in the machine's memory before.
 
     Raises:
         UserError: the folder or the file is not there, or is not what it should be.
@@ -82,6 +88,8 @@ def load_part(
     try:
         if Path(source).is_file():
             return _load_from_file(part, Path(source), subfolder, dtype)
+        if device and device.type == "cuda" and dtype is not None:
+            return load_piecemeal(part, Path(source, subfolder), options["variant"], dtype, device)
         return part.from_pretrained(source, subfolder=subfolder, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and supervise.explain(error, ""):
@@ -89,6 +97,29 @@ def load_part(
         reason = str(error).strip().split("\n")[0][:300]
     advice = "it must be a folder in diffusers' layout or a .safetensors checkpoint of SDXL"
     raise UserError(f"{Path(source, subfolder)} cannot be loaded ({reason}): {advice}")
+
+
+def load_piecemeal(part: Any, folder: Path, variant: str | None, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model of diffusers' on a device, with a part of its weights in the machine's memory at any time.
+
+    `from_pretrained` has all of them there twice, as mapped file and converted: 10 GB for SDXL's UNet.
+
+    Raises:
+        ValueError, RuntimeError, SafetensorError, OSError: the weights are not there, or not this model's.
+    """
+    with torch.device("meta"):
+        model = part.from_config(part.load_config(folder))
+    for file in hub.weight_files(folder, variant):
+        with safe_open(file, framework="pt") as content:
+            names = list(content.keys())
+        for start in range(0, len(names), 100):
+            with safe_open(file, framework="pt") as content:  # opened anew: what was read leaves memory when it closes
+                weights = {name: content.get_tensor(name).to(device, dtype) for name in names[start : start + 100]}
+            model.load_state_dict(weights, strict=False, assign=True)
+    missing = [name for name, weight in model.state_dict().items() if weight.is_meta]
+    if missing:
+        raise ValueError(f"there are no weights for {missing[0]}")
+    return model
 
 
 def _load_from_file(part: Any, file: Path, subfolder: str, dtype: torch.dtype | None) -> Any:
@@ -127,7 +158,7 @@ def load_unet(
     Raises:
         UserError: also where xformers is wanted but is not there, or does not work on this GPU.
     """
-    unet = load_part(UNet2DConditionModel, source, "unet", variant, dtype)
+    unet = load_part(UNet2DConditionModel, source, "unet", variant, dtype, device)
     unet = unet.to(device).eval().requires_grad_(False)
     if attention == "xformers":
         try:

@@ -12,6 +12,8 @@ from config import Config, UserError
 # What Prodigy knows of all weights together; AdamW has nothing of the kind.
 _SHARED_STATE = ("d", "d_max", "d_numerator", "k")
 
+_IN_ROWS = ("s", "p0")  # what Prodigy keeps of a weight without its shape
+
 Weights = dict[str, torch.nn.Parameter]
 
 
@@ -104,7 +106,7 @@ def restore_optimizer(
     for key, value in tensors.items():
         what, _, name = key.partition(".")
         if name in index_of:
-            own[index_of[name]][what] = value
+            own[index_of[name]][what] = value.flatten() if what in _IN_ROWS and value.dim() else value
     groups = [group | shared for group in optimizer.state_dict()["param_groups"]]
     optimizer.load_state_dict(
         {"state": {index: state for index, state in own.items() if state}, "param_groups": groups}

@@ -41,24 +41,8 @@ _DISK_ERRORS = (
 _MEMORY_ERRORS = ("OutOfMemoryError", "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _REMIND_SECONDS = 0.5
-_LAUNCHER_PID = "LACE_LORA_LAUNCHER"
-# Python runs this instead of accelerate's own file: a SIGINT, or a training process that failed, ends the launcher
-# without a traceback, since the reason travels in the file.
-LAUNCHER = f"""
-import logging, os, runpy, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.environ["{_LAUNCHER_PID}"] = str(os.getpid())
-logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-try:
-    runpy.run_module("accelerate.commands.launch", run_name="__main__", alter_sys=True)
-except Exception as error:
-    if type(error).__name__ == "SignalException":
-        signal.signal(error.sigval, signal.SIG_DFL)
-        os.kill(os.getpid(), error.sigval)
-    if type(error).__name__ != "ChildFailedError":
-        raise
-    sys.exit(1)
-"""
+LAUNCHER = Path(__file__).with_name("launcher.py")
+LAUNCHER_PID = "LACE_LORA_LAUNCHER"  # in the environment of what it starts
 
 
 class Stopped(Exception):
@@ -85,7 +69,7 @@ def report_outcome(work: Callable[[StopSignal], str], folder: Path) -> int:
     A failure that is a bug of ours goes on as it is, with its traceback.
     """
     _set_for_process(_PR_SET_PDEATHSIG, signal.SIGTERM)  # so that the launcher's death reaches us
-    if os.environ.get(_LAUNCHER_PID, str(os.getppid())) != str(os.getppid()):
+    if os.environ.get(LAUNCHER_PID, str(os.getppid())) != str(os.getppid()):
         return STOPPED  # it was dead before we could ask for that
     (folder / f"{os.getpgrp()}{_GROUP}").touch()
     if not (folder / OUTCOME).exists():

@@ -235,7 +235,7 @@ def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, threads // _processes_here(config.accelerate_config))
     return [
-        sys.executable, "-c", supervise.LAUNCHER,
+        sys.executable, str(supervise.LAUNCHER),
         "--config_file", config.accelerate_config or str(accelerate_file),
         "--num_cpu_threads_per_process", str(threads),  # its own default is one
         "--quiet",  # the reason of a failure is told by us, once

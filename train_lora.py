@@ -33,7 +33,7 @@ import lora_weights
 import models
 from config import Config, UserError, load_config
 from encode import Captions, Preview, encode
-from learner import Learner
+from learner import Learner, is_out_of_memory
 from logbook import READ_EVERY, Late, Logbook
 from optimizer import make_optimizer, optimizer_state, rate_factor_at, restore_optimizer, update_weights
 from supervise import Stopped, StopSignal, hold_shared, report_outcome
@@ -104,7 +104,7 @@ def train(config: Config, job: dict[str, Any], stop: StopSignal) -> str:
     noise_scheduler = models.load_noise_scheduler(config)
     loss = partial(_loss, config, captions, unet, noise_scheduler)
     learner = Learner(config, networks, loss, device, dtype)
-    optimizer = make_optimizer(config, lora)
+    optimizer = make_optimizer(config, learner.to_update(lora))
     run = Run(config, job, data, networks, lora, noise_scheduler, optimizer, learner, accelerator, preview)
     first_step = restore(run, Path(job["resume"])) if job["resume"] else 0
 
@@ -228,8 +228,8 @@ def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, Late
 
 def save_checkpoint(run: Run, step: int) -> None:
     """Publish `checkpoint-<step>`: the LoRA as it will be used, and all that an exact resume needs."""
-    tensors, numbers = optimizer_state(run.optimizer, run.lora)
-    tensors |= {f"lora.{name}": weight.detach() for name, weight in run.lora.items()}
+    tensors, numbers = optimizer_state(run.optimizer, run.learner.to_update(run.lora))
+    tensors = run.learner.by_weight(tensors) | {f"lora.{name}": weight.detach() for name, weight in run.lora.items()}
     state = {"step": step, "learns": run.job["learns"], "scaler": run.learner.scaler.state_dict(), "optimizer": numbers}
 
     def write(folder: Path) -> None:
@@ -254,7 +254,8 @@ def restore(run: Run, folder: Path) -> int:
         with torch.no_grad():
             for name, weight in run.lora.items():
                 weight.copy_(tensors.pop(f"lora.{name}"))
-        restore_optimizer(run.optimizer, run.lora, tensors, state.get("optimizer", {}))
+        tensors = run.learner.together(tensors)
+        restore_optimizer(run.optimizer, run.learner.to_update(run.lora), tensors, state.get("optimizer", {}))
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this model: to start anew, set another lora_output_dir") from error
     if state["scaler"]:
@@ -266,24 +267,45 @@ def restore(run: Run, folder: Path) -> int:
 def draw_samples(run: Run, step: int) -> None:
     """Draw a grid with the LoRA as it is now, at training size, into `samples/step-<step>.png`."""
     vae = run.preview.vae
-    config = replace(run.config, width=run.config.resolution, height=run.config.resolution, refine=False)
-    scheduler = draw.make_scheduler(config.scheduler, run.noise_scheduler.config)
-    embeddings = run.preview.embed()
     run.learner.train(False)
-    with torch.no_grad(), run.learner.autocast():
-        seeds = [config.seed + index for index in range(config.num_validation_images)]
-        latents = draw.base_latents(run.unet, scheduler, embeddings.rows([0] * len(seeds), run.unet), seeds, config)
-    run.learner.train()
     try:
-        pictures = draw.decode(vae.to(run.accelerator.device), latents)
+        pictures = draw.decode(vae.to(run.accelerator.device), sample_latents(run))
     except UserError as error:  # of the VAE, or of drawing in fp16: the LoRA need not be at fault
         logger.warning("no sample pictures at step %d: %s", step, error)
         return
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning("no sample pictures at step %d: out of memory", step)
+        return
     finally:
         vae.to("cpu")
+        run.learner.train()
     path = run.folder / "samples" / f"step-{step:06d}.png"
     path.parent.mkdir(exist_ok=True)
     data_utils.write_atomically(path, gallery.contact_sheet(pictures))
+
+
+@torch.no_grad()
+def sample_latents(run: Run) -> Tensor:
+    """The latents of a sample grid (n, 4, h, w), all at once, or one after another where memory runs out."""
+    config = replace(run.config, width=run.config.resolution, height=run.config.resolution, refine=False)
+    embeddings = run.preview.embed()
+    seeds = [config.seed + index for index in range(config.num_validation_images)]
+
+    def latents(seeds: list[int]) -> Tensor:
+        scheduler = draw.make_scheduler(config.scheduler, run.noise_scheduler.config)
+        rows = embeddings.rows([0] * len(seeds), run.unet)
+        with run.learner.autocast():
+            return draw.base_latents(run.unet, scheduler, rows, seeds, config)
+
+    try:
+        return latents(seeds)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    run.learner.forget_graphs()
+    return torch.cat([latents([seed]) for seed in seeds])
 
 
 if __name__ == "__main__":

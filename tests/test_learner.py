@@ -73,15 +73,16 @@ def test_graphs_and_kernels_learn_what_the_plain_way_does(settings: Make, precis
 @needs_gpu
 def test_a_graph_for_each_shape_and_no_graph_for_what_waits() -> None:
     gpu = torch.device("cuda")
+    waits = Captured(lambda batch: batch.latents.sum() * batch.latents.sum().item(), gpu)
+    waits(random_batch(2).pinned())
+    with pytest.raises(RuntimeError, match="captur"):
+        waits(random_batch(2).pinned())
+    assert torch.rand(2, device=gpu).min() > 0  # nothing of it is left behind
     captured = Captured(lambda batch: batch.latents.sum(), gpu)
     for count in (2, 3, 2, 3, 2, 3):
         batch = random_batch(count)
         torch.testing.assert_close(captured(batch.pinned()).cpu(), batch.latents.sum())
     assert len(captured.graphs) == 2
-    waits = Captured(lambda batch: batch.latents.sum() * batch.latents.sum().item(), gpu)
-    waits(random_batch(2).pinned())
-    with pytest.raises(RuntimeError, match="captur"):
-        waits(random_batch(2).pinned())
 
 
 @pytest.mark.parametrize(

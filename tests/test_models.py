@@ -219,3 +219,28 @@ def test_the_vae_is_in_fp32_and_another_one_in_the_models_format(tiny: Path, set
     in_model = models.load_vae(settings(pretrained_vae=str(tiny / "base")), CPU, torch.bfloat16)
     assert in_folder.dtype == in_model.dtype == torch.bfloat16
     assert torch.equal(in_folder.decoder.conv_in.weight, vae.decoder.conv_in.weight.bfloat16())
+
+
+@pytest.mark.parametrize("shard", ["10GB", "200KB"])
+def test_piece_by_piece_a_unet_is_the_same(tiny: Path, tmp_path: Path, shard: str) -> None:
+    unet = UNet2DConditionModel.from_pretrained(tiny / "base", subfolder="unet", torch_dtype=torch.float32)
+    unet.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard != "10GB")
+    loaded = models.load_piecemeal(UNet2DConditionModel, tmp_path, None, torch.bfloat16, torch.device("cpu"))
+    assert loaded.config == unet.config | {"_name_or_path": loaded.config["_name_or_path"]}
+    expected, found = unet.state_dict(), loaded.state_dict()
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], value.bfloat16()) for name, value in expected.items())
+
+
+def test_piece_by_piece_missing_and_foreign_weights_are_noticed(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "base" / "unet", tmp_path / "unet")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    place = (UNet2DConditionModel, tmp_path / "unet", None, torch.float32, torch.device("cpu"))
+    save_file({name: weight for name, weight in weights.items() if name != "conv_in.bias"}, file)
+    with pytest.raises(ValueError, match=r"no weights for conv_in.bias"):
+        models.load_piecemeal(*place)
+    save_file(weights | {"conv_in.bias": torch.zeros(3)}, file)
+    with pytest.raises(RuntimeError, match=r"size mismatch for conv_in.bias"):
+        models.load_piecemeal(*place)

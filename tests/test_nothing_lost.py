@@ -147,7 +147,7 @@ def stop_and_look(whom: str, number: signal.Signals, config: Config, start: Star
     if whom == "group":
         os.killpg(process.pid, number)
     else:
-        launcher = next(child for child in process.children() if supervise.LAUNCHER in child.cmdline())
+        launcher = next(child for child in process.children() if str(supervise.LAUNCHER) in child.cmdline())
         os.kill(process.pid if whom == "main" else launcher.pid, number)
     assert process.wait(30) == 128 + number
     _, left = psutil.wait_procs(family, timeout=5)

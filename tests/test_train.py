@@ -113,8 +113,8 @@ def test_the_command_is_one_that_accelerate_accepts(launch: Launch, make: Make, 
     launcher = pytest.importorskip("accelerate.commands.launch")
     train.run(make(lora_output_dir=str(tmp_path / "mit Leerzeichen ü")))
     [command] = launch.commands
-    assert command[1:3] == ["-c", supervise.LAUNCHER]
-    parsed = launcher.launch_command_parser().parse_args(command[3:])
+    assert command[1] == str(supervise.LAUNCHER)
+    parsed = launcher.launch_command_parser().parse_args(command[2:])
     assert Path(parsed.training_script) == train.TRAINING_SCRIPT
     assert train.TRAINING_SCRIPT.exists()
     assert parsed.training_script_args[:2] == ["--config", str(tmp_path / "mit Leerzeichen ü" / "config.yaml")]

@@ -10,17 +10,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import batches
 import class_pictures
 import data_utils
+import draw
 import image_files
 import lora_weights
 import models
@@ -106,7 +109,7 @@ def make_run(config: Config, data: batches.Encoded | None = None) -> train_lora.
     noise_scheduler = noise_schedule()
     loss = partial(train_lora._loss, config, Captions([], {}), unet, noise_scheduler)
     learner = Learner(config, networks, loss, CPU, torch.float32)
-    optimizer = make_optimizer(config, lora)
+    optimizer = make_optimizer(config, learner.to_update(lora))
     job: dict[str, Any] = {"learns": {}, "resume": None, "captions": {}}
     preview: Any = None
     return train_lora.Run(
@@ -443,6 +446,47 @@ def test_prior_preservation_adds_the_class_loss_by_its_weight(settings: Make) ->
     parts = [replace(batch, **{k: v[rows] for k, v in vars(batch).items()}) for rows in ([0, 2], [1, 3])]
     mine, other = (train_lora.training_loss(Echo(), part, schedule, 5.0) for part in parts)
     torch.testing.assert_close(train_lora.training_loss(Echo(), weighted, schedule, 5.0), mine + 0.5 * other)
+
+
+@pytest.mark.parametrize("most", [1, 0])
+def test_sample_pictures_without_memory_are_drawn_one_by_one_or_not_at_all(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, most: int
+) -> None:
+    config = settings(max_train_steps=2, validation_steps=2, num_validation_images=3)
+    train_here(replace(config, lora_output_dir=str(tmp_path / "plenty")))
+    drawn = draw.base_latents
+
+    def scarce(*arguments: Any) -> torch.Tensor:
+        if len(arguments[3]) > most:  # seeds
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return drawn(*arguments)
+
+    monkeypatch.setattr(draw, "base_latents", scarce)
+    train_here(config)
+    grids = [tmp_path / run / "samples" / "step-000002.png" for run in ("plenty", "lora")]
+    if most:
+        plenty, few = (torch.from_numpy(np.array(Image.open(grid))).int() for grid in grids)
+        assert (plenty - few).abs().max() <= 2
+    else:
+        assert not grids[1].exists()
+        assert "no sample pictures at step 2: out of memory" in caplog.text
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "prodigy", "learning_rate": 1.0}])
+@pytest.mark.parametrize("plain_first", [False, True])
+def test_either_way_of_learning_goes_on_from_the_others_checkpoint(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], plain_first: bool
+) -> None:
+    config = settings(max_train_steps=4, checkpointing_steps=2, **changes)
+    train_here(replace(config, lora_output_dir=str(tmp_path / "straight")))
+    ways = iter(["the test wants it", ""] if plain_first else ["", "the test wants it"])
+    monkeypatch.setattr("learner.why_plain", lambda _: next(ways))
+    with pytest.raises(Stopped):
+        train_here(config, stop=StopAt(2))
+    train_here(config, resume=tmp_path / "lora" / "checkpoint-2")
+    straight, mixed = (load_file(tmp_path / run / "pytorch_lora_weights.safetensors") for run in ("straight", "lora"))
+    for name, weight in straight.items():
+        torch.testing.assert_close(mixed[name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_sample_grids_do_not_disturb_the_training(settings: Make, tmp_path: Path) -> None:
