@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -62,6 +63,33 @@ def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: in
         os.replace(path, leaving)
         shutil.rmtree(leaving)
     return folder
+
+
+class Publisher:
+    """Publishes beside other work, one checkpoint at a time. What fails is raised by the next `wait` or `look`."""
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.under_way: Future[Path] | None = None
+
+    def publish(self, output_dir: Path, step: int, write: Callable[[Path], None], keep: int) -> None:
+        """Begin; what `write` reads must stay as it is until the end."""
+        self.wait()
+        self.under_way = self.thread.submit(publish, output_dir, step, write, keep)
+
+    def wait(self) -> None:
+        """
+        Raises:
+            OSError: see `publish`.
+        """
+        if self.under_way:
+            ended, self.under_way = self.under_way, None
+            ended.result()
+
+    def look(self) -> None:
+        """Wait only if there is nothing to wait for any more."""
+        if self.under_way and self.under_way.done():
+            self.wait()
 
 
 def _local_folder(output_dir: Path) -> Path:

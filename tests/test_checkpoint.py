@@ -1,10 +1,12 @@
 """A checkpoint is whole and proven, or it is not there."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -228,3 +230,29 @@ def test_the_manifest_names_every_file_with_its_size(tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["step"] == 4
     assert {name: seal["size"] for name, seal in manifest["files"].items()} == {n: len(c) for n, c in CONTENT.items()}
+
+
+def test_a_publisher_writes_beside_other_work_and_raises_what_fails_at_the_next_look(tmp_path: Path) -> None:
+    publisher, go_on = checkpoint.Publisher(), threading.Event()
+
+    def slowly(folder: Path) -> None:
+        assert go_on.wait(10)
+        write(folder)
+
+    publisher.publish(tmp_path, 4, slowly, keep=2)
+    publisher.look()  # still at it
+    assert checkpoint.checkpoints(tmp_path) == []
+    go_on.set()
+    publisher.wait()
+    assert checkpoint.verify(tmp_path / "checkpoint-4") == ""
+
+    def fail(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    publisher.publish(tmp_path, 6, fail, keep=2)
+    with pytest.raises(OSError, match="No space left"):
+        publisher.publish(tmp_path, 8, write, keep=2)
+    publisher.publish(tmp_path, 8, write, keep=2)
+    publisher.wait()
+    publisher.wait()
+    assert [step for _, step in checkpoint.checkpoints(tmp_path)] == [4, 8]
