@@ -8,18 +8,18 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from data_utils import write_atomically
 
 logger = logging.getLogger("train_lora")
 
-MOST_FILES = 8  # the least recently used one goes
+MOST_BYTES = 4 * 2**30  # of all files together; the least recently used ones go
 
 
 def remembered(key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -28,26 +28,46 @@ def remembered(key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> di
     Args:
         key: all that the tensors depend on, as JSON takes it.
     """
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    file = folder() / f"{digest}.safetensors"
-    try:
-        tensors = load_file(file)
-        os.utime(file)
-        return tensors
-    except FileNotFoundError:
-        pass
-    except (OSError, SafetensorError) as error:
-        logger.warning("%s cannot be used (%s): calculated anew", file, error)
+    name = _digest(json.dumps(key, sort_keys=True).encode())
+    for file in folder().glob(f"{name}-*.safetensors"):
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            logger.warning("%s cannot be read (%s): calculated anew", file, error.strerror)
+            continue
+        if file.name == _file_name(name, content):
+            with suppress(OSError):
+                os.utime(file)
+            return load(content)
+        logger.warning("%s is damaged: calculated anew", file)
     tensors = make()
+    content = save(tensors)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, save(tensors))
-        by_age = sorted(file.parent.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
-        for old in by_age[:-MOST_FILES]:
-            old.unlink()
+        folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        for damaged in folder().glob(f"{name}-*.safetensors"):
+            damaged.unlink(missing_ok=True)
+        write_atomically(folder() / _file_name(name, content), content)
+        _drop_oldest()
     except OSError as error:
-        logger.warning("%s cannot be kept for the next run (%s)", file, error.strerror)
+        logger.warning("%s cannot keep this for the next run (%s)", folder(), error.strerror)
     return tensors
+
+
+def _file_name(name: str, content: bytes) -> str:
+    return f"{name}-{_digest(content)}.safetensors"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _drop_oldest() -> None:
+    """Leftovers of writes that were killed go with the rest, by their age."""
+    total = 0
+    for file in sorted(folder().iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
+        total += file.stat().st_size
+        if total > MOST_BYTES:
+            file.unlink(missing_ok=True)
 
 
 def folder() -> Path:

@@ -107,7 +107,7 @@ def _encode_pictures(
     shapes = latents.shapes(config.resolution, config.aspect_ratio_buckets)
     source, subfolder = models.vae_place(config)
     place = Path(source) if Path(source).is_file() else Path(source, subfolder)
-    depends_on = [cache.stamps(place), str(dtype), device.type]
+    depends_on = [cache.stamps(place), config.variant, str(dtype), device.type]
     load_vae = partial(models.load_vae, config, device, dtype)
     with accelerator.local_main_process_first():  # the others find what it has kept
         encoded = latents.encode_pictures(load_vae, contents, shapes, config.random_flip, kinds, depends_on)

@@ -39,7 +39,12 @@ def test_an_equal_key_is_answered_from_the_file_and_another_one_is_not(own_folde
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda path: path.write_bytes(path.read_bytes()[:-2]), lambda path: path.write_text("x")]
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-2]),
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"),
+        lambda path: path.write_text("x"),
+    ],
 )
 def test_a_damaged_file_is_made_anew(own_folder: Path, caplog: pytest.LogCaptureFixture, damage: object) -> None:
     make = Counted()
@@ -49,6 +54,7 @@ def test_a_damaged_file_is_made_anew(own_folder: Path, caplog: pytest.LogCapture
     assert float(cache.remembered({}, make)["value"]) == 2
     assert str(file) in caplog.text
     assert float(cache.remembered({}, make)["value"]) == 2
+    assert len(list(own_folder.iterdir())) == 1
 
 
 def test_a_folder_that_takes_nothing_costs_a_warning(own_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -56,21 +62,33 @@ def test_a_folder_that_takes_nothing_costs_a_warning(own_folder: Path, caplog: p
     make = Counted()
     with caplog.at_level(logging.WARNING):
         assert [float(cache.remembered({}, make)["value"]) for _ in range(2)] == [1, 2]
-    assert "cannot be kept" in caplog.text
+    assert "cannot keep" in caplog.text
 
 
-def test_the_least_recently_used_files_go(own_folder: Path) -> None:
+def test_the_least_recently_used_files_go(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = Counted()
-    for number in range(cache.MOST_FILES):
-        cache.remembered({"number": number}, make)
+    cache.remembered({"number": 0}, make)
+    [file] = own_folder.iterdir()
+    monkeypatch.setattr(cache, "MOST_BYTES", 4 * file.stat().st_size)
+    killed = own_folder / ".killed.1.tmp"
+    killed.write_bytes(b"half of one")
+    os.utime(killed, (0, 0))
+    for number in range(1, 4):
         for path in own_folder.iterdir():  # as if some time had passed
             at = path.stat().st_mtime - 10
             os.utime(path, (at, at))
+        cache.remembered({"number": number}, make)
     cache.remembered({"number": 0}, make)
     cache.remembered({"number": "new"}, make)
-    assert len(list(own_folder.iterdir())) == cache.MOST_FILES
+    assert len(list(own_folder.iterdir())) == 4
+    assert not killed.exists()
     assert float(cache.remembered({"number": 0}, make)["value"]) == 1
-    assert float(cache.remembered({"number": 1}, make)["value"]) > cache.MOST_FILES
+    assert float(cache.remembered({"number": 1}, make)["value"]) == 6
+
+
+def test_others_on_the_machine_cannot_look_into_the_folder(own_folder: Path) -> None:
+    cache.remembered({}, Counted())
+    assert stat.S_IMODE(own_folder.stat().st_mode) == 0o700
 
 
 def test_stamps_change_with_what_they_stand_for(tmp_path: Path) -> None:
