@@ -3,6 +3,7 @@
 # make demo     train and draw on the embedded demo model, offline, without a GPU
 # make proof    that training teaches the style, and that a broken program would not pass for it
 # make test     the test suite
+# make test-gpu  what only a GPU can show
 # make test-colab  the same with the versions that Google Colab has, in .venv-colab
 # make torture  a hundred kills and thousands of broken inputs, about half an hour
 
@@ -10,7 +11,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 export TRANSFORMERS_VERBOSITY := error
 
-.PHONY: check install demo proof test test-colab torture lint format clean
+.PHONY: check install demo proof test test-gpu test-colab torture lint format clean
 
 check: lint test
 
@@ -32,6 +33,9 @@ proof: install
 
 test: install
 	$(RUN) -m pytest
+
+test-gpu: install
+	TEST_GPU=1 $(RUN) -m pytest -m gpu
 
 test-colab: .venv-colab/installed
 	.venv-colab/bin/python -m pytest

@@ -38,8 +38,9 @@ class Captured:
         """
         shape = batch.latents.shape
         if shape not in self.called:
+            output = self._on_own_stream(batch.to(self.device))
             self.called.add(shape)
-            return self._on_own_stream(batch.to(self.device))
+            return output
         if shape not in self.graphs:
             self.graphs[shape] = self._capture(batch.to(self.device))
         graph, inputs, output = self.graphs[shape]
@@ -48,9 +49,10 @@ class Captured:
         graph.replay()
         return output.clone()
 
-    def forget(self) -> None:
-        """Begin anew with all shapes: the memory of the graphs can be freed."""
-        self.__init__(self.function, self.device)  # type: ignore[misc]
+    def forget(self) -> bool:
+        """Let go of all graphs, so that their memory can be freed, and tell whether there were any."""
+        had, self.graphs, self.pool = bool(self.graphs), {}, torch.cuda.graph_pool_handle()
+        return had
 
     def _on_own_stream(self, batch: Batch) -> Tensor:
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -62,12 +64,14 @@ class Captured:
 
     def _capture(self, inputs: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
         torch.cuda.empty_cache()  # the pool cannot use what the first call left behind
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 output = self.function(inputs)
         except RuntimeError as error:
-            # PyTorch leaves its generator as if the capture still went on: no random number could be drawn any more.
+            # PyTorch stays on the stream of the capture, and leaves its generator as if that still went on: no random
+            # number could be drawn any more.
+            torch.cuda.set_stream(stream)
             fresh = torch.Generator(self.device).graphsafe_get_state()
             torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
             reason = str(error).strip().split("\n")[0]

@@ -26,6 +26,9 @@ from torch import Tensor
 # the LoRA adds cost the GPU's processors another round.
 _FEW = 2048
 
+# Numbers that rows begin at a multiple of: attention on GPUs, which reads 16 bytes at once, is wrong on others.
+_ALIGNED = 8
+
 
 class FusedLora:
     """Takes over the attention of a UNet that has a LoRA of peft's, without dropout.
@@ -113,8 +116,7 @@ class FusedLora:
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
-        """After each backward: add what it found to the weights' gradients."""
-        self.aside.join()
+        """After each backward, and after `aside.join`: add what it found to the weights' gradients."""
         self.gradients[: self.border] += self.copy_gradients[: self.border]
         self.gradients[self.border :].add_(self.copy_gradients[self.border :], alpha=self.scale)
 
@@ -131,7 +133,7 @@ class Group:
     Where there is no bias, the first product of the LoRA can be one with the frozen ones.
     """
 
-    matrix: Tensor  # (n * d, k), or (n * d + n * r, k) with the LoRA's
+    matrix: Tensor  # (n * d, k), or with the LoRA's n * r rows and a few of nothing
     weight: Tensor  # (n * d, k)
     down: Tensor  # (n * r, k), peft's lora_A
     up: Tensor  # (n, d, r), lora_B, times the scale
@@ -146,12 +148,14 @@ class Group:
         self.count, self.width, self.bias = len(layers), layers[0].out_features, layers[0].bias
         rank = len(self.downs[0])
         self.up_shape = torch.Size((self.count, self.width, rank))
-        rows = self.count * self.width
-        self.down = layers[0].weight.new_zeros(self.count * rank, layers[0].in_features)
+        rows, low_rows = self.count * self.width, self.count * rank
+        self.down = layers[0].weight.new_zeros(low_rows, layers[0].in_features)
         self.weight = self.matrix = layers[0].weight.data
+        self.parts = (rows, low_rows, -low_rows % _ALIGNED)
         if self.bias is None:
-            self.matrix = torch.cat([*(layer.weight.data for layer in layers), self.down])
-            self.weight, self.down = self.matrix[:rows], self.matrix[rows:]
+            nothing = self.down.new_zeros(self.parts[2], layers[0].in_features)
+            self.matrix = torch.cat([*(layer.weight.data for layer in layers), self.down, nothing])
+            self.weight, self.down, _ = self.matrix.split(self.parts)
             for layer, part in zip(layers, self.weight.split(self.width), strict=True):
                 layer.weight.data = part
         # Makes autograd call `backward` where the input itself needs no gradient: that is all it is for. On the CPU,
@@ -200,7 +204,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, _anchor: Tensor, group: Group) -> Tensor:
         tokens = inputs.reshape(-1, inputs.shape[-1])
         if group.bias is None and len(tokens) <= _FEW:
-            outputs, low = (tokens @ group.matrix.T).split((len(group.weight), len(group.down)), dim=1)
+            outputs, low, _ = (tokens @ group.matrix.T).split(group.parts, dim=1)
         else:
             outputs, low = F.linear(tokens, group.weight, group.bias), tokens @ group.down.T
         group.members(outputs).baddbmm_(group.members(low), group.up.transpose(1, 2))

@@ -48,6 +48,15 @@ def use_kernels(unet: UNet2DConditionModel) -> None:
             module.forward = partial(_transformer_block, module)
 
 
+def try_out(device: torch.device, dtype: torch.dtype) -> None:
+    """Build and run one of the kernels.
+
+    Raises:
+        OSError, RuntimeError, CalledProcessError: Triton finds no C compiler or no Python.h, or cannot keep its files.
+    """
+    _GegluFunction.apply(torch.zeros(1, 2 * _COLUMNS, device=device, dtype=dtype))
+
+
 def _is_plain(block: Any) -> bool:
     extras = (block.upsample, block.downsample, block.dropout.p)
     return not any(extras) and block.time_embedding_norm == "default" and block.output_scale_factor == 1

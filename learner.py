@@ -1,6 +1,6 @@
 """A share of a training step, forward and backward: fast where that is right, in as much memory as there is.
 
-The fast way is three things. `fused_lora.py` calculates the LoRA in a few large products, on any device.
+The fast way is three things. `fused_lora.py` calculates the LoRA in a few large products, on CPUs and CUDA's GPUs.
 `gpu_kernels.py` does the passes between products in one each, on NVIDIA GPUs since Ampere. `captured.py` replays all of
 it as a CUDA graph. `benchmarks/train.py` measures what each brings.
 
@@ -10,6 +10,7 @@ any optimizer can be used.
 
 import importlib.util
 import logging
+import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -55,11 +56,11 @@ class Learner:
         self.checkpointing = False
         self.fused: FusedLora | None = None
         self.captured: Captured | None = None
-        if reason := why_plain(config):
+        if reason := why_plain(config, device):
             logger.info("the plain way of training, since %s", reason)
         else:
             self.fused = FusedLora(networks["unet"], config.alpha / config.rank)
-            if can_use_kernels(device):
+            if can_use_kernels(device, dtype):
                 from gpu_kernels import use_kernels
 
                 use_kernels(networks["unet"])
@@ -115,6 +116,7 @@ class Learner:
         Raises:
             RuntimeError: not even one picture at a time, with checkpointing and without a graph, fits.
         """
+        only_graphs = True  # may be what is in the way: those of other shapes
         while True:
             try:
                 return torch.stack([self._pass(part) for part in share.split(self.at_once)]).sum()
@@ -123,9 +125,15 @@ class Learner:
                 if nothing_left or not is_out_of_memory(error):
                     raise
             # Not in the clause above, where the error holds on to what is to be freed.
-            self._save_memory()
+            for gradient in self.gradients():
+                gradient.zero_()
+            if not (self.forget_graphs() and only_graphs):
+                self._save_memory()
+            only_graphs = False
 
     def _pass(self, batch: Batch) -> Tensor:
+        if self.device.type == "cuda":
+            batch = batch.pinned()
         if self.captured:
             try:
                 return self.captured(batch)
@@ -151,9 +159,6 @@ class Learner:
 
     def _save_memory(self) -> None:
         """One step down: a smaller part of the batch at once, then checkpointing, then no graph."""
-        for gradient in self.gradients():
-            gradient.zero_()
-        self.forget_graphs()
         if self.at_once > 1:
             self.at_once = max(size for size in range(1, self.at_once) if self.at_once % size == 0)
             logger.warning("out of memory: a step still learns from as many pictures, but %d at once", self.at_once)
@@ -164,14 +169,16 @@ class Learner:
             self.captured = None
             logger.warning("out of memory: no CUDA graph from here on, which takes less memory and more time")
 
-    def forget_graphs(self) -> None:
-        """Give back the memory that graphs keep between steps; the next step makes them anew."""
-        if self.captured:
-            self.captured.forget()
+    def forget_graphs(self) -> bool:
+        """Give back the memory that graphs keep between steps, if there are any; the next step makes them anew."""
+        had_any = self.captured is not None and self.captured.forget()
         draw.free(self.device)
+        return had_any
 
     def _checkpoint(self) -> None:
         self.checkpointing = True
+        if self.captured:  # so that the first step with it is a plain one again
+            self.captured = Captured(self._learn, self.device)
         # Nothing random is in the fast way, and a graph cannot be captured where generators are read.
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=not self.fused)
         for name, network in self.networks.items():
@@ -181,8 +188,10 @@ class Learner:
                 network.gradient_checkpointing_enable()
 
 
-def why_plain(config: Config) -> str:
-    """What of the settings the fast way cannot do; empty if it can do all."""
+def why_plain(config: Config, device: torch.device) -> str:
+    """What of the settings the fast way cannot do, or where; empty if it can do all."""
+    if device.type not in ("cuda", "cpu"):
+        return f"the fast one has never been tried on {device.type}"
     if config.lora_dropout:
         return "lora_dropout drops inputs of each linear on its own"
     if config.train_text_encoder:
@@ -192,10 +201,21 @@ def why_plain(config: Config) -> str:
     return ""
 
 
-def can_use_kernels(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.cuda is None:
+def can_use_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels run here: they are for NVIDIA GPUs since Ampere, and need a C compiler to be built."""
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0) and importlib.util.find_spec("triton") is not None
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from gpu_kernels import try_out
+
+        try_out(device, dtype)
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        reason = str(error).strip().split("\n")[0]
+        logger.warning("Triton cannot build its kernels here (%s): steps are slower without them", reason)
+        return False
+    return True
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -1,5 +1,6 @@
 """Each kernel against the passes of PyTorch that it stands for, on a GPU or in Triton's interpreter (conftest.py)."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for GPUs")
 import gpu_kernels  # noqa: E402
 
+pytestmark: list[pytest.MarkDecorator] = [pytest.mark.gpu] if os.environ.get("TEST_GPU") else []
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

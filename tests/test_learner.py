@@ -16,10 +16,7 @@ from config import Config
 from encode import Captions
 from learner import Learner, why_plain
 from pictures import Make
-from test_train_lora import noise_schedule, random_batch
-
-CPU = torch.device("cpu")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+from test_train_lora import CPU, noise_schedule, random_batch
 
 
 def make_learner(config: Config, device: torch.device = CPU, plain: bool = False) -> tuple[Learner, Any]:
@@ -33,7 +30,7 @@ def make_learner(config: Config, device: torch.device = CPU, plain: bool = False
     loss = partial(train_lora._loss, config, Captions([], {}), unet, noise_schedule())
     with pytest.MonkeyPatch.context() as patch:
         if plain:
-            patch.setattr("learner.why_plain", lambda _: "the test wants it")
+            patch.setattr("learner.why_plain", lambda *_: "the test wants it")
         learner = Learner(config, {"unet": unet}, loss, device, dtype)
     assert (learner.fused is None) == plain
     return learner, lora
@@ -57,32 +54,97 @@ def test_the_fast_way_learns_what_the_plain_one_does(settings: Make, changes: di
 
 
 # Even in fp32, since cuDNN rounds what convolutions read to TF32.
-@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [3, 8])
 @pytest.mark.parametrize(("precision", "tolerance"), [("no", 0.005), ("bf16", 0.05), ("fp16", 0.02)])
-def test_graphs_and_kernels_learn_what_the_plain_way_does(settings: Make, precision: str, tolerance: float) -> None:
-    config, gpu = settings(train_batch_size=2, mixed_precision=precision), torch.device("cuda")
+def test_graphs_and_kernels_learn_what_the_plain_way_does(
+    settings: Make, precision: str, tolerance: float, rank: int
+) -> None:
+    config, gpu = settings(train_batch_size=2, mixed_precision=precision, rank=rank), torch.device("cuda")
     (plain, expected), (fast, lora) = make_learner(config, gpu, plain=True), make_learner(config, gpu)
     for round_ in range(4):  # a plain call, a capture, two replays
-        batch = replace(random_batch(2), weights=torch.full((2,), 1.0 + round_)).pinned()
+        batch = replace(random_batch(2), weights=torch.full((2,), 1.0 + round_))
         torch.testing.assert_close(fast(batch), plain(batch), rtol=1e-2, atol=1e-3)
     assert fast.captured is not None
     assert len(fast.captured.graphs) == 1
     assert norms(expected, lora) < tolerance
 
 
-@needs_gpu
+# As on a T4, or where Triton finds no compiler.
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_graphs_without_kernels_learn_the_same(
+    settings: Make, precision: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    monkeypatch.setattr("gpu_kernels.try_out", fail)
+    config, gpu = settings(train_batch_size=2, mixed_precision=precision), torch.device("cuda")
+    (plain, expected), (fast, lora) = make_learner(config, gpu, plain=True), make_learner(config, gpu)
+    assert "Failed to find C compiler" in caplog.text
+    assert not any(type(module).__module__ == "gpu_kernels" for module in fast.networks["unet"].modules())
+    for _ in range(4):
+        batch = random_batch(2)
+        torch.testing.assert_close(fast(batch), plain(batch), rtol=1e-2, atol=1e-3)
+    assert fast.captured is not None
+    assert fast.captured.graphs
+    assert norms(expected, lora) < 0.05
+
+
+@pytest.mark.gpu
 def test_a_graph_for_each_shape_and_no_graph_for_what_waits() -> None:
     gpu = torch.device("cuda")
+    stream = torch.cuda.current_stream()
     waits = Captured(lambda batch: batch.latents.sum() * batch.latents.sum().item(), gpu)
     waits(random_batch(2).pinned())
     with pytest.raises(RuntimeError, match="captur"):
         waits(random_batch(2).pinned())
     assert torch.rand(2, device=gpu).min() > 0  # nothing of it is left behind
+    assert torch.cuda.current_stream() == stream
     captured = Captured(lambda batch: batch.latents.sum(), gpu)
     for count in (2, 3, 2, 3, 2, 3):
         batch = random_batch(count)
         torch.testing.assert_close(captured(batch.pinned()).cpu(), batch.latents.sum())
     assert len(captured.graphs) == 2
+
+
+@pytest.mark.gpu
+def test_learning_that_cannot_be_captured_goes_on_without_a_graph(
+    settings: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, gpu = settings(train_batch_size=2, mixed_precision="bf16"), torch.device("cuda")
+    (plain, expected), (fast, lora) = make_learner(config, gpu, plain=True), make_learner(config, gpu)
+    loss = fast.loss
+    fast.loss = lambda batch: loss(batch) + 0 * batch.latents.sum().item()
+    for _ in range(3):
+        batch = random_batch(2)
+        torch.testing.assert_close(fast(batch), plain(batch), rtol=1e-2, atol=1e-3)
+    assert fast.captured is None
+    assert "no CUDA graph here" in caplog.text
+    assert norms(expected, lora) < 0.05
+
+
+@pytest.mark.gpu
+def test_graphs_of_other_shapes_go_before_fewer_pictures_are_learnt_at_once(settings: Make) -> None:
+    learner, _ = make_learner(settings(train_batch_size=2, mixed_precision="bf16"), torch.device("cuda"))
+    square, wide = random_batch(2), random_batch(2)
+    wide = replace(wide, latents=wide.latents.repeat(1, 1, 1, 2), noise=wide.noise.repeat(1, 1, 1, 2))
+    loss = learner.loss
+
+    def scarce(batch: batches.Batch) -> torch.Tensor:
+        if batch.latents.shape[-1] == wide.latents.shape[-1] and learner.captured and learner.captured.graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(batch)
+
+    learner.loss = scarce
+    for batch in (square, square, square, wide):
+        learner(batch)
+    assert learner.captured is not None
+    assert not learner.captured.graphs
+    learner(square)
+    assert len(learner.captured.graphs) == 1  # at once, since that shape has been called before
+    assert (learner.at_once, learner.checkpointing) == (2, False)
 
 
 @pytest.mark.parametrize(
@@ -96,9 +158,11 @@ def test_a_graph_for_each_shape_and_no_graph_for_what_waits() -> None:
     ],
 )
 def test_what_is_learnt_the_plain_way(settings: Make, changes: dict[str, Any], reason: str) -> None:
-    said = why_plain(settings(**changes))
-    assert reason in said
-    assert bool(said) == bool(reason)
+    for device in ("cpu", "cuda"):
+        said = why_plain(settings(**changes), torch.device(device))
+        assert reason in said
+        assert bool(said) == bool(reason)
+    assert why_plain(settings(**changes), torch.device("mps"))
 
 
 class Scarce:
