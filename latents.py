@@ -140,8 +140,8 @@ def _cut(
 def _ahead(function: Callable[[Path], Any], items: Iterable[Path]) -> Iterator[Any]:
     """`map` on several threads, with few results waiting at any time.
 
-    Threads do: Pillow decodes and scales without Python's lock, and each of these files has been decoded before, in a
-    process that it could have taken along.
+    Threads do: Pillow decodes and scales without Python's lock, and every byte of these files has been read by the same
+    decoder before, in a process that it could have taken along.
     """
     most = min(8, os.cpu_count() or 1)
     waiting: deque[Future[Any]] = deque()

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -72,6 +73,7 @@ class Run:
     learner: Learner
     accelerator: Accelerator
     preview: Preview
+    publisher: checkpoint.Publisher = field(default_factory=checkpoint.Publisher)
     wish: Late | None = None  # of any process to stop, as of the step before
 
     @property
@@ -114,6 +116,8 @@ def train(config: Config, job: dict[str, Any], stop: StopSignal) -> str:
         steps = loop(run, log, first_step, stop)
     finally:
         log.close()
+    accelerator.wait_for_everyone()  # the first to leave with a code of its own takes the others along
+    accelerator.end_training()
     if steps < config.max_train_steps:
         raise Stopped(f"stopped at step {steps}; the same command goes on from there")
     place = run.folder / lora_weights.LORA_FILE
@@ -143,14 +147,17 @@ def loop(run: Run, log: Logbook, first_step: int, stop: StopSignal) -> int:
         ending = stopping or done == config.max_train_steps
         saving = ending or done % config.checkpointing_steps == 0
         if saving or done % READ_EVERY == 0:
+            run.publisher.look()
             log.read(latest=saving)
             # What came before a row of bad losses may be their cause: no checkpoint of that.
             saving = log.check_finite(ending) and saving
         if saving and is_main:
+            run.publisher.wait()
             log.publish()
             save_checkpoint(run, done)
         if config.validation_steps and done % config.validation_steps == 0 and is_main and not stopping:
             draw_samples(run, done)
+    run.publisher.wait()
     return done
 
 
@@ -168,7 +175,7 @@ def update(run: Run, step: int, factor: float, stop_requested: bool) -> tuple[Te
         run.data, config.seed, step, config.train_batch_size * config.gradient_accumulation_steps * world,
         run.noise_scheduler.config.num_train_timesteps, config.noise_offset, config.prior_loss_weight,
     ).share(rank, world)  # fmt: skip
-    loss = run.learner(batch.pinned() if run.accelerator.device.type == "cuda" else batch)
+    loss = run.learner(batch)
     if world > 1:
         before = run.wish
         loss, run.wish = _average(run, loss, stop_requested)
@@ -218,7 +225,8 @@ def loss_weights(timesteps: Tensor, noise_scheduler: DDPMScheduler, snr_gamma: f
 def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, Late]:
     """Gradients, loss and the wish to stop averaged over all processes, in one message."""
     gradients = run.learner.gradients()
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss[None], loss.new_tensor([stop_requested])])
+    wish = loss.new_full((1,), float(stop_requested))  # a value that a kernel takes along, not one to be copied
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss[None], wish])
     flat = run.accelerator.reduce(flat, "mean")
     sizes = [gradient.numel() for gradient in gradients]
     for gradient, averaged in zip(gradients, flat[:-2].split(sizes), strict=True):
@@ -227,19 +235,26 @@ def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, Late
 
 
 def save_checkpoint(run: Run, step: int) -> None:
-    """Publish `checkpoint-<step>`: the LoRA as it will be used, and all that an exact resume needs."""
+    """Publish `checkpoint-<step>`: the LoRA as it will be used, and all that an exact resume needs.
+
+    All of it is copied here and now; training goes on while the copy is written, hashed and read back.
+    """
     tensors, numbers = optimizer_state(run.optimizer, run.learner.to_update(run.lora))
     tensors = run.learner.by_weight(tensors) | {f"lora.{name}": weight.detach() for name, weight in run.lora.items()}
+    tensors = _copied(tensors)
+    lora = _copied(lora_weights.lora_state(run.networks, run.config.alpha / run.config.rank))
     state = {"step": step, "learns": run.job["learns"], "scaler": run.learner.scaler.state_dict(), "optimizer": numbers}
 
     def write(folder: Path) -> None:
-        lora = lora_weights.lora_state(run.networks, run.config.alpha / run.config.rank)
         lora_weights.save_lora(folder / lora_weights.LORA_FILE, lora, {"step": str(step)})
-        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        (folder / "training_state.safetensors").write_bytes(save(on_cpu))
+        (folder / "training_state.safetensors").write_bytes(save(tensors))
         (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
-    checkpoint.publish(run.folder, step, write, run.config.checkpoints_total_limit)
+    run.publisher.publish(run.folder, step, write, run.config.checkpoints_total_limit)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def restore(run: Run, folder: Path) -> int:
@@ -266,10 +281,9 @@ def restore(run: Run, folder: Path) -> int:
 
 def draw_samples(run: Run, step: int) -> None:
     """Draw a grid with the LoRA as it is now, at training size, into `samples/step-<step>.png`."""
-    vae = run.preview.vae
     run.learner.train(False)
     try:
-        pictures = draw.decode(vae.to(run.accelerator.device), sample_latents(run))
+        pictures = sample_pictures(run)
     except UserError as error:  # of the VAE, or of drawing in fp16: the LoRA need not be at fault
         logger.warning("no sample pictures at step %d: %s", step, error)
         return
@@ -279,33 +293,38 @@ def draw_samples(run: Run, step: int) -> None:
         logger.warning("no sample pictures at step %d: out of memory", step)
         return
     finally:
-        vae.to("cpu")
+        run.preview.vae.to("cpu")
         run.learner.train()
     path = run.folder / "samples" / f"step-{step:06d}.png"
     path.parent.mkdir(exist_ok=True)
     data_utils.write_atomically(path, gallery.contact_sheet(pictures))
 
 
-@torch.no_grad()
-def sample_latents(run: Run) -> Tensor:
-    """The latents of a sample grid (n, 4, h, w), all at once, or one after another where memory runs out."""
-    config = replace(run.config, width=run.config.resolution, height=run.config.resolution, refine=False)
-    embeddings = run.preview.embed()
-    seeds = [config.seed + index for index in range(config.num_validation_images)]
-
-    def latents(seeds: list[int]) -> Tensor:
-        scheduler = draw.make_scheduler(config.scheduler, run.noise_scheduler.config)
-        rows = embeddings.rows([0] * len(seeds), run.unet)
-        with run.learner.autocast():
-            return draw.base_latents(run.unet, scheduler, rows, seeds, config)
-
+def sample_pictures(run: Run) -> list[Image.Image]:
+    """As many at once as training takes, or, where memory runs out, one after another and without graphs beside."""
     try:
-        return latents(seeds)
+        return _drawn(run, run.config.train_batch_size)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
     run.learner.forget_graphs()
-    return torch.cat([latents([seed]) for seed in seeds])
+    return _drawn(run, 1)
+
+
+@torch.no_grad()
+def _drawn(run: Run, at_once: int) -> list[Image.Image]:
+    config = replace(run.config, width=run.config.resolution, height=run.config.resolution, refine=False)
+    embeddings = run.preview.embed()
+    scheduler = draw.make_scheduler(config.scheduler, run.noise_scheduler.config)
+    seeds = [config.seed + index for index in range(config.num_validation_images)]
+    vae = run.preview.vae.to(run.accelerator.device)
+    pictures = []
+    for start in range(0, len(seeds), at_once):
+        some = seeds[start : start + at_once]
+        with run.learner.autocast():
+            latents = draw.base_latents(run.unet, scheduler, embeddings.rows([0] * len(some), run.unet), some, config)
+        pictures += draw.decode(vae, latents)
+    return pictures
 
 
 if __name__ == "__main__":
