@@ -3,7 +3,7 @@
     python -m benchmarks.train [--script train_dreambooth_lora_sdxl.py] [--work FOLDER]
 
 builds SDXL at its real shapes with random weights, on which speed and memory do not depend, makes 300 photos of 12
-megapixels, and runs `main.py --mode train` on them as a user would. `--work` keeps both for the next time (8 GB). What
+megapixels, and runs `main.py --mode train` on them as a user would. `--work` keeps both for the next time (14 GB). What
 is called cold is without anything that this program or Triton keeps between runs; files are in the system's cache, and
 nothing is downloaded. The script needs torchvision besides our requirements. Needs psutil, of requirements-dev.txt.
 """
@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def main() -> int:
     parser.add_argument("--script", type=Path, help="diffusers' train_dreambooth_lora_sdxl.py")
     parser.add_argument("--work", type=Path, help="folder to keep model and photos in; empty: a temporary one")
     parser.add_argument("--photos", type=int, default=PHOTOS)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1000, help="of the longest runs, 60 at least")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = options.work or Path(folder)
@@ -80,7 +81,7 @@ def make_photo(path: Path) -> None:
     """A smooth picture with grain, of about 4 MB as a phone's."""
     if path.exists():
         return
-    random = np.random.default_rng(int(path.stem[-3:]))
+    random = np.random.default_rng(int(path.stem.partition("_")[2]))
     few = random.integers(0, 256, (30, 40, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(few).resize(PHOTO_SIZE, Resampling.BICUBIC))
     grain = random.integers(-14, 15, (*smooth.shape[:2], 1), dtype=np.int8)
@@ -128,7 +129,7 @@ def run_ours(work: Path, folder: Path, *overrides: str) -> Run:
     run = watch(command, caches)
     with open(folder / "metrics.csv", newline="") as file:
         at = {int(row["step"]): float(row["seconds"]) for row in csv.DictReader(file)}
-    first, last = (60, 160) if len(at) > 200 else (25, 55)
+    first, last = (60, 160) if len(at) > 200 else (len(at) // 2 - 5, len(at) - 5)
     run.step = (at[last] - at[first]) / (last - first)
     print(folder.name, run, file=sys.stderr, flush=True)
     return run
@@ -172,15 +173,14 @@ def watch(command: list[str], environment: dict[str, str] | None = None) -> Run:
 
 
 def note_memory(process: psutil.Popen, peak: list[float]) -> None:
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        total = 0
-        for member in [process, *process.children(recursive=True)]:
-            try:
-                total += member.memory_full_info().pss
-            except psutil.Error:
-                continue  # it has just ended
-        peak[0] = max(peak[0], total / GIB)
-        time.sleep(0.2)
+    with suppress(psutil.NoSuchProcess):
+        while process.status() != psutil.STATUS_ZOMBIE:
+            total = 0
+            for member in [process, *process.children(recursive=True)]:
+                with suppress(psutil.Error):  # it has just ended
+                    total += member.memory_full_info().pss
+            peak[0] = max(peak[0], total / GIB)
+            time.sleep(0.2)
 
 
 if __name__ == "__main__":
