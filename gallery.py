@@ -81,7 +81,7 @@ def contact_sheet(pictures: Sequence[Image.Image], side: int = 384, gap: int = 8
 def page(title: str, cards: Sequence[Card], recipe: dict[str, Any]) -> str:
     """One HTML file that needs no other: every picture inside it, with its prompt and seed.
 
-    Pictures link to their files by name alone, so the page belongs into the folder of `Card.file`.
+    Pictures link to their files by name alone, so the page belongs in the folder of `Card.file`.
 
     Raises:
         OSError: a picture cannot be read.

@@ -187,8 +187,9 @@ def test_a_slider_compares_before_and_after(page: Page) -> None:
     slider.send_keys(Keys.END)
     assert page.colours() == ["blue", "blue"]
     assert page.one("dialog h2").text == "Picture 1 of 5"
-    width = page.one(".stage").size["width"]
-    ActionChains(page.browser).move_to_element_with_offset(slider, -width // 10, width // 5).click().perform()
+    stage = page.one(".stage")
+    place = -stage.size["width"] // 10, stage.size["height"] // 5  # from the middle
+    ActionChains(page.browser).move_to_element_with_offset(stage, *place).click().perform()
     assert int(str(slider.get_attribute("value"))) == pytest.approx(40, abs=1)
     assert page.run("return getComputedStyle(document.querySelector('.before')).clipPath").startswith("inset(0px")
 
@@ -349,6 +350,7 @@ def test_nothing_is_fetched_and_nothing_foreign_runs(page: Page) -> None:
         url,
     )
     server.shutdown()
+    server.server_close()
     assert (outcome, asked, page.run("return document.title")) == ("refused", [], "lace")
 
 
