@@ -1,6 +1,7 @@
 """What becomes of finished pictures: files that carry their own recipe, a contact sheet, and a page to look through."""
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -27,6 +28,18 @@ class Design:
 
     def file_name(self, image_format: str, refined: bool) -> str:
         return f"{'refined' if refined else 'base'}_output_{self.index:03d}.{image_format}"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the page shows of one picture; what is None or empty is left out."""
+
+    design: Design
+    file: Path  # the finished picture
+    base: Path | None = None  # as it was before refining
+    latent_change: float | None = None  # how far refining moved it, relative to its latents: 0.1 is 10 %
+    edge_change: float | None = None  # how much its edges are stronger, or weaker below 0
+    warning: str = ""  # why it is flagged
 
 
 def save_picture(path: Path, picture: Image.Image, design: Design, recipe: dict[str, Any]) -> None:
@@ -65,25 +78,39 @@ def contact_sheet(pictures: Sequence[Image.Image], side: int = 384, gap: int = 8
     return content.getvalue()
 
 
-def page(title: str, designs: Sequence[Design], files: Sequence[Path], recipe: dict[str, Any]) -> str:
-    """One HTML file that needs no other: every picture inside it, with its prompt and seed."""
+def page(title: str, cards: Sequence[Card], recipe: dict[str, Any]) -> str:
+    """One HTML file that needs no other: every picture inside it, with its prompt and seed.
+
+    Pictures link to their files by name alone, so the page belongs in the folder of `Card.file`.
+
+    Raises:
+        OSError: a picture cannot be read.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    cards = [
-        {"file": path.name, "prompt": design.prompt, "seed": design.seed, "source": _as_data(path)}
-        for design, path in zip(designs, files, strict=True)
-    ]
+    environment.filters |= {"embedded": _embedded, "csp_hash": _csp_hash}
     return environment.get_template("gallery_page.html").render(
-        title=title, cards=cards, settings=json.dumps(recipe, indent=2, ensure_ascii=False)
+        title=title,
+        cards=cards,
+        prompts=list(dict.fromkeys(card.design.prompt for card in cards)),
+        settings=json.dumps(recipe, indent=2, ensure_ascii=False),
     )
 
 
-def _as_data(path: Path) -> str:
+def _embedded(path: Path) -> dict[str, str | int]:
+    """A picture as the attributes of an <img> that needs no file."""
     with Image.open(path) as picture:
-        content = io.BytesIO()
-        _shrink(picture.convert("RGB"), 1024).save(content, format="JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+        small = _shrink(picture.convert("RGB"), 1024)
+    content = io.BytesIO()
+    small.save(content, format="JPEG", quality=88)
+    source = "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+    return {"src": source, "width": small.width, "height": small.height}
+
+
+def _csp_hash(content: str) -> str:
+    """An inline style or script as a Content-Security-Policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
 def _shrink(picture: Image.Image, side: int) -> Image.Image:

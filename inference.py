@@ -20,7 +20,7 @@ import hub
 import supervise
 from config import DISK_OR_DRIVE, Config, UserError
 from data_utils import numbered, write_atomically
-from gallery import Design
+from gallery import Card, Design
 
 logger = logging.getLogger(__name__)
 
@@ -167,13 +167,14 @@ def _write_manifest(folder: Path, recipe: dict[str, Any], designs: list[Design],
 
 def _publish(folder: Path, designs: list[Design], recipe: dict[str, Any], config: Config) -> None:
     """Contact sheet and page over all finished pictures."""
-    files = [_files(folder, design, config)[config.refine] for design in designs]
+    files = [_files(folder, design, config) for design in designs]
+    cards = [Card(d, f[config.refine], f.get(not config.refine)) for d, f in zip(designs, files, strict=True)]
     pictures = []
-    for path in files:
-        with Image.open(path) as picture:
+    for card in cards:
+        with Image.open(card.file) as picture:
             pictures.append(picture.convert("RGB"))
     write_atomically(folder / gallery.CONTACT_SHEET, gallery.contact_sheet(pictures))
-    write_atomically(folder / gallery.PAGE, gallery.page(folder.name, designs, files, recipe).encode())
+    write_atomically(folder / gallery.PAGE, gallery.page(folder.name, cards, recipe).encode())
 
 
 def _print_plan(config: Config, prompts: list[str], lora: Path | None, folder: Path, missing: int) -> None:

@@ -138,6 +138,16 @@ def test_refined_pictures_are_always_called_so(
     assert {name for name in names(tmp_path / "out") if "_output_" in name} == files
 
 
+@pytest.mark.parametrize(
+    ("changes", "count"), [({}, 0), ({"save_base": True}, 4), ({"refine": False, "save_base": True}, 0)]
+)
+def test_the_page_has_the_base_of_refined_pictures_if_it_is_saved(
+    changes: dict[str, Any], count: int, tmp_path: Path, artist: Artist, make: Make
+) -> None:
+    inference.run(make(**changes))
+    assert (tmp_path / "out" / "gallery.html").read_text(encoding="utf-8").count("data-base=") == count
+
+
 def test_finished_already(tmp_path: Path, artist: Artist, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     inference.run(make())
     before = snapshot(tmp_path)
