@@ -1,12 +1,11 @@
-"""A function of a batch, replayed from CUDA graphs: what costs Python and the driver milliseconds is said once."""
+"""A function of tensors, replayed from CUDA graphs: what costs Python and the driver milliseconds is said once."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from batches import Batch
+Shapes = tuple[torch.Size, ...]
 
 
 class CaptureError(RuntimeError):
@@ -14,38 +13,38 @@ class CaptureError(RuntimeError):
 
 
 class Captured:
-    """Calls `function`, which launches work on the GPU and returns a tensor, from a graph for each shape of batch.
+    """Calls `function`, which launches work on the GPU and returns a tensor, from a graph for each shapes of inputs.
 
-    The first call with a shape is made plainly, on a stream of its own, so that libraries choose their kernels and
+    The first call with new shapes is made plainly, on a stream of its own, so that libraries choose their kernels and
     make their buffers; the second one is captured. All graphs share one pool of memory, since one runs at a time.
 
     `function` must not wait for the GPU, nor draw random numbers on it, and whatever it writes to must stay in place.
     """
 
-    def __init__(self, function: Callable[[Batch], Tensor], device: torch.device) -> None:
+    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
         self.function, self.device = function, device
-        self.called: set[Any] = set()
-        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
+        self.called: set[Shapes] = set()
+        self.graphs: dict[Shapes, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         """
         Args:
-            batch: in pinned memory or on the GPU.
+            inputs: in pinned memory or on the GPU.
 
         Raises:
             CaptureError: there can be no graph of this function; nothing was done.
         """
-        shape = batch.latents.shape
-        if shape not in self.called:
-            output = self._on_own_stream(batch.to(self.device))
-            self.called.add(shape)
+        shapes = tuple(value.shape for value in inputs)
+        if shapes not in self.called:
+            output = self._on_own_stream(self._moved(inputs))
+            self.called.add(shapes)
             return output
-        if shape not in self.graphs:
-            self.graphs[shape] = self._capture(batch.to(self.device))
-        graph, inputs, output = self.graphs[shape]
-        for name, value in vars(batch).items():
-            getattr(inputs, name).copy_(value, non_blocking=True)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = self._capture(self._moved(inputs))
+        graph, places, output = self.graphs[shapes]
+        for place, value in zip(places, inputs, strict=True):
+            place.copy_(value, non_blocking=True)
         graph.replay()
         return output.clone()
 
@@ -54,20 +53,24 @@ class Captured:
         had, self.graphs, self.pool = bool(self.graphs), {}, torch.cuda.graph_pool_handle()
         return had
 
-    def _on_own_stream(self, batch: Batch) -> Tensor:
+    def _moved(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """In memory of their own, since a graph reads its inputs where they were when it was captured."""
+        return [torch.empty_like(value, device=self.device).copy_(value, non_blocking=True) for value in inputs]
+
+    def _on_own_stream(self, inputs: list[Tensor]) -> Tensor:
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            output = self.function(batch)
+            output = self.function(*inputs)
         current.wait_stream(stream)
         return output
 
-    def _capture(self, inputs: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
+    def _capture(self, places: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         torch.cuda.empty_cache()  # the pool cannot use what the first call left behind
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self.pool):
-                output = self.function(inputs)
+                output = self.function(*places)
         except RuntimeError as error:
             # PyTorch stays on the stream of the capture, and leaves its generator as if that still went on: no random
             # number could be drawn any more.
@@ -76,4 +79,4 @@ class Captured:
             torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
             reason = str(error).strip().split("\n")[0]
             raise CaptureError(reason) from error
-        return graph, inputs, output
+        return graph, places, output

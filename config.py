@@ -159,7 +159,8 @@ class Config:
     )  # fmt: skip
     lora_path: str | None = setting(None, "LoRA file or folder to draw with; empty means lora_output_dir")
     lora_scale: float = setting(1.0, "strength of the LoRA in the pictures; 0 is the plain base", least=0)
-    inference_batch_size: int = setting(1, "pictures drawn at once; more is faster and takes more memory", least=1)
+    inference_batch_size: int | None = setting(None, "pictures drawn at once; empty: as many as pay and fit", least=1)
+    rebuild: str | None = setting(None, "a picture that this program has drawn: make it again, from its own recipe")
 
     refine: bool = setting(True, "refine every picture; false saves base pictures only", group="refining")
     refiner_flow: Literal["img2img", "ensemble"] = setting(
@@ -167,6 +168,7 @@ class Config:
     )
     refiner_strength: float = setting(0.2, "img2img: how much the refiner repaints", above=0, most=1)
     refiner_start: float = setting(0.8, "ensemble: share of the steps that the base makes", above=0, most=0.99)
+    refiner_prompt: str | None = setting(None, "what the refiner is to see; empty means the prompt of the picture")
     aesthetic_score: float = setting(6.0, "score the refiner aims at", least=0, most=10)
     negative_aesthetic_score: float = setting(2.5, "score the refiner keeps away from", least=0, most=10)
 

@@ -1,4 +1,4 @@
-"""Drawing: prompts to embeddings, base latents, refined latents, pictures; never two big models in memory.
+"""Drawing in phases: prompts to embeddings, base latents, refined latents, pictures; never two big models in memory.
 
 The denoising is diffusers' own pipelines', each given the one model it needs and embeddings made beforehand.
 """
@@ -6,7 +6,6 @@ The denoising is diffusers' own pipelines', each given the one model it needs an
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,39 +14,47 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+import embeddings
+import fast_unet
 import lora_weights
 import models
 from batches import stream_seed
 from config import LOSS_NOT_FINITE, Config, UserError
+from data_utils import write_atomically
 from gallery import Design
 
 logger = logging.getLogger(__name__)
 
+MOST_AT_ONCE = 4  # more make a picture no faster: 28.5 ms a step for each of 4 at 1024² on an H100, 31 for one alone
+# Of a GPU's memory: the UNet with what else is needed, and a picture with guidance by the million of its pixels.
+_UNET_BYTES, _PICTURE_BYTES = 7 * 2**30, 2**29
 
-@dataclass(frozen=True)
-class Embeddings:
-    """What one prompt and one negative prompt are to a UNet; rows are pictures of a batch."""
+# Takes a design, its picture by the base and by the refiner, and how far refining moved its latents, if they are there.
+Finish = Callable[[Design, Image.Image | None, Image.Image | None, float | None], object]
+Latents = list[Tensor]  # (n, 4, h, w) for each batch
 
-    prompt_embeds: Tensor  # (n, 77, c)
-    pooled_prompt_embeds: Tensor  # (n, p)
-    negative_prompt_embeds: Tensor  # (n, 77, c)
-    negative_pooled_prompt_embeds: Tensor  # (n, p)
 
-    def rows(self, index: Sequence[int], unet: UNet2DConditionModel) -> dict[str, Tensor]:
-        """The rows for one batch, as keyword arguments of a pipeline."""
-        return {name: value[list(index)].to(unet.device, unet.dtype) for name, value in vars(self).items()}
+def pictures_at_once(config: Config) -> int:
+    """The size of batches that pays and fits on this machine's device."""
+    if models.pick_device().type != "cuda":
+        return 1
+    _, memory = torch.cuda.mem_get_info()
+    fit = (memory - _UNET_BYTES) // round(_PICTURE_BYTES * config.width * config.height / 1e6)
+    return max(1, min(MOST_AT_ONCE, fit))
 
 
 def draw_pictures(
-    config: Config,
-    lora: Path | None,
-    batches: Sequence[Sequence[Design]],
-    save: Callable[[Design, Image.Image, bool], None],
+    config: Config, lora: Path | None, batches: Sequence[Sequence[Design]], kept: Path, finish: Finish
 ) -> None:
-    """Draw all batches, phase by phase, and hand each picture to `save(design, picture, refined)`.
+    """Draw all batches, phase by phase, and hand each picture to `finish`.
+
+    Args:
+        kept: folder for the latents of each phase; a run that was interrupted goes on from what is there.
 
     Raises:
         UserError: a model or the LoRA cannot be loaded, or the device cannot do what is asked for.
@@ -55,49 +62,101 @@ def draw_pictures(
     device = models.pick_device()
     dtype = models.pick_dtype(config.mixed_precision, device)
     logger.info("drawing on %s in %s", device, str(dtype).removeprefix("torch."))
+    models.read_ahead(config)
     prompts = list(dict.fromkeys(design.prompt for batch in batches for design in batch))
-    base_embeddings, refiner_embeddings = embed_for_both(config, prompts, lora, device, dtype)
+    for_base, for_refiner = embeddings.for_both(config, prompts, lora, device, dtype)
     scheduler = make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
     rows = [[prompts.index(design.prompt) for design in batch] for batch in batches]
     seeds = [[design.seed for design in batch] for batch in batches]
+    names = [f"{batch[0].index:03d}.safetensors" for batch in batches]
     free(device)
 
-    unet = models.load_unet(config.pretrained_model, config.variant, device, dtype, config.attention)
-    if lora:
-        lora_weights.merge_lora({"unet": unet}, lora, config.lora_scale)
-    with _progress("drawing", len(batches) * base_steps(config)) as bar:
-        base = [
-            base_latents(unet, scheduler, base_embeddings.rows(row, unet), seed, config, bar.update).cpu()
-            for row, seed in zip(rows, seeds, strict=True)
-        ]
-    del unet
-    free(device)
+    def load(source: str, lora: Path | None = None) -> UNet2DConditionModel:
+        unet = models.load_unet(source, config.variant, device, dtype, config.attention)
+        if lora:
+            lora_weights.merge_lora({"unet": unet}, lora, config.lora_scale)
+        if config.attention != "xformers":
+            fast_unet.make_fast(unet)
+        return unet
 
-    vae = models.load_vae(config, device, dtype)
-    latents = {False: base} if config.save_base or not config.refine else {}
+    def draw(unet: UNet2DConditionModel, number: int, on_step: Callable[[], object]) -> Tensor:
+        return base_latents(unet, scheduler, for_base.rows(rows[number], unet), seeds[number], config, on_step)
+
+    files = [kept / f"base_{name}" for name in names]
+    base = _phase("drawing", base_steps(config), files, partial(load, config.pretrained_model, lora), draw)
+    vae = models.load_vae(config, device, dtype, drawing=True)
+    refined: Latents = []
     if config.refine:
-        unet = models.load_unet(config.refiner_model, config.variant, device, dtype, config.attention)
-        with _progress("refining", len(batches) * refiner_steps(config)) as bar:
-            refine = partial(refined_latents, unet, vae, scheduler, config=config, on_step=bar.update)
-            latents[True] = [
-                refine(refiner_embeddings.rows(row, unet), single, seed).cpu()
-                for row, single, seed in zip(rows, base, seeds, strict=True)
-            ]
-        del unet
-        free(device)
 
-    with _progress("saving", len(latents) * sum(map(len, batches))) as bar:
-        for refined, batched in latents.items():
-            for batch, single in zip(batches, batched, strict=True):
-                for design, picture in zip(batch, decode(vae, single), strict=True):
-                    save(design, picture, refined)
-                    bar.update()
+        def refine(unet: UNet2DConditionModel, number: int, on_step: Callable[[], object]) -> Tensor:
+            conditions = for_refiner.rows(rows[number], unet)
+            return refined_latents(unet, vae, scheduler, conditions, base[number], seeds[number], config, on_step)
+
+        files = [kept / f"refined_{name}" for name in names]
+        refined = _phase("refining", refiner_steps(config), files, partial(load, config.refiner_model), refine)
+
+    fast_unet.use_kernels_if_possible(vae)
+    _decode_all(vae, batches, base, refined, config, finish)
     if memory := models.peak_memory(device):
         logger.info(memory)
 
 
-def _progress(what: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=what, unit="picture" if what == "saving" else "step")
+def _phase(
+    name: str,
+    steps: int,
+    files: Sequence[Path],
+    load: Callable[[], UNet2DConditionModel],
+    make: Callable[[UNet2DConditionModel, int, Callable[[], object]], Tensor],
+) -> Latents:
+    """The latents of one phase, on the CPU, each from its file if an earlier run has made it; its UNet is freed."""
+    latents = [_read(file) for file in files]
+    missing = [number for number, value in enumerate(latents) if value is None]
+    if missing:
+        unet = load()
+        done = (len(files) - len(missing)) * steps
+        with tqdm(total=len(files) * steps, initial=done, desc=name, unit="step") as bar:
+            for number in missing:
+                made = latents[number] = make(unet, number, bar.update).cpu()
+                write_atomically(files[number], save({"latents": made}))
+        device = unet.device
+        del unet
+        free(device)
+    return [value for value in latents if value is not None]
+
+
+def _read(file: Path) -> Tensor | None:
+    try:
+        return load_file(file)["latents"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return None
+
+
+def _decode_all(
+    vae: AutoencoderKL,
+    batches: Sequence[Sequence[Design]],
+    base: Latents,
+    refined: Latents,
+    config: Config,
+    finish: Finish,
+) -> None:
+    """The ensemble's base latents are full of noise yet: no picture to compare with, shown only if wanted."""
+    comparable = config.refiner_flow == "img2img"
+    show_base = not refined or comparable or config.save_base
+    with tqdm(total=sum(map(len, batches)), desc="saving", unit="picture") as bar:
+        for number, batch in enumerate(batches):
+            before = base[number].split(1)
+            after = refined[number].split(1) if refined else [None] * len(batch)
+            for design, one, other in zip(batch, before, after, strict=True):
+                unrefined = decode(vae, one)[0] if show_base else None
+                picture = decode(vae, other)[0] if other is not None else None
+                moved = _distance(one, other) if other is not None and comparable else None
+                finish(design, unrefined, picture, moved)
+                bar.update()
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """How far apart latents are, by the length of the first."""
+    return float((other.float() - one.float()).norm() / one.float().norm())
 
 
 def free(device: torch.device) -> None:
@@ -105,44 +164,6 @@ def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def embed_for_both(
-    config: Config, prompts: list[str], lora: Path | None, device: torch.device, dtype: torch.dtype
-) -> tuple[Embeddings, Embeddings]:
-    """Embeddings for the base and for the refiner, which reads the second text encoder alone; encoders are freed.
-
-    The LoRA's part for the text encoders, if it has one, is the base's: the refiner was never trained with it.
-    """
-    tokenizers = models.load_tokenizers(config.pretrained_model)
-    text_encoders = models.load_text_encoders(config, device, dtype)
-    for prompt in prompts:
-        if models.too_long(prompt, tokenizers[0]):
-            logger.warning("SDXL reads the first 77 tokens of a prompt only; this one is longer: %.60s…", prompt)
-    second = partial(models.encode_prompts, tokenizers=tokenizers[1:], text_encoders=text_encoders[1:])
-    zeros = models.zeros_for_empty_prompt(config.refiner_model, default=False) if config.refine else False
-    refiner = embed(prompts, config.negative_prompt, second, zeros)
-    if lora:
-        networks = dict(zip(("text_encoder", "text_encoder_2"), text_encoders, strict=True))
-        lora_weights.merge_lora(networks, lora, config.lora_scale)
-    both = partial(models.encode_prompts, tokenizers=tokenizers, text_encoders=text_encoders)
-    zeros = models.zeros_for_empty_prompt(config.pretrained_model, default=True)
-    return embed(prompts, config.negative_prompt, both, zeros), refiner
-
-
-def embed(
-    prompts: list[str], negative: str | None, encode: Callable[[list[str]], tuple[Tensor, Tensor]], zeros: bool
-) -> Embeddings:
-    """Embeddings of prompts and of the negative prompt; without one, zeros where the model was trained so."""
-    encoded = [encode([prompt]) for prompt in prompts]
-    prompt_embeds = torch.cat([embeds.cpu() for embeds, _ in encoded])
-    pooled = torch.cat([pooled.cpu() for _, pooled in encoded])
-    if not negative and zeros:
-        return Embeddings(prompt_embeds, pooled, torch.zeros_like(prompt_embeds), torch.zeros_like(pooled))
-    embeds, negative_pooled = encode([negative or ""])
-    return Embeddings(
-        prompt_embeds, pooled, embeds.cpu().expand_as(prompt_embeds), negative_pooled.cpu().expand_as(pooled)
-    )
 
 
 def make_scheduler(name: str, config: Any) -> Any:

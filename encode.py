@@ -24,6 +24,8 @@ import latents
 import models
 from config import Config
 from data_utils import write_atomically
+from embeddings import Embeddings
+from embeddings import embed as embed_prompts
 
 logger = logging.getLogger("train_lora")
 
@@ -32,7 +34,7 @@ logger = logging.getLogger("train_lora")
 class Preview:
     """What sample grids need besides the UNet."""
 
-    embed: Callable[[], draw.Embeddings]  # the prompt's, by the text encoders as they are now
+    embed: Callable[[], Embeddings]  # the prompt's, by the text encoders as they are now
     vae: AutoencoderKL  # parked on the CPU
 
 
@@ -70,10 +72,10 @@ def encode(
     text_encoders = models.load_text_encoders(config, device, dtype)
     encode_prompts = partial(models.encode_prompts, tokenizers=tokenizers, text_encoders=text_encoders)
     zeros = models.zeros_for_empty_prompt(config.pretrained_model, default=True)
-    embed = partial(draw.embed, negative=config.negative_prompt, encode=encode_prompts, zeros=zeros)
+    embed = partial(embed_prompts, negative=config.negative_prompt, encode=encode_prompts, zeros=zeros)
     caption_ids, prompt_embeds, pooled = batches.encode_captions(texts, encode_prompts)
     of_class = embed([config.class_prompt])
-    embed_preview: Callable[[], draw.Embeddings] = partial(embed, [config.validation_prompt or config.instance_prompt])
+    embed_preview: Callable[[], Embeddings] = partial(embed, [config.validation_prompt or config.instance_prompt])
     captions = Captions([], {})
     if config.train_text_encoder:
         named = dict(zip(("text_encoder", "text_encoder_2"), text_encoders, strict=True))
@@ -96,8 +98,8 @@ def encode(
     return data, captions, Preview(embed_preview, models.load_vae(config, torch.device("cpu"), dtype))
 
 
-def _same(embeddings: draw.Embeddings) -> draw.Embeddings:
-    return embeddings
+def _same(conditions: Embeddings) -> Embeddings:
+    return conditions
 
 
 def _encode_pictures(
@@ -116,17 +118,21 @@ def _encode_pictures(
 
 
 def draw_missing(
-    config: Config, missing: dict[Path, int], embeddings: draw.Embeddings, accelerator: Accelerator, dtype: torch.dtype
+    config: Config,
+    missing: dict[Path, int],
+    conditions: Embeddings,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
 ) -> None:
     """Draw the pictures of the class that are not there, each process its share."""
     share = list(missing.items())[accelerator.process_index :: accelerator.num_processes]
     if share:
-        _draw_class(config, dict(share), embeddings, accelerator.device, dtype)
+        _draw_class(config, dict(share), conditions, accelerator.device, dtype)
     accelerator.wait_for_everyone()
 
 
 def _draw_class(
-    config: Config, files: dict[Path, int], embeddings: draw.Embeddings, device: torch.device, dtype: torch.dtype
+    config: Config, files: dict[Path, int], conditions: Embeddings, device: torch.device, dtype: torch.dtype
 ) -> None:
     config = replace(config, refine=False)
     unet = models.load_unet(config.pretrained_model, config.variant, device, dtype, config.attention)
@@ -134,7 +140,7 @@ def _draw_class(
     scheduler = draw.make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
     for path, number in tqdm(files.items(), desc="drawing the class", unit="picture"):
         seed = batches.stream_seed(config.seed, "class", number)
-        drawn = draw.base_latents(unet, scheduler, embeddings.rows([0], unet), [seed], config)
+        drawn = draw.base_latents(unet, scheduler, conditions.rows([0], unet), [seed], config)
         content = io.BytesIO()
         draw.decode(vae, drawn)[0].save(content, format="PNG")
         path.parent.mkdir(parents=True, exist_ok=True)

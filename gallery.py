@@ -1,4 +1,4 @@
-"""What becomes of finished pictures: files that carry their own recipe, a contact sheet, and a page to look through."""
+"""What shows finished pictures: a contact sheet, and a page to look through."""
 
 import base64
 import hashlib
@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image, PngImagePlugin
-
-from data_utils import write_atomically
+from PIL import Image
 
 CONTACT_SHEET, PAGE, MANIFEST = "contact_sheet.png", "gallery.html", "manifest.json"
 
@@ -40,26 +38,6 @@ class Card:
     latent_change: float | None = None  # how far refining moved it, relative to its latents: 0.1 is 10 %
     edge_change: float | None = None  # how much its edges are stronger, or weaker below 0
     warning: str = ""  # why it is flagged
-
-
-def save_picture(path: Path, picture: Image.Image, design: Design, recipe: dict[str, Any]) -> None:
-    """Write a PNG or JPEG with prompt, seed and settings inside; its name never stands for half of it.
-
-    A PNG holds them as the text chunks `prompt`, `seed` and `settings` (JSON), a JPEG all three as a JSON comment,
-    without the list of all prompts, which may not fit.
-    """
-    content = io.BytesIO()
-    if path.suffix == ".png":
-        text = PngImagePlugin.PngInfo()
-        text.add_itxt("prompt", design.prompt)
-        text.add_itxt("seed", str(design.seed))
-        text.add_itxt("settings", json.dumps(recipe, ensure_ascii=False))
-        picture.save(content, format="PNG", pnginfo=text)
-    else:
-        own = {name: value for name, value in recipe.items() if name != "prompts"}
-        comment = json.dumps({"prompt": design.prompt, "seed": design.seed, "settings": own}, ensure_ascii=False)
-        picture.save(content, format="JPEG", quality=95, subsampling=0, comment=comment.encode())
-    write_atomically(path, content.getvalue())
 
 
 def contact_sheet(pictures: Sequence[Image.Image], side: int = 384, gap: int = 8) -> bytes:

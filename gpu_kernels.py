@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -24,21 +25,22 @@ _COLUMNS, _BLOCK = 1024, 1024
 _CHUNKS = 16  # programs for each group of channels; each notes its sums, which the next kernel adds up
 
 
-def use_kernels(unet: UNet2DConditionModel) -> None:
-    """Let a frozen UNet on a GPU calculate by these, in channels-last layout: SDXL's, or one of its family.
+def use_kernels(model: UNet2DConditionModel | AutoencoderKL) -> None:
+    """Let a frozen UNet or VAE on a GPU calculate by these, in channels-last layout: SDXL's, or one of its family.
 
     Its parameters may change: what is added anyway takes convolutions' biases along, since each is a pass of its own.
     """
-    unet.to(memory_format=torch.channels_last)
-    for module in list(unet.modules()):
+    model.to(memory_format=torch.channels_last)
+    for module in list(model.modules()):
         plain = isinstance(module, ResnetBlock2D) and _is_plain(module)
         for name, child in list(module.named_children()):
             if isinstance(child, GEGLU):
                 setattr(module, name, _Geglu(child))
-            elif isinstance(child, nn.GroupNorm):
+            elif isinstance(child, nn.GroupNorm) and not isinstance(module, Attention):  # where it is of rows
                 setattr(module, name, _GroupNorm(child, silu=plain))
         if plain:
-            _move_bias(module.conv1, module.time_emb_proj)
+            if module.time_emb_proj is not None:
+                _move_bias(module.conv1, module.time_emb_proj)
             if module.conv_shortcut is not None:
                 _move_bias(module.conv2, module.conv_shortcut)
             module.forward = partial(_resnet, module)
@@ -67,14 +69,15 @@ def _move_bias(source: Any, target: Any) -> None:
     source.bias = None
 
 
-def _resnet(self: Any, hidden_states: Tensor, temb: Tensor, *_: Any) -> Tensor:
-    """ResnetBlock2D's forward, whose norms end in SiLU here."""
+def _resnet(self: Any, hidden_states: Tensor, temb: Tensor | None, *_: Any) -> Tensor:
+    """ResnetBlock2D's forward, whose norms end in SiLU here; a VAE's knows no timestep."""
     shortcut = hidden_states
     if self.conv_shortcut is not None:  # 1x1: a product, which adds the bias as it goes
         weight = self.conv_shortcut.weight.flatten(1)
         shortcut = F.linear(hidden_states.permute(0, 2, 3, 1), weight, self.conv_shortcut.bias).permute(0, 3, 1, 2)
     hidden_states = self.conv1(self.norm1(hidden_states))
-    hidden_states = self.norm2(hidden_states, self.time_emb_proj(F.silu(temb)))
+    shift = None if temb is None else self.time_emb_proj(F.silu(temb))
+    hidden_states = self.norm2(hidden_states, shift)
     return self.conv2(hidden_states) + shortcut
 
 

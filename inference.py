@@ -5,9 +5,14 @@ picture has to be drawn.
 """
 
 import hashlib
+import io
 import json
 import logging
-from collections.abc import Iterator
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +22,13 @@ from PIL import Image
 import checkpoint
 import gallery
 import hub
+import recipe as recipes
+import refining
 import supervise
 from config import DISK_OR_DRIVE, Config, UserError
 from data_utils import numbered, write_atomically
 from gallery import Card, Design
+from recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +38,11 @@ RECIPE_SETTINGS = (
     "pretrained_model", "revision", "pretrained_vae", "refiner_model", "lora_scale",
     "num_images", "width", "height", "num_inference_steps",
     "guidance_scale", "negative_prompt", "scheduler", "seed", "mixed_precision", "inference_batch_size", "refine",
-    "refiner_flow", "refiner_strength", "refiner_start", "aesthetic_score", "negative_aesthetic_score", "image_format",
-    "save_base",
+    "refiner_flow", "refiner_strength", "refiner_start", "refiner_prompt", "aesthetic_score",
+    "negative_aesthetic_score", "image_format", "save_base",
 )  # fmt: skip
+# Inside the output folder until all is done: latents of each phase, and what pictures were before refining.
+UNFINISHED = ".unfinished"
 ADVICE = "set inference_batch_size: 1, or a smaller width and height"
 
 
@@ -51,24 +61,25 @@ def run(config: Config, dry_run: bool = False) -> Path:
     designs = [Design(index, prompts[index % len(prompts)], config.seed + index) for index in range(config.num_images)]
     lora = find_lora(config)
     recipe = {name: getattr(config, name) for name in RECIPE_SETTINGS}
-    recipe |= {"prompts": prompts, "lora_sha256": _sha256(lora) if lora else None}
+    recipe |= {"prompts": prompts, "lora_sha256": sha256(lora) if lora else None}
     folder = choose_folder(Path(config.output_dir), recipe)
-    missing = [batch for batch in _batches(designs, config) if not all(_is_drawn(folder, d, config) for d in batch)]
+    missing = [design for design in designs if not _is_drawn(folder, design, config)]
     if dry_run:
-        _print_plan(config, prompts, lora, folder, sum(map(len, missing)))
+        _print_plan(config, prompts, lora, folder, len(missing))
         return folder
     try:
-        if missing:
+        if not missing and (folder / gallery.PAGE).exists():
+            print("Finished already; other settings get a folder of their own.")
+        else:
             folder.mkdir(parents=True, exist_ok=True)
             with supervise.sole_use(folder):
                 checkpoint.sweep(folder)
-                models = hub.fetch_models(config)
-                _write_manifest(folder, recipe, designs, config)
-                _draw(replace(config, **models), lora, missing, folder, recipe)
-        elif (folder / gallery.PAGE).exists():
-            print("Finished already; other settings get a folder of their own.")
-        if missing or not (folder / gallery.PAGE).exists():
-            _publish(folder, designs, recipe, config)
+                manifest = _Manifest(folder, recipe, designs, config)
+                if missing:
+                    models = hub.fetch_models(config)
+                    _draw(replace(config, **models), lora, designs, manifest)
+                _publish(manifest, designs)
+                shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     except (OSError, MemoryError, RuntimeError) as error:
         if explained := supervise.explain(error, ADVICE):
             raise UserError(*explained) from error
@@ -108,6 +119,11 @@ def find_lora(config: Config) -> Path | None:
     return path
 
 
+def lora_name(config: Config, lora: Path | None) -> str:
+    """As other programs know it: the file that training writes for them has the name of the token."""
+    return "" if lora is None else config.lora_name if lora.name == LORA_FILE else lora.stem
+
+
 def choose_folder(wanted: Path, recipe: dict[str, Any]) -> Path:
     """The folder of this recipe: `wanted`, or `wanted-2`, `wanted-3` … where other pictures are there already."""
     for folder in numbered(wanted.parent, wanted.name):
@@ -130,12 +146,6 @@ def _recipe_of(folder: Path) -> Any:
         return None
 
 
-def _batches(designs: list[Design], config: Config) -> Iterator[list[Design]]:
-    """Who shares a batch is fixed by the settings alone, so that a resumed run makes the very same pictures."""
-    for start in range(0, len(designs), config.inference_batch_size):
-        yield designs[start : start + config.inference_batch_size]
-
-
 def _files(folder: Path, design: Design, config: Config) -> dict[bool, Path]:
     """The files of one design, by whether they are refined."""
     kinds = ([True] if config.refine else []) + ([False] if config.save_base or not config.refine else [])
@@ -146,35 +156,93 @@ def _is_drawn(folder: Path, design: Design, config: Config) -> bool:
     return all(path.exists() for path in _files(folder, design, config).values())
 
 
-def _draw(config: Config, lora: Path | None, batches: list[list[Design]], folder: Path, recipe: dict[str, Any]) -> None:
+class _Manifest:
+    """manifest.json as it is made: the recipe, the size of batches, and of each picture its files and its refining."""
+
+    def __init__(self, folder: Path, recipe: dict[str, Any], designs: Sequence[Design], config: Config) -> None:
+        self.folder, self.recipe, self.config = folder, recipe, config
+        self.path = folder / gallery.MANIFEST
+        old = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        self.batch_size: int | None = config.inference_batch_size or old.get("batch_size")
+        self.rows: list[dict[str, Any]] = old.get("pictures") or [self._row(design) for design in designs]
+
+    def _row(self, design: Design) -> dict[str, Any]:
+        files = _files(self.folder, design, self.config).items()
+        names = {"refined" if refined else "base": path.name for refined, path in files}
+        return {"prompt": design.prompt, "seed": design.seed, "files": names}
+
+    def batches(self, designs: Sequence[Design], size: int) -> Iterator[Sequence[Design]]:
+        """Who shares a batch is noted before the first is drawn: a resumed run makes the very same pictures."""
+        self.batch_size = self.batch_size or size
+        self.write()
+        for start in range(0, len(designs), self.batch_size):
+            yield designs[start : start + self.batch_size]
+
+    def write(self) -> None:
+        content = {"recipe": self.recipe, "batch_size": self.batch_size, "pictures": self.rows}
+        write_atomically(self.path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _draw(config: Config, lora: Path | None, designs: Sequence[Design], manifest: _Manifest) -> None:
+    """Draw the batches of which a picture is missing; files are written on threads while the next ones are decoded."""
     import draw  # brings torch
 
-    def save(design: Design, picture: Image.Image, refined: bool) -> None:
-        gallery.save_picture(_files(folder, design, config)[refined], picture, design, recipe)
+    folder, unfinished = manifest.folder, manifest.folder / UNFINISHED
+    unfinished.mkdir(exist_ok=True)
+    planned = manifest.batches(designs, config.inference_batch_size or draw.pictures_at_once(config))
+    batches = [batch for batch in planned if not all(_is_drawn(folder, one, config) for one in batch)]
+    batch_of = {design: batch for batch in batches for design in batch}
 
-    draw.draw_pictures(config, lora, batches, save)
+    def save(design: Design, base: Image.Image | None, refined: Image.Image | None, moved: float | None) -> None:
+        if base and refined:
+            content = io.BytesIO()
+            base.save(content, format="JPEG", quality=90)
+            write_atomically(_preview(folder, design), content.getvalue())
+            manifest.rows[design.index]["refining"] = refining.compare(base, refined, moved)
+        pictures = {False: base, True: refined}
+        for is_refined, path in _files(folder, design, config).items():
+            picture = pictures[is_refined]
+            assert picture is not None
+            own = Recipe(design, is_refined, batch_of[design], manifest.recipe, lora_name(config, lora))
+            recipes.save_picture(path, picture, own)
+
+    most = min(8, os.cpu_count() or 1)
+    waiting: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(most) as pool:
+
+        def finish(*drawn: Any) -> None:
+            if len(waiting) == most:
+                waiting.popleft().result()
+            waiting.append(pool.submit(save, *drawn))
+
+        try:
+            draw.draw_pictures(config, lora, batches, unfinished, finish)
+        finally:
+            while waiting:
+                waiting.popleft().result()
+            manifest.write()
 
 
-def _write_manifest(folder: Path, recipe: dict[str, Any], designs: list[Design], config: Config) -> None:
-    rows = []
-    for design in designs:
-        files = _files(folder, design, config).items()
-        names = {"refined" if refined else "base": path.name for refined, path in files}
-        rows.append({"prompt": design.prompt, "seed": design.seed, "files": names})
-    content = json.dumps({"recipe": recipe, "pictures": rows}, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(folder / gallery.MANIFEST, content.encode())
-
-
-def _publish(folder: Path, designs: list[Design], recipe: dict[str, Any], config: Config) -> None:
+def _publish(manifest: _Manifest, designs: Sequence[Design]) -> None:
     """Contact sheet and page over all finished pictures."""
-    files = [_files(folder, design, config) for design in designs]
-    cards = [Card(d, f[config.refine], f.get(not config.refine)) for d, f in zip(designs, files, strict=True)]
-    pictures = []
-    for card in cards:
-        with Image.open(card.file) as picture:
+    folder, config = manifest.folder, manifest.config
+    measured = [row.get("refining", {}) for row in manifest.rows]
+    warnings = refining.warnings(measured)
+    cards, pictures = [], []
+    for design, changes, warning in zip(designs, measured, warnings, strict=True):
+        files = _files(folder, design, config)
+        before = files.get(False, _preview(folder, design))
+        base = before if config.refine and before.exists() else None
+        cards.append(Card(design, files[config.refine], base, **changes, warning=warning))
+        with Image.open(files[config.refine]) as picture:
             pictures.append(picture.convert("RGB"))
     write_atomically(folder / gallery.CONTACT_SHEET, gallery.contact_sheet(pictures))
-    write_atomically(folder / gallery.PAGE, gallery.page(folder.name, cards, recipe).encode())
+    write_atomically(folder / gallery.PAGE, gallery.page(folder.name, cards, manifest.recipe).encode())
+
+
+def _preview(folder: Path, design: Design) -> Path:
+    """What a picture was before refining, for the page."""
+    return folder / UNFINISHED / f"base_{design.index:03d}.jpg"
 
 
 def _print_plan(config: Config, prompts: list[str], lora: Path | None, folder: Path, missing: int) -> None:
@@ -183,7 +251,7 @@ def _print_plan(config: Config, prompts: list[str], lora: Path | None, folder: P
     print("\n".join(f"prompt: {prompt}" for prompt in prompts))
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,9 +8,7 @@ The optimizer is left out of the graph on purpose: what the CPU does for it is h
 any optimizer can be used.
 """
 
-import importlib.util
 import logging
-import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -25,6 +23,7 @@ import supervise
 from batches import Batch
 from captured import Captured, CaptureError
 from config import OUT_OF_MEMORY, Config
+from fast_unet import use_kernels_if_possible
 from fused_lora import FusedLora
 from optimizer import Weights
 
@@ -60,12 +59,9 @@ class Learner:
             logger.info("the plain way of training, since %s", reason)
         else:
             self.fused = FusedLora(networks["unet"], config.alpha / config.rank)
-            if can_use_kernels(device, dtype):
-                from gpu_kernels import use_kernels
-
-                use_kernels(networks["unet"])
+            use_kernels_if_possible(networks["unet"])
             if device.type == "cuda":
-                self.captured = Captured(self._learn, device)
+                self.captured = Captured(self._learn_from, device)
         if config.gradient_checkpointing:
             self._checkpoint()
 
@@ -136,13 +132,16 @@ class Learner:
             batch = batch.pinned()
         if self.captured:
             try:
-                return self.captured(batch)
+                return self.captured(*vars(batch).values())
             except CaptureError as error:
                 if is_out_of_memory(error):
                     raise
                 logger.warning("no CUDA graph here (%s): steps are several times slower at small sizes", error)
                 self.captured = None
         return self._learn(batch.to(self.device))
+
+    def _learn_from(self, *values: Tensor) -> Tensor:
+        return self._learn(Batch(*values))
 
     def _learn(self, batch: Batch) -> Tensor:
         """Forward and backward over a batch on the device; returns its loss."""
@@ -178,7 +177,7 @@ class Learner:
     def _checkpoint(self) -> None:
         self.checkpointing = True
         if self.captured:  # so that the first step with it is a plain one again
-            self.captured = Captured(self._learn, self.device)
+            self.captured = Captured(self._learn_from, self.device)
         # Nothing random is in the fast way, and a graph cannot be captured where generators are read.
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=not self.fused)
         for name, network in self.networks.items():
@@ -199,23 +198,6 @@ def why_plain(config: Config, device: torch.device) -> str:
     if config.attention == "xformers":
         return "attention is xformers'"
     return ""
-
-
-def can_use_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton's kernels run here: they are for NVIDIA GPUs since Ampere, and need a C compiler to be built."""
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    if importlib.util.find_spec("triton") is None:
-        return False
-    try:
-        from gpu_kernels import try_out
-
-        try_out(device, dtype)
-    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        reason = str(error).strip().split("\n")[0]
-        logger.warning("Triton cannot build its kernels here (%s): steps are slower without them", reason)
-        return False
-    return True
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -43,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             import train
 
             train.run(config, options.dry_run)
+        elif config.rebuild:
+            import rebuild
+
+            rebuild.run(config, options.dry_run)
         else:
             import inference
 

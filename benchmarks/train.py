@@ -90,11 +90,7 @@ def make_photo(path: Path) -> None:
 
 def measure(work: Path, runs: Path, steps: int, script: Path | None) -> None:
     """Make all runs and print the table, row by row."""
-    devices = f"{torch.cuda.get_device_name()}, {len(os.sched_getaffinity(0))} CPU cores"
-    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, accelerate {accelerate.__version__}"
-    print(
-        f"{devices}, Python {platform.python_version()}, {versions}; rank 16, bf16, {PHOTOS} photos of 12 megapixels.\n"
-    )
+    print(f"{machine()}; rank 16, bf16, {PHOTOS} photos of 12 megapixels.\n")
     theirs = run_script(script, work, runs / "script") if script else None
     cold = run_ours(work, runs / "cold", "train_batch_size=2", f"max_train_steps={steps}")
     warm = run_ours(work, runs / "warm", "train_batch_size=2", f"max_train_steps={steps}")
@@ -116,6 +112,12 @@ def measure(work: Path, runs: Path, steps: int, script: Path | None) -> None:
     print("| work | diffusers' script | this program |\n|---|---|---|")
     for name, other, ours in rows:
         print(f"| {name} | {other or ''} | {ours} |")
+
+
+def machine() -> str:
+    devices = f"{torch.cuda.get_device_name()}, {len(os.sched_getaffinity(0))} CPU cores"
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, accelerate {accelerate.__version__}"
+    return f"{devices}, Python {platform.python_version()}, {versions}"
 
 
 def run_ours(work: Path, folder: Path, *overrides: str) -> Run:
@@ -169,6 +171,8 @@ def watch(command: list[str], environment: dict[str, str] | None = None) -> Run:
     gpu = re.findall(r"([\d.]+) GiB of GPU memory", said)
     steps = sorted(step for step in reached if step >= SCRIPT_STEPS // 4)
     step = (reached[steps[-1]] - reached[steps[0]]) / (steps[-1] - steps[0]) if len(steps) > 1 else 0.0
+    if told := re.findall(r"Seconds a step: ([\d.]+)", said):
+        step = min(map(float, told))
     return Run(time.monotonic() - began, step, float(gpu[-1]) if gpu else 0.0, peak[0])
 
 

@@ -10,6 +10,7 @@ fools.
 
 import argparse
 import random
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -151,7 +152,8 @@ def draw_prompts(model: Path, prompts: Sequence[str], lora: Path | None = None, 
     designs = [Design(index, prompt, index) for index, prompt in enumerate(prompts)]
     drawn: dict[int, Image.Image] = {}
     twenties = [designs[start : start + 20] for start in range(0, len(designs), 20)]
-    draw.draw_pictures(config, lora, twenties, lambda design, picture, _: drawn.update({design.index: picture}))
+    with tempfile.TemporaryDirectory() as kept:
+        draw.draw_pictures(config, lora, twenties, Path(kept), lambda one, base, *_: drawn.update({one.index: base}))
     return to_pixels([drawn[index] for index in range(len(designs))])
 
 

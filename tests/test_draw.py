@@ -1,5 +1,6 @@
 """Drawing against diffusers' pipelines driven by hand, with the LoRA loaded the plain way."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,12 @@ def drawn(config: Config, lora: Path | None, seeds: list[int], batch_size: int =
     groups = [designs[start : start + batch_size] for start in range(0, len(designs), batch_size)]
     pictures: Pictures = {}
 
-    def save(design: Design, picture: Image.Image, refined: bool) -> None:
-        pictures[design.seed, refined] = picture
+    def finish(design: Design, base: Image.Image | None, refined: Image.Image | None, _: float | None) -> None:
+        pictures.update({(design.seed, is_refined): picture
+                         for is_refined, picture in ((False, base), (True, refined)) if picture})  # fmt: skip
 
-    draw.draw_pictures(config, lora, groups, save)
+    with tempfile.TemporaryDirectory() as kept:
+        draw.draw_pictures(config, lora, groups, Path(kept), finish)
     return pictures
 
 
@@ -119,7 +122,7 @@ def test_prompt_and_negative_prompt_show(settings: Make) -> None:
 
 def test_refining_can_be_left_out(settings: Make) -> None:
     assert set(drawn(settings(refine=False), None, [1])) == {(1, False)}
-    assert set(drawn(settings(), None, [1])) == {(1, True)}
+    assert set(drawn(settings(refiner_flow="ensemble"), None, [1])) == {(1, True)}
 
 
 def test_refiner_noise_is_not_the_noise_the_picture_began_as() -> None:

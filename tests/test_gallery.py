@@ -33,35 +33,6 @@ def test_file_names(index: int, image_format: str, refined: bool, name: str) -> 
     assert Design(index, "lace", 1).file_name(image_format, refined) == name
 
 
-def test_a_png_holds_its_pixels_prompt_seed_and_settings(tmp_path: Path) -> None:
-    gallery.save_picture(tmp_path / "a.png", gradient(), DESIGN, RECIPE)
-    with Image.open(tmp_path / "a.png") as saved:
-        assert saved.format == "PNG"
-        assert ImageChops.difference(saved.convert("RGB"), gradient()).getbbox() is None
-        assert (saved.info["prompt"], saved.info["seed"]) == (PROMPT, "10")
-        assert json.loads(saved.info["settings"]) == RECIPE
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-
-
-@pytest.mark.parametrize("prompts", [[PROMPT], [f"a long prompt, {index} " * 20 for index in range(1000)]])
-def test_a_jpeg_holds_them_in_its_comment(prompts: list[str], tmp_path: Path) -> None:
-    gallery.save_picture(tmp_path / "a.jpg", gradient(), DESIGN, RECIPE | {"prompts": prompts})
-    with Image.open(tmp_path / "a.jpg") as saved:
-        assert saved.format == "JPEG"
-        assert max(ImageStat.Stat(ImageChops.difference(saved, gradient())).mean) < 2
-        inside = json.loads(saved.info["comment"])
-    assert (inside["prompt"], inside["seed"]) == (PROMPT, 10)
-    assert inside["settings"] == {name: value for name, value in RECIPE.items() if name != "prompts"}
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    gallery.save_picture(tmp_path / "a.png", gradient(), DESIGN, RECIPE)
-    before = (tmp_path / "a.png").read_bytes()
-    with pytest.raises(OSError, match="mode"):
-        gallery.save_picture(tmp_path / "a.png", Image.new("HSV", (8, 8)), DESIGN, RECIPE)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.png": before}
-
-
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 2, 1), (2, 2, 1), (4, 3, 2), (24, 6, 4), (25, 7, 4)])
 def test_a_contact_sheet_shows_every_picture_once_in_order(count: int, columns: int, rows: int) -> None:
     side, gap = 30, 4

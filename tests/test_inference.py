@@ -8,14 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
-import gallery
 import inference
 from config import Config
 from pictures import Make, jpg, names, refused, snapshot
-
-Save = Callable[[gallery.Design, Image.Image, bool], None]
 
 
 class Artist(ModuleType):
@@ -24,20 +21,23 @@ class Artist(ModuleType):
     def __init__(self) -> None:
         super().__init__("draw")
         self.batches: list[list[int]] = []
-        self.stop_after = 1000
+        self.stop_after, self.at_once = 1000, 1
         self.error: Exception = RuntimeError("a bug")
 
-    def draw_pictures(self, config: Config, lora: Path | None, batches: list[list[Any]], save: Save) -> None:
+    def pictures_at_once(self, config: Config) -> int:
+        return self.at_once
+
+    def draw_pictures(
+        self, config: Config, lora: Path | None, batches: list[list[Any]], kept: Path, finish: Callable[..., object]
+    ) -> None:
         for batch in batches:
             if len(self.batches) == self.stop_after:
                 raise self.error
             self.batches.append([design.index for design in batch])
             for design in batch:
                 picture = Image.new("RGB", (config.width, config.height), (design.seed, 0, 0))
-                if config.save_base or not config.refine:
-                    save(design, picture, False)
-                if config.refine:
-                    save(design, picture, True)
+                refined = ImageChops.invert(picture) if config.refine else None
+                finish(design, picture, refined, 0.1 * design.index if config.refine else None)
 
 
 @pytest.fixture
@@ -139,13 +139,38 @@ def test_refined_pictures_are_always_called_so(
 
 
 @pytest.mark.parametrize(
-    ("changes", "count"), [({}, 0), ({"save_base": True}, 4), ({"refine": False, "save_base": True}, 0)]
+    ("changes", "count"), [({}, 4), ({"save_base": True}, 4), ({"refine": False, "save_base": True}, 0)]
 )
-def test_the_page_has_the_base_of_refined_pictures_if_it_is_saved(
+def test_the_page_has_the_base_of_refined_pictures_and_how_far_they_moved(
     changes: dict[str, Any], count: int, tmp_path: Path, artist: Artist, make: Make
 ) -> None:
     inference.run(make(**changes))
-    assert (tmp_path / "out" / "gallery.html").read_text(encoding="utf-8").count("data-base=") == count
+    page = (tmp_path / "out" / "gallery.html").read_text(encoding="utf-8")
+    assert page.count("data-base=") == page.count("Refining moved it") == count
+    rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]
+    assert [row["refining"]["latent_change"] for row in rows if "refining" in row] == [0.0, 0.1, 0.2, 0.3][:count]
+    assert not (tmp_path / "out" / inference.UNFINISHED).exists()
+
+
+def test_the_size_of_batches_is_chosen_once(tmp_path: Path, artist: Artist, make: Make) -> None:
+    artist.at_once, artist.stop_after = 3, 1
+    with pytest.raises(RuntimeError, match="a bug"):
+        inference.run(make(num_images=7))
+    artist.at_once, artist.stop_after = 2, 1000  # as on another GPU
+    inference.run(make(num_images=7))
+    assert artist.batches == [[0, 1, 2], [3, 4, 5], [6]]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["batch_size"] == 3
+
+
+def test_a_picture_that_is_drawn_anew_takes_the_place_of_its_own(tmp_path: Path, artist: Artist, make: Make) -> None:
+    inference.run(make())
+    kept = snapshot(tmp_path / "out" / "refined_output_002.png")
+    (tmp_path / "out" / "refined_output_001.png").unlink()
+    inference.run(make())
+    assert artist.batches == [[0], [1], [2], [3], [1]]
+    assert snapshot(tmp_path / "out" / "refined_output_002.png") == kept
+    rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]
+    assert [row["refining"]["latent_change"] for row in rows] == [0.0, 0.1, 0.2, 0.3]
 
 
 def test_finished_already(tmp_path: Path, artist: Artist, make: Make, capsys: pytest.CaptureFixture[str]) -> None:

@@ -208,7 +208,8 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
     second = main_py("--mode", "train", "--config", str(tmp_path / "my.yaml"))
     assert second.returncode == 2
     assert f"another run is at work in {tmp_path / 'lora'}" in second.stderr
-    training = next(member for member in process.children(recursive=True) if "train_lora.py" in str(member.cmdline()))
+    of_both = [one for one in process.children(recursive=True) if "train_lora.py" in str(one.cmdline())]
+    [training] = [one for one in of_both if str(supervise.LAUNCHER) not in one.cmdline()]
     training.suspend()  # main is killed, and the training has not noticed yet
     process.kill()
     process.wait(10)

@@ -1,0 +1,69 @@
+"""What prompts are to SDXL's two UNets."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+import lora_weights
+import models
+from config import Config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What one prompt and one negative prompt are to a UNet; rows are pictures of a batch."""
+
+    prompt_embeds: Tensor  # (n, 77, c)
+    pooled_prompt_embeds: Tensor  # (n, p)
+    negative_prompt_embeds: Tensor  # (n, 77, c)
+    negative_pooled_prompt_embeds: Tensor  # (n, p)
+
+    def rows(self, index: Sequence[int], unet: UNet2DConditionModel) -> dict[str, Tensor]:
+        """The rows for one batch, as keyword arguments of a pipeline."""
+        return {name: value[list(index)].to(unet.device, unet.dtype) for name, value in vars(self).items()}
+
+
+def for_both(
+    config: Config, prompts: list[str], lora: Path | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Embeddings, Embeddings]:
+    """Embeddings for the base and for the refiner, which reads the second text encoder alone, and its own prompts.
+
+    The LoRA's part for the text encoders, if it has one, is the base's: the refiner was never trained with it.
+    """
+    tokenizers = models.load_tokenizers(config.pretrained_model)
+    text_encoders = models.load_text_encoders(config, device, dtype)
+    for prompt in prompts:
+        if models.too_long(prompt, tokenizers[0]):
+            logger.warning("SDXL reads the first 77 tokens of a prompt only; this one is longer: %.60s…", prompt)
+    second = partial(models.encode_prompts, tokenizers=tokenizers[1:], text_encoders=text_encoders[1:])
+    zeros = models.zeros_for_empty_prompt(config.refiner_model, default=False) if config.refine else False
+    refiner = embed([config.refiner_prompt or prompt for prompt in prompts], config.negative_prompt, second, zeros)
+    if lora:
+        networks = dict(zip(("text_encoder", "text_encoder_2"), text_encoders, strict=True))
+        lora_weights.merge_lora(networks, lora, config.lora_scale)
+    both = partial(models.encode_prompts, tokenizers=tokenizers, text_encoders=text_encoders)
+    zeros = models.zeros_for_empty_prompt(config.pretrained_model, default=True)
+    return embed(prompts, config.negative_prompt, both, zeros), refiner
+
+
+def embed(
+    prompts: list[str], negative: str | None, encode: Callable[[list[str]], tuple[Tensor, Tensor]], zeros: bool
+) -> Embeddings:
+    """Embeddings of prompts and of the negative prompt; without one, zeros where the model was trained so."""
+    encoded = [encode([prompt]) for prompt in prompts]
+    prompt_embeds = torch.cat([embeds.cpu() for embeds, _ in encoded])
+    pooled = torch.cat([pooled.cpu() for _, pooled in encoded])
+    if not negative and zeros:
+        return Embeddings(prompt_embeds, pooled, torch.zeros_like(prompt_embeds), torch.zeros_like(pooled))
+    embeds, negative_pooled = encode([negative or ""])
+    return Embeddings(
+        prompt_embeds, pooled, embeds.cpu().expand_as(prompt_embeds), negative_pooled.cpu().expand_as(pooled)
+    )

@@ -1,0 +1,125 @@
+"""Drawing on a GPU by graphs and kernels against diffusers' own way, and what is kept of a run that is interrupted."""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import draw
+import fast_unet
+import models
+from config import Config
+from gallery import Design
+from pictures import Make
+from test_draw import Pictures, difference, drawn
+
+CUDA = torch.device("cuda")
+
+
+def inputs(rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """What a pipeline gives to the tiny UNet."""
+    generator = torch.Generator().manual_seed(rows)
+    sizes = {"sample": (rows, 4, 8, 12), "encoder_hidden_states": (rows, 77, 256), "text_embeds": (rows, 128)}
+    values = {name: torch.randn(size, generator=generator).to(device, dtype) for name, size in sizes.items()}
+    conditions = {"text_embeds": values.pop("text_embeds"), "time_ids": torch.ones(rows, 6, device=device)}
+    return values | {"timestep": torch.tensor(500), "added_cond_kwargs": conditions, "return_dict": False}
+
+
+def test_on_a_cpu_nothing_is_changed(settings: Make) -> None:
+    unet = models.load_unet(settings().pretrained_model, None, torch.device("cpu"), torch.float32)
+    before = unet.forward
+    fast_unet.make_fast(unet)
+    assert unet.forward == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-3), (torch.bfloat16, 3e-2), (torch.float16, 1e-2)])
+@torch.no_grad()
+def test_a_fast_unet_gives_what_the_plain_one_does(settings: Make, dtype: torch.dtype, tolerance: float) -> None:
+    unet = models.load_unet(settings().pretrained_model, None, CUDA, dtype)
+    plain = copy.deepcopy(unet)
+    fast_unet.make_fast(unet)
+    for rows in (2, 2, 4, 2, 4, 4):  # a plain call, a capture, then replays
+        given = inputs(rows, CUDA, dtype)
+        [expected], [got] = plain(**given), unet(**given)
+        assert (got - expected).float().norm() < tolerance * expected.float().norm()
+    assert len(unet.forward.captured.graphs) == 2
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_fast_vae_decodes_what_the_plain_one_does(settings: Make) -> None:
+    vae = models.load_vae(settings(), CUDA, torch.float32)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(CUDA)
+    expected = vae.decode(latents).sample
+    assert fast_unet.use_kernels_if_possible(vae)
+    torch.testing.assert_close(vae.decode(latents).sample, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_pictures_are_those_of_the_plain_way(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = drawn(settings(mixed_precision="bf16"), None, [1, 2])
+    monkeypatch.setattr(fast_unet, "make_fast", lambda _: None)
+    plain = drawn(settings(mixed_precision="bf16"), None, [1, 2])
+    assert all(difference(fast[key], plain[key]) < 40 for key in plain)  # bf16, and weights without sense
+
+
+def drawn_in_parts(config: Config, seeds: list[int], stop_at: int, kept: Path) -> Pictures:
+    """As `drawn`, by a run that is stopped at its n-th batch, and one that goes on."""
+    groups = [[Design(index, "lace", seed)] for index, seed in enumerate(seeds)]
+    calls = 0
+    real = {name: getattr(draw, name) for name in ("base_latents", "refined_latents")}
+
+    def counted(name: str):  # type: ignore[no-untyped-def]
+        def call(*arguments: object, **named: object) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == stop_at:
+                raise KeyboardInterrupt
+            return real[name](*arguments, **named)
+
+        return call
+
+    pictures: Pictures = {}
+
+    def finish(design: Design, base: Image.Image | None, refined: Image.Image | None, _: float | None) -> None:
+        pictures.update({(design.seed, False): base, (design.seed, True): refined})  # type: ignore[dict-item]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in real:
+            patch.setattr(draw, name, counted(name))
+        with pytest.raises(KeyboardInterrupt):
+            draw.draw_pictures(config, None, groups, kept, finish)
+        assert len(list(kept.iterdir())) == stop_at - 1
+        draw.draw_pictures(config, None, groups, kept, finish)
+    assert calls == 2 * len(seeds) + 1  # nothing was made twice
+    return pictures
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("stop_at", [2, 3, 5])
+def test_an_interrupted_run_makes_the_very_same_pictures(settings: Make, device: str, stop_at: int) -> None:
+    config, seeds = settings(mixed_precision="bf16" if device == "cuda" else "no"), [1, 2, 3]
+    straight = drawn(config, None, seeds, prompt="lace")
+    with tempfile.TemporaryDirectory() as kept:
+        parted = drawn_in_parts(config, seeds, stop_at, Path(kept))
+    assert straight.keys() == parted.keys()
+    assert all(difference(straight[key], parted[key]) == 0 for key in straight)
+
+
+def test_kept_latents_that_are_damaged_are_made_anew(settings: Make, tmp_path: Path) -> None:
+    config, groups = settings(), [[Design(0, "lace", 1)]]
+    pictures: list[Image.Image | None] = []
+    for _ in range(2):
+        draw.draw_pictures(config, None, groups, tmp_path, lambda *drawn: pictures.append(drawn[2]))
+        [*files] = tmp_path.iterdir()
+        assert len(files) == 2
+        for file in files:
+            file.write_bytes(file.read_bytes()[:-3])
+    one, other = pictures
+    assert one is not None
+    assert other is not None
+    assert difference(one, other) == 0

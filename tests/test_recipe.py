@@ -1,0 +1,148 @@
+"""What pictures carry inside, read back and read as A1111 does; making one again from it."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import ExifTags, Image, ImageChops, ImageStat
+
+import main
+import recipe
+from gallery import Design
+from inference import RECIPE_SETTINGS
+from pictures import Make, gradient, jpg, names, refused, snapshot
+from recipe import Recipe
+
+PROMPT = 'weiße Spitze 🧵, "scalloped" <myspecialstyle> & net'
+BATCH = [Design(2, "edge", 9), Design(3, PROMPT, 10)]
+
+
+@pytest.fixture
+def mine(settings: Make) -> Recipe:
+    config = settings(negative_prompt="blur <b>, low", guidance_scale=5.5)
+    values = {name: getattr(config, name) for name in RECIPE_SETTINGS}
+    return Recipe(BATCH[1], True, BATCH, values | {"prompts": [PROMPT, "edge"], "lora_sha256": None}, "lace")
+
+
+def test_a_png_holds_its_pixels_and_its_recipe(mine: Recipe, tmp_path: Path) -> None:
+    recipe.save_picture(tmp_path / "a.png", gradient(), mine)
+    with Image.open(tmp_path / "a.png") as saved:
+        assert saved.format == "PNG"
+        assert ImageChops.difference(saved.convert("RGB"), gradient()).getbbox() is None
+        assert (saved.info["prompt"], saved.info["seed"]) == (PROMPT, "10")
+        assert json.loads(saved.info["settings"]) == mine.settings
+        assert saved.info["parameters"] == recipe.parameters(mine)
+        assert not saved.getexif()
+    assert names(tmp_path) == {"a.png"}
+    assert recipe.read(tmp_path / "a.png") == replace(mine, lora_name="")
+
+
+@pytest.mark.parametrize("prompts", [[PROMPT], [f"a long prompt, {index} " * 20 for index in range(1000)]])
+def test_a_jpeg_holds_it_too(prompts: list[str], mine: Recipe, tmp_path: Path) -> None:
+    mine.settings["prompts"] = prompts
+    recipe.save_picture(tmp_path / "a.jpg", gradient(), mine)
+    with Image.open(tmp_path / "a.jpg") as saved:
+        assert saved.format == "JPEG"
+        assert max(ImageStat.Stat(ImageChops.difference(saved, gradient())).mean) < 2
+        exif = saved.getexif().get_ifd(ExifTags.IFD.Exif)
+    assert exif[ExifTags.Base.UserComment] == b"UNICODE\0" + recipe.parameters(mine).encode("utf-16-be")
+    del mine.settings["prompts"]
+    assert recipe.read(tmp_path / "a.jpg") == replace(mine, lora_name="")
+
+
+# The patterns by which A1111 takes its last line apart.
+FACTS = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"Refiner": "refiner", "Refiner strength": "0.2"}),
+        ({"refiner_flow": "ensemble"}, {"Refiner": "refiner", "Refiner switch at": "0.8"}),
+        ({"pretrained_model": 'me/lace, fine: "1"'}, {"Model": '"lace, fine: \\"1\\""'}),
+    ],
+)
+def test_the_text_that_other_programs_read(mine: Recipe, changes: dict[str, Any], expected: dict[str, str]) -> None:
+    mine.settings.update(changes)
+    prompt, negative, facts = recipe.parameters(mine).split("\n")
+    assert prompt == f"{PROMPT} <lora:lace:1>"
+    assert negative == "Negative prompt: blur <b>, low"
+    read = dict(FACTS.findall(facts))
+    assert read.items() >= {
+        "Steps": "5", "Sampler": "Euler", "CFG scale": "5.5", "Seed": "10", "Size": "64x64", **expected
+    }.items()  # fmt: skip
+
+
+def test_a_picture_without_lora_negative_prompt_or_refining(mine: Recipe) -> None:
+    mine.settings["negative_prompt"] = None
+    text = recipe.parameters(replace(mine, refined=False, lora_name=""))
+    assert text.split("\n")[0] == PROMPT
+    assert "Negative" not in text
+    assert "Refiner" not in text
+
+
+def test_a_write_that_fails_leaves_what_was_there(mine: Recipe, tmp_path: Path) -> None:
+    recipe.save_picture(tmp_path / "a.png", gradient(), mine)
+    before = snapshot(tmp_path)
+    with pytest.raises(OSError, match="mode"):
+        recipe.save_picture(tmp_path / "a.png", Image.new("HSV", (8, 8)), mine)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["photo", "text", "missing", "mixed up"])
+def test_a_file_without_a_recipe_is_refused(kind: str, mine: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    if kind == "photo":
+        jpg(path)
+    elif kind == "text":
+        path.write_text("no picture")
+    elif kind == "mixed up":
+        recipe.save_picture(path, gradient(), replace(mine, design=Design(0, "another", 1)))
+    refused(lambda: recipe.read(path), "holds no recipe")
+
+
+@pytest.mark.parametrize(("image_format", "refine", "flow"), [
+    ("png", True, "img2img"), ("jpg", True, "ensemble"), ("png", False, "img2img"),
+])  # fmt: skip
+def test_a_picture_is_made_again(
+    settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], image_format: str, refine: bool, flow: str
+) -> None:
+    config = settings(lora_scale=0.0)
+    own = {
+        "image_format": image_format, "refine": refine, "refiner_flow": flow, "inference_batch_size": 2,
+        "num_images": 3, "prompt": "[edge, net]", "seed": 5,
+    }  # fmt: skip
+    common = [f"{name}={getattr(config, name)}" for name in (
+        "pretrained_model", "refiner_model", "lora_scale", "width", "height", "num_inference_steps", "output_dir",
+    )]  # fmt: skip
+    (tmp_path / "empty.yaml").write_text("")
+    command = ["--mode", "inference", "--config", str(tmp_path / "empty.yaml")]
+    assert main.main([*command, *common, *(f"{name}={value}" for name, value in own.items())]) == 0
+    original = tmp_path / "pictures" / f"{'refined' if refine else 'base'}_output_001.{image_format}"
+    before = snapshot(tmp_path / "pictures")
+    again = [*command, f"rebuild={original}", f"output_dir={tmp_path / 'again'}", "seed=99", "num_images=1"]
+    assert main.main([*again, "--dry-run"]) == 0
+    assert not (tmp_path / "again").exists()
+    for _ in range(2):
+        assert main.main(again) == 0
+        assert "equal to the original, pixel by pixel" in capsys.readouterr().out
+    assert names(tmp_path / "again") == {f"{original.stem}-rebuilt{end}.{image_format}" for end in ("", "-2")}
+    assert recipe.read(next((tmp_path / "again").iterdir())) == recipe.read(original)
+    assert snapshot(tmp_path / "pictures") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [({"width": "wide"}, "width is 'wide', not a whole number"), ({"lora_sha256": "0" * 64}, "another LoRA")],
+)
+def test_a_recipe_that_cannot_be_used(mine: Recipe, tmp_path: Path, changes: dict[str, Any], part: str,
+                                      capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    mine.settings.update({"lora_scale": 0.0, **changes})
+    recipe.save_picture(tmp_path / "a.png", gradient(), mine)
+    (tmp_path / "empty.yaml").write_text("")
+    config = ["--config", str(tmp_path / "empty.yaml")]
+    assert main.main(["--mode", "inference", *config, f"rebuild={tmp_path / 'a.png'}"]) == 2
+    assert part in capsys.readouterr().err

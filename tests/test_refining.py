@@ -1,0 +1,47 @@
+"""How far refining moved a picture, and which ones are flagged."""
+
+from typing import Any
+
+import pytest
+from PIL import Image, ImageFilter
+
+import refining
+from pictures import gradient
+
+
+def lace() -> Image.Image:
+    return Image.effect_noise((64, 64), 80).convert("RGB")
+
+
+def test_equal_pictures_have_moved_nowhere() -> None:
+    assert refining.compare(lace(), lace().copy(), 0.0)["latent_change"] == 0
+    picture = lace()
+    assert refining.compare(picture, picture, None) == {"edge_change": 0}
+    assert refining.compare(Image.new("RGB", (64, 64)), gradient(64, 64), None) == {"edge_change": 0}
+
+
+def test_softer_is_below_zero_and_sharper_above() -> None:
+    sharp = lace()
+    soft = sharp.filter(ImageFilter.GaussianBlur(2))
+    weaker, stronger = (refining.compare(*pair, 0.1)["edge_change"] for pair in ((sharp, soft), (soft, sharp)))
+    assert -1 < weaker < -0.5
+    assert stronger == pytest.approx(1 / (1 + weaker) - 1, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("measured", "flagged"),
+    [
+        ([], []),
+        ([{}, {}], []),
+        ([{"latent_change": 0.1, "edge_change": 0.0}] * 5, []),
+        ([{"latent_change": 0.1 + 0.001 * step, "edge_change": 0.05} for step in range(9)], []),
+        ([*({"latent_change": 0.1 + 0.001 * step, "edge_change": 0.0} for step in range(9)),
+          {"latent_change": 0.2, "edge_change": 0.0}], [9]),
+        ([{"latent_change": 0.1, "edge_change": 0.0}, {"latent_change": 0.1, "edge_change": -0.2}, {}], [1]),
+    ],
+)  # fmt: skip
+def test_what_stands_out_is_flagged(measured: list[dict[str, Any]], flagged: list[int]) -> None:
+    warnings = refining.warnings(measured)
+    assert len(warnings) == len(measured)
+    assert [index for index, warning in enumerate(warnings) if warning] == flagged
+    assert all("refiner_strength" in warning for warning in warnings if warning)
