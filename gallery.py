@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def contact_sheet(pictures: Sequence[Image.Image], side: int = 384, gap: int = 8
         top = gap + position // columns * (side + gap) + (side - small.height) // 2
         sheet.paste(small, (left, top))
     content = io.BytesIO()
-    sheet.save(content, format="PNG", optimize=True)
+    sheet.save(content, format="PNG")
     return content.getvalue()
 
 
@@ -67,7 +68,10 @@ def page(title: str, cards: Sequence[Card], recipe: dict[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"embedded": _embedded, "csp_hash": _csp_hash}
+    shown = {path for card in cards for path in (card.file, card.base) if path}
+    with ThreadPoolExecutor() as pool:  # Pillow works without Python's lock
+        embedded = dict(zip(shown, pool.map(_embedded, shown), strict=True))
+    environment.filters |= {"embedded": embedded.__getitem__, "csp_hash": _csp_hash}
     return environment.get_template("gallery_page.html").render(
         title=title,
         cards=cards,

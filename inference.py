@@ -228,16 +228,21 @@ def _publish(manifest: _Manifest, designs: Sequence[Design]) -> None:
     folder, config = manifest.folder, manifest.config
     measured = [row.get("refining", {}) for row in manifest.rows]
     warnings = refining.warnings(measured)
-    cards, pictures = [], []
+    cards = []
     for design, changes, warning in zip(designs, measured, warnings, strict=True):
         files = _files(folder, design, config)
         before = files.get(False, _preview(folder, design))
         base = before if config.refine and before.exists() else None
         cards.append(Card(design, files[config.refine], base, **changes, warning=warning))
-        with Image.open(files[config.refine]) as picture:
-            pictures.append(picture.convert("RGB"))
+    with ThreadPoolExecutor() as pool:
+        pictures = list(pool.map(_opened, [card.file for card in cards]))
     write_atomically(folder / gallery.CONTACT_SHEET, gallery.contact_sheet(pictures))
     write_atomically(folder / gallery.PAGE, gallery.page(folder.name, cards, manifest.recipe).encode())
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
 
 
 def _preview(folder: Path, design: Design) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import checkpoint
@@ -275,16 +276,23 @@ def test_a_full_disk_is_told_as_such_wherever_it_is(
     assert names(small_disk) == {"ballast"}
 
 
-def test_a_full_disk_leaves_no_half_picture(settings: Make, small_disk: Path) -> None:
-    fill(small_disk, leave=20_000)
+# Full while the base draws, and while pictures are saved.
+@pytest.mark.parametrize("leave", [20_000, 80_000])
+def test_a_full_disk_leaves_no_half_picture(settings: Make, small_disk: Path, leave: int) -> None:
+    ballast = fill(small_disk, leave)
     config = settings(output_dir=str(small_disk / "pictures"), lora_scale=0, save_base=True, num_images=4)
     refused(lambda: inference.run(config), "No space left on device.*make room", DISK_OR_DRIVE)
-    drawn = names(small_disk / "pictures") - {"manifest.json"}
-    assert drawn < {f"{kind}_output_00{index}.png" for kind in ("base", "refined") for index in range(4)}
-    from PIL import Image
-
+    drawn = names(small_disk / "pictures") - {"manifest.json", inference.UNFINISHED}
+    wanted = {f"{kind}_output_00{index}.png" for kind in ("base", "refined") for index in range(4)}
+    assert drawn < wanted
+    unfinished = names(small_disk / "pictures" / inference.UNFINISHED)
+    assert all(not name.startswith(".") for name in unfinished)
+    assert len([name for name in unfinished if name.startswith("refined")]) == (4 if leave > 50_000 else 0)
     for name in drawn:
         Image.open(small_disk / "pictures" / name).load()
+    ballast.unlink()
+    inference.run(config)
+    assert names(small_disk / "pictures") == wanted | {"manifest.json", "contact_sheet.png", "gallery.html"}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer
