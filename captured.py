@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Shapes = tuple[torch.Size, ...]
+Kind = tuple[tuple[torch.Size, torch.dtype], ...]  # of inputs
 
 
 class CaptureError(RuntimeError):
@@ -23,8 +23,8 @@ class Captured:
 
     def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
         self.function, self.device = function, device
-        self.called: set[Shapes] = set()
-        self.graphs: dict[Shapes, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.called: set[Kind] = set()
+        self.graphs: dict[Kind, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -35,14 +35,14 @@ class Captured:
         Raises:
             CaptureError: there can be no graph of this function; nothing was done.
         """
-        shapes = tuple(value.shape for value in inputs)
-        if shapes not in self.called:
+        kind = tuple((value.shape, value.dtype) for value in inputs)
+        if kind not in self.called:
             output = self._on_own_stream(self._moved(inputs))
-            self.called.add(shapes)
+            self.called.add(kind)
             return output
-        if shapes not in self.graphs:
-            self.graphs[shapes] = self._capture(self._moved(inputs))
-        graph, places, output = self.graphs[shapes]
+        if kind not in self.graphs:
+            self.graphs[kind] = self._capture(self._moved(inputs))
+        graph, places, output = self.graphs[kind]
         for place, value in zip(places, inputs, strict=True):
             place.copy_(value, non_blocking=True)
         graph.replay()

@@ -62,7 +62,7 @@ class Config:
     )
     pretrained_vae: str | None = setting(
         None,
-        "another VAE, in the model's number format, e.g. madebyollin/sdxl-vae-fp16-fix; empty: its own, in fp32",
+        "another VAE, in the model's number format, e.g. madebyollin/sdxl-vae-fp16-fix; empty: its own",
     )
     revision: str | None = setting(None, "branch, tag or commit of pretrained_model on the hub; empty means its newest")
     variant: str | None = setting("fp16", "which weight files to prefer, half the download; plain ones if absent")

@@ -5,7 +5,6 @@ picture has to be drawn.
 """
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -37,12 +36,12 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 RECIPE_SETTINGS = (
     "pretrained_model", "revision", "pretrained_vae", "refiner_model", "lora_scale",
     "num_images", "width", "height", "num_inference_steps",
-    "guidance_scale", "negative_prompt", "scheduler", "seed", "mixed_precision", "inference_batch_size", "refine",
+    "guidance_scale", "negative_prompt", "scheduler", "seed", "mixed_precision", "refine",
     "refiner_flow", "refiner_strength", "refiner_start", "refiner_prompt", "aesthetic_score",
     "negative_aesthetic_score", "image_format", "save_base",
 )  # fmt: skip
-# Inside the output folder until all is done: latents of each phase, and what pictures were before refining.
-UNFINISHED = ".unfinished"
+# Inside the output folder: latents of each phase, until all is done, and what the page shows as before refining.
+UNFINISHED, BEFORE = ".unfinished", ".before_refining"
 ADVICE = "set inference_batch_size: 1, or a smaller width and height"
 
 
@@ -70,6 +69,7 @@ def run(config: Config, dry_run: bool = False) -> Path:
     try:
         if not missing and (folder / gallery.PAGE).exists():
             print("Finished already; other settings get a folder of their own.")
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             with supervise.sole_use(folder):
@@ -178,6 +178,11 @@ class _Manifest:
         for start in range(0, len(designs), self.batch_size):
             yield designs[start : start + self.batch_size]
 
+    def kept(self) -> Path:
+        """The folder for latents: of this recipe and these batches, and of no other that was left here."""
+        plan = json.dumps([self.recipe, self.batch_size], sort_keys=True).encode()
+        return self.folder / UNFINISHED / hashlib.sha256(plan).hexdigest()[:16]
+
     def write(self) -> None:
         content = {"recipe": self.recipe, "batch_size": self.batch_size, "pictures": self.rows}
         write_atomically(self.path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
@@ -187,23 +192,23 @@ def _draw(config: Config, lora: Path | None, designs: Sequence[Design], manifest
     """Draw the batches of which a picture is missing; files are written on threads while the next ones are decoded."""
     import draw  # brings torch
 
-    folder, unfinished = manifest.folder, manifest.folder / UNFINISHED
-    unfinished.mkdir(exist_ok=True)
-    planned = manifest.batches(designs, config.inference_batch_size or draw.pictures_at_once(config))
+    folder = manifest.folder
+    planned = manifest.batches(designs, draw.pictures_at_once(config))
     batches = [batch for batch in planned if not all(_is_drawn(folder, one, config) for one in batch)]
     batch_of = {design: batch for batch in batches for design in batch}
+    for place in (manifest.kept(), folder / BEFORE):
+        place.mkdir(parents=True, exist_ok=True)
+    settings = recipes.without_folders({name: manifest.recipe[name] for name in (*RECIPE_SETTINGS, "lora_sha256")})
 
     def save(design: Design, base: Image.Image | None, refined: Image.Image | None, moved: float | None) -> None:
-        if base and refined:
-            content = io.BytesIO()
-            base.save(content, format="JPEG", quality=90)
-            write_atomically(_preview(folder, design), content.getvalue())
-            manifest.rows[design.index]["refining"] = refining.compare(base, refined, moved)
         pictures = {False: base, True: refined}
-        for is_refined, path in _files(folder, design, config).items():
+        missing = {kind: path for kind, path in _files(folder, design, config).items() if not path.exists()}
+        if missing and base and refined and moved is not None:  # first, so that no picture is without it
+            refining.save_before(_before(folder, design), base, refined, moved)
+        for is_refined, path in missing.items():
             picture = pictures[is_refined]
             assert picture is not None
-            own = Recipe(design, is_refined, batch_of[design], manifest.recipe, lora_name(config, lora))
+            own = Recipe(design, is_refined, batch_of[design], settings, lora_name(config, lora))
             recipes.save_picture(path, picture, own)
 
     most = min(8, os.cpu_count() or 1)
@@ -215,25 +220,24 @@ def _draw(config: Config, lora: Path | None, designs: Sequence[Design], manifest
                 waiting.popleft().result()
             waiting.append(pool.submit(save, *drawn))
 
-        try:
-            draw.draw_pictures(config, lora, batches, unfinished, finish)
-        finally:
-            while waiting:
-                waiting.popleft().result()
-            manifest.write()
+        draw.draw_pictures(config, lora, batches, manifest.kept(), finish)
+    for saved in waiting:
+        saved.result()
 
 
 def _publish(manifest: _Manifest, designs: Sequence[Design]) -> None:
-    """Contact sheet and page over all finished pictures."""
+    """Contact sheet, page and the whole manifest, over all finished pictures."""
     folder, config = manifest.folder, manifest.config
+    for design, row in zip(designs, manifest.rows, strict=True):
+        if changes := refining.read_changes(_before(folder, design)):
+            row["refining"] = changes
+    manifest.write()
     measured = [row.get("refining", {}) for row in manifest.rows]
-    warnings = refining.warnings(measured)
     cards = []
-    for design, changes, warning in zip(designs, measured, warnings, strict=True):
+    for design, changes, warning in zip(designs, measured, refining.warnings(measured), strict=True):
         files = _files(folder, design, config)
-        before = files.get(False, _preview(folder, design))
-        base = before if config.refine and before.exists() else None
-        cards.append(Card(design, files[config.refine], base, **changes, warning=warning))
+        before = next((path for path in (_before(folder, design), files.get(False)) if path and path.exists()), None)
+        cards.append(Card(design, files[config.refine], before if config.refine else None, **changes, warning=warning))
     with ThreadPoolExecutor() as pool:
         pictures = list(pool.map(_opened, [card.file for card in cards]))
     write_atomically(folder / gallery.CONTACT_SHEET, gallery.contact_sheet(pictures))
@@ -245,9 +249,8 @@ def _opened(path: Path) -> Image.Image:
         return picture.convert("RGB")
 
 
-def _preview(folder: Path, design: Design) -> Path:
-    """What a picture was before refining, for the page."""
-    return folder / UNFINISHED / f"base_{design.index:03d}.jpg"
+def _before(folder: Path, design: Design) -> Path:
+    return folder / BEFORE / f"{design.index:03d}.jpg"
 
 
 def _print_plan(config: Config, prompts: list[str], lora: Path | None, folder: Path, missing: int) -> None:

@@ -183,13 +183,14 @@ def load_unet(
     return unet
 
 
-def read_ahead(config: Config) -> None:
-    """Have the weights that drawing needs read from a slow disk while the model before is at work.
+def read_ahead(source: str, variant: str | None) -> None:
+    """Have a UNet's weights read from a slow disk while the model before it is at work.
 
     They come into the system's cache, which gives way where memory is needed for other things.
     """
-    sources = [config.pretrained_model, config.refiner_model] if config.refine else [config.pretrained_model]
-    files = [file for source in sources for file in _unet_files(Path(source), config.variant)]
+    folder = Path(source, "unet")
+    wanted = variant if hub.has_weights(folder, variant) else None
+    files = [Path(source)] if Path(source).is_file() else hub.weight_files(folder, wanted)
 
     def read() -> None:
         with suppress(OSError):  # loading will tell
@@ -199,13 +200,6 @@ def read_ahead(config: Config) -> None:
                         pass
 
     threading.Thread(target=read, daemon=True).start()
-
-
-def _unet_files(source: Path, variant: str | None) -> list[Path]:
-    if source.is_file():
-        return [source]
-    folder = source / "unet"
-    return hub.weight_files(folder, variant if hub.has_weights(folder, variant) else None)
 
 
 def layers_per_block(source: str) -> int:

@@ -4,7 +4,6 @@ import logging
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 from PIL import Image, ImageChops
@@ -16,6 +15,7 @@ import supervise
 from config import Config, UserError, dump_config, load_config
 from data_utils import numbered
 from gallery import Design
+from recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -23,59 +23,86 @@ logger = logging.getLogger(__name__)
 def run(config: Config, dry_run: bool = False) -> Path:
     """Draw the picture `rebuild` with those that shared its batch, and write it into `output_dir` under a new name.
 
-    Its settings are the ones that it carries; those of `config` say only where models, LoRA and folders are.
+    Its settings are the ones that it carries. Where models, LoRA and folders are, `config` says: a picture from
+    anywhere must not choose what is downloaded or opened.
 
     Raises:
-        UserError: the file holds no recipe, or the LoRA is another one; else as `inference.run`.
+        UserError: the file holds no recipe that can be used, or the LoRA is another one; else as `inference.run`.
     """
     original = Path(str(config.rebuild))
     wanted = recipe.read(original)
-    config = replace(_with_settings(config, wanted.settings, original), save_base=not wanted.refined)
+    config = _with_settings(config, wanted, original)
     lora = inference.find_lora(config)
-    if (inference.sha256(lora) if lora else None) != wanted.settings.get("lora_sha256"):
+    sha256 = inference.sha256(lora) if lora else None
+    if sha256 != wanted.settings.get("lora_sha256"):
         raise UserError(f"{original} was drawn with another LoRA than {lora}: name that one with lora_path")
-    places = numbered(Path(config.output_dir), f"{original.stem}-rebuilt", original.suffix)
-    place = next(path for path in places if not path.exists())
     if dry_run:
+        place = _free_name(config, original)
         print(f"Would draw {original} again, with {len(wanted.batch) - 1} others of its batch, into {place}")
         return place
+    with Image.open(original, formats=("PNG", "JPEG")) as picture:
+        before = picture.convert("RGB")
+    settings = {name: getattr(config, name) for name in inference.RECIPE_SETTINGS} | {"lora_sha256": sha256}
+    again = replace(wanted, settings=recipe.without_folders(settings), lora_name=inference.lora_name(config, lora))
+    places: list[Path] = []
     import draw  # brings torch
 
     def finish(design: Design, base: Image.Image | None, refined: Image.Image | None, _: float | None) -> None:
         picture = refined if wanted.refined else base
         if design == wanted.design and picture:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            recipe.save_picture(place, picture, replace(wanted, lora_name=inference.lora_name(config, lora)))
+            places.append(_free_name(config, original))
+            places[0].parent.mkdir(parents=True, exist_ok=True)
+            recipe.save_picture(places[0], picture, again)
 
     try:
-        config = replace(config, **hub.fetch_models(config))
+        # The ensemble's base stops early, for the refiner; otherwise a base picture needs no refiner.
+        refine = config.refine and (wanted.refined or config.refiner_flow == "ensemble")
+        needed = replace(config, refine=refine, save_base=not wanted.refined)
+        with_models = replace(needed, **hub.fetch_models(needed))
         with tempfile.TemporaryDirectory(prefix="lace-lora-") as kept:
-            draw.draw_pictures(config, lora, [wanted.batch], Path(kept), finish)
+            draw.draw_pictures(with_models, lora, [wanted.batch], Path(kept), finish)
     except (OSError, MemoryError, RuntimeError) as error:
-        if explained := supervise.explain(error, inference.ADVICE):
+        if explained := supervise.explain(error, "choose a machine with more memory"):
             raise UserError(*explained) from error
         raise
-    print(f"{place}: {_compared(original, place)}")
+    [place] = places
+    print(f"{place}: {_compared(before, place)}")
     return place
 
 
-def _with_settings(config: Config, settings: dict[str, Any], original: Path) -> Config:
+def _with_settings(config: Config, wanted: Recipe, original: Path) -> Config:
     """The settings of the picture in place of the user's, as strictly read as a settings file."""
-    own = {name: settings[name] for name in inference.RECIPE_SETTINGS if name in settings}
+    defaults = {name: Config.__dataclass_fields__[name].default for name in inference.RECIPE_SETTINGS}
+    said = defaults | {name: value for name, value in wanted.settings.items() if name in defaults}
+    own = {name: value for name, value in said.items() if name not in (*recipe.MODELS, "revision")}
     with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
         file = Path(folder, "config.yaml")
-        file.write_text(yaml.safe_dump(yaml.safe_load(dump_config(config)) | own), encoding="utf-8")
         try:
-            return load_config(file)
-        except UserError as error:
-            reason = str(error).replace(f"{file}:", "").strip()
+            file.write_text(yaml.safe_dump(yaml.safe_load(dump_config(config)) | own), encoding="utf-8")
+            config = load_config(file)
+            if wanted.refined and not config.refine:
+                raise UserError("refined, and refine is false")
+        except (UserError, RecursionError, UnicodeError, yaml.YAMLError) as error:
+            reason = "; ".join(str(error).replace(f"{file}:", "").splitlines())
             raise UserError(f"rebuild: {original} carries settings that cannot be used: {reason}") from None
+    mine = recipe.without_folders({name: getattr(config, name) for name in recipe.MODELS})
+    for name, model in mine.items():
+        if said[name] != model:
+            logger.warning("%s was drawn with %s: %s, and yours is %s", original, name, said[name], model)
+    return config
 
 
-def _compared(original: Path, again: Path) -> str:
-    with Image.open(original) as one, Image.open(again) as other:
-        extrema = ImageChops.difference(one.convert("RGB"), other.convert("RGB")).getextrema()
-    most = max(int(high) for _, high in extrema)  # type: ignore[misc]
+def _free_name(config: Config, original: Path) -> Path:
+    names = numbered(Path(config.output_dir), f"rebuilt_{original.stem}", f".{config.image_format}")
+    return next(path for path in names if not path.exists())
+
+
+def _compared(original: Image.Image, place: Path) -> str:
+    with Image.open(place) as picture:
+        again = picture.convert("RGB")
+    if again.size != original.size:
+        return f"{again.width}x{again.height} pixels, and the original has {original.width}x{original.height}"
+    most = max(int(high) for _, high in ImageChops.difference(original, again).getextrema())  # type: ignore[misc]
     if not most:
         return "equal to the original, pixel by pixel"
-    return f"no pixel differs by more than {most} of 255: another machine or other versions round otherwise"
+    return f"no pixel differs by more than {most} of 255: another machine, model or version rounds otherwise"

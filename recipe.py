@@ -12,12 +12,18 @@ from PIL import ExifTags, Image, PngImagePlugin
 from config import UserError
 from data_utils import write_atomically
 from gallery import Design
+from image_files import BROKEN
 
 # A1111's names; another one stays as diffusers has it.
 _SAMPLERS = {
     "EulerDiscreteScheduler": "Euler", "EulerAncestralDiscreteScheduler": "Euler a", "DDIMScheduler": "DDIM",
     "DPMSolverMultistepScheduler": "DPM++ 2M", "UniPCMultistepScheduler": "UniPC",
 }  # fmt: skip
+
+
+TEXT = "lace-lora"  # the name of ours in a PNG
+MODELS = ("pretrained_model", "pretrained_vae", "refiner_model")  # settings that may be folders of the user's
+_MOST_BYTES = 65_000  # that a JPEG has room for
 
 
 @dataclass(frozen=True)
@@ -34,32 +40,46 @@ class Recipe:
 def save_picture(path: Path, picture: Image.Image, recipe: Recipe) -> None:
     """Write a PNG or JPEG with its recipe inside; its name never stands for half of it.
 
-    A PNG holds `prompt`, `seed`, `settings` and `batch` (both JSON) and A1111's `parameters` as text chunks; a JPEG
-    holds the first four as a JSON comment, without the list of all prompts, which may not fit, and the last in EXIF.
+    A PNG holds ours, as JSON, and A1111's `parameters` as text chunks; a JPEG ours as a comment and A1111's in EXIF,
+    as far as there is room.
     """
-    design, content = recipe.design, io.BytesIO()
-    batch = {"refined": recipe.refined, "designs": [[one.index, one.prompt, one.seed] for one in recipe.batch]}
+    content, theirs = io.BytesIO(), parameters(recipe)
     if path.suffix == ".png":
         text = PngImagePlugin.PngInfo()
-        text.add_itxt("parameters", parameters(recipe))
-        text.add_itxt("prompt", design.prompt)
-        text.add_itxt("seed", str(design.seed))
-        text.add_itxt("settings", json.dumps(recipe.settings, ensure_ascii=False))
-        text.add_itxt("batch", json.dumps(batch, ensure_ascii=False))
+        text.add_itxt("parameters", theirs)
+        text.add_itxt(TEXT, _as_json(recipe, recipe.batch))
         picture.save(content, format="PNG", pnginfo=text)
     else:
-        own = {name: value for name, value in recipe.settings.items() if name != "prompts"}
-        comment = {"prompt": design.prompt, "seed": design.seed, "settings": own, "batch": batch}
-        exif = Image.Exif()
-        user_comment = b"UNICODE\0" + parameters(recipe).encode("utf-16-be")
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = user_comment
-        as_json = json.dumps(comment, ensure_ascii=False).encode()
-        picture.save(content, format="JPEG", quality=95, subsampling=0, comment=as_json, exif=exif)
+        ours = (_as_json(recipe, batch).encode() for batch in (recipe.batch, [recipe.design]))
+        comment = next((one for one in ours if len(one) < _MOST_BYTES), b"")
+        exif, user_comment = Image.Exif(), b"UNICODE\0" + theirs.encode("utf-16-be")
+        if len(user_comment) < _MOST_BYTES:
+            exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = user_comment
+        picture.save(content, format="JPEG", quality=95, subsampling=0, comment=comment, exif=exif)
     write_atomically(path, content.getvalue())
 
 
+def _as_json(recipe: Recipe, batch: Sequence[Design]) -> str:
+    prompts = list(dict.fromkeys(design.prompt for design in batch))
+    content = {
+        "prompt": recipe.design.prompt,
+        "seed": recipe.design.seed,
+        "refined": recipe.refined,
+        "settings": recipe.settings,
+        "prompts": prompts,
+        "batch": [[design.index, prompts.index(design.prompt), design.seed] for design in batch],
+    }
+    return json.dumps(content, ensure_ascii=False)
+
+
+def without_folders(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the names of local models alone: pictures are shown around."""
+    shown = {name: settings[name] for name in MODELS if name in settings}
+    return settings | {name: Path(value).name for name, value in shown.items() if value and Path(value).exists()}
+
+
 def parameters(recipe: Recipe) -> str:
-    """The text that Stable Diffusion web UI (A1111) writes, and that Forge, InvokeAI and viewers of pictures read."""
+    """The text that Stable Diffusion web UI (A1111) writes, and that Forge and viewers of pictures read."""
     settings, design = recipe.settings, recipe.design
     lora = f" <lora:{recipe.lora_name}:{settings['lora_scale']:g}>" if recipe.lora_name else ""
     lines = [f"{design.prompt}{lora}"]
@@ -71,16 +91,19 @@ def parameters(recipe: Recipe) -> str:
         "CFG scale": f"{settings['guidance_scale']:g}",
         "Seed": design.seed,
         "Size": f"{settings['width']}x{settings['height']}",
-        "Model": Path(settings["pretrained_model"]).stem,
+        "Model": _model(settings["pretrained_model"]),
     }
-    if recipe.refined:
-        facts["Refiner"] = Path(settings["refiner_model"]).stem
-        if settings["refiner_flow"] == "ensemble":
-            facts["Refiner switch at"] = f"{settings['refiner_start']:g}"
-        else:
-            facts["Refiner strength"] = f"{settings['refiner_strength']:g}"
+    if recipe.refined and settings["refiner_flow"] == "ensemble":
+        facts |= {"Refiner": _model(settings["refiner_model"]), "Refiner switch at": f"{settings['refiner_start']:g}"}
+    elif recipe.refined:  # by names that A1111 does not take for a hand-over of its own
+        strength = f"{settings['refiner_strength']:g}"
+        facts |= {"Refined with": _model(settings["refiner_model"]), "Refined strength": strength}
     facts["Version"] = "lace-lora"
     return "\n".join([*lines, ", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items())])
+
+
+def _model(source: str) -> str:
+    return Path(source).name.removesuffix(".safetensors")
 
 
 def _quoted(value: str) -> str:
@@ -92,19 +115,23 @@ def read(path: Path) -> Recipe:
     """What `save_picture` wrote.
 
     Raises:
-        UserError: the file is not a picture of this program's, or of a version that wrote less.
+        UserError: the file is not a picture of this program's, or what it says cannot be.
     """
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as picture:
-            info = dict(picture.info)
-        if picture.format == "JPEG":
-            info = json.loads(info["comment"])
-        else:
-            info |= {name: json.loads(info[name]) for name in ("settings", "batch")}
-        batch = [Design(int(index), str(prompt), int(seed)) for index, prompt, seed in info["batch"]["designs"]]
-        mine = next(design for design in batch if (design.prompt, design.seed) == (info["prompt"], int(info["seed"])))
-        return Recipe(mine, bool(info["batch"]["refined"]), batch, dict(info["settings"]))
-    except (OSError, ValueError, KeyError, TypeError, SyntaxError, StopIteration) as error:
+            picture.load()
+            said = json.loads(picture.info["comment" if picture.format == "JPEG" else TEXT])
+        json.dumps(said, ensure_ascii=False).encode()  # no halves of letters
+        batch = [_design(index, said["prompts"][prompt], seed) for index, prompt, seed in said["batch"]]
+        mine = next(one for one in batch if (one.prompt, one.seed) == (said["prompt"], said["seed"]))
+        return Recipe(mine, bool(said["refined"]), batch, dict(said["settings"]))
+    except (*BROKEN, KeyError, IndexError, TypeError, StopIteration, RecursionError, OverflowError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         advice = "name a PNG or JPEG that `--mode inference` has written"
         raise UserError(f"rebuild: {path} holds no recipe to make it again from ({reason}): {advice}") from error
+
+
+def _design(index: int, prompt: str, seed: int) -> Design:
+    if not (0 <= index < 100_000 and 0 <= seed < 2**63):
+        raise ValueError("its numbers are out of range")
+    return Design(int(index), prompt, int(seed))

@@ -1,20 +1,43 @@
 """How far refining moved each picture, so that a user sees where it washed the style out."""
 
+import io
+import json
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageFilter, ImageStat
+
+from data_utils import write_atomically
+from image_files import BROKEN
 
 # A picture's edges may weaken by so much; of how far it moved, it may stand out by so many typical deviations.
 MOST_WEAKENED, MOST_APART = 0.1, 4.0
 
 
-def compare(base: Image.Image, refined: Image.Image, latent_change: float | None) -> dict[str, float]:
-    """What the manifest notes of one picture: `latent_change` and `edge_change`, both relative to the base's."""
+def save_before(path: Path, base: Image.Image, refined: Image.Image, latent_change: float) -> None:
+    """Keep what a picture was before refining, as a JPEG for the page, with how far that moved it as its comment."""
+    content, comment = io.BytesIO(), json.dumps(compare(base, refined, latent_change)).encode()
+    base.save(content, format="JPEG", quality=90, comment=comment)
+    write_atomically(path, content.getvalue())
+
+
+def read_changes(path: Path) -> dict[str, float]:
+    """What `save_before` noted; nothing where it was not there, as of pictures that nobody refined."""
+    try:
+        with Image.open(path, formats=("JPEG",)) as picture:
+            said = json.loads(picture.info["comment"])
+            return {name: float(said[name]) for name in ("latent_change", "edge_change")}
+    except (*BROKEN, KeyError, TypeError):
+        return {}
+
+
+def compare(base: Image.Image, refined: Image.Image, latent_change: float) -> dict[str, float]:
+    """What is noted of one picture: `latent_change` and `edge_change`, both relative to the base's."""
     before, after = _edges(base), _edges(refined)
-    changes = {"edge_change": round(after / before - 1, 4) if before else 0.0}
-    return changes if latent_change is None else {"latent_change": round(latent_change, 4)} | changes
+    edge_change = after / before - 1 if before else 0.0
+    return {"latent_change": round(latent_change, 4), "edge_change": round(edge_change, 4)}
 
 
 def _edges(picture: Image.Image) -> float:

@@ -69,8 +69,8 @@ def test_train_and_draw(config_file: Path, tmp_path: Path) -> None:
     assert len({picture.tobytes() for picture in opened}) == 6
     refined = Image.open(tmp_path / "pictures" / "refined_output_001.png")
     assert refined.size == (64, 64)
-    assert (refined.info["prompt"], refined.info["seed"]) == ("edge", "43")
-    assert json.loads(refined.info["settings"])["num_inference_steps"] == 5
+    said = json.loads(refined.info["lace-lora"])
+    assert (said["prompt"], said["seed"], said["settings"]["num_inference_steps"]) == ("edge", 43, 5)
 
     # A picture that was lost is drawn again, the very same; the others stay.
     lost = tmp_path / "pictures" / "refined_output_001.png"

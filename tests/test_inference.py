@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 
 import inference
 from config import Config
-from pictures import Make, jpg, names, refused, snapshot
+from pictures import Make, gradient, jpg, names, refused, snapshot
 
 
 class Artist(ModuleType):
@@ -37,7 +37,8 @@ class Artist(ModuleType):
             for design in batch:
                 picture = Image.new("RGB", (config.width, config.height), (design.seed, 0, 0))
                 refined = ImageChops.invert(picture) if config.refine else None
-                finish(design, picture, refined, 0.1 * design.index if config.refine else None)
+                moved = 0.1 * design.index if config.refine and config.refiner_flow == "img2img" else None
+                finish(design, picture, refined, moved)
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_the_files_of_a_run(tmp_path: Path, artist: Artist, make: Make, capsys: 
     inference.run(make(prompt=("edge", "net", "rosette"), save_base=True))
     out = tmp_path / "out"
     pictures = {f"{kind}_output_00{index}.png" for kind in ("base", "refined") for index in range(4)}
-    assert names(out) == pictures | {"contact_sheet.png", "gallery.html", "manifest.json"}
+    assert names(out) == pictures | {"contact_sheet.png", "gallery.html", "manifest.json", inference.BEFORE}
     manifest = json.loads((out / "manifest.json").read_text())
     assert [(row["prompt"], row["seed"]) for row in manifest["pictures"]] == [
         ("edge", 10), ("net", 11), ("rosette", 12), ("edge", 13)
@@ -117,7 +118,8 @@ def test_the_files_of_a_run(tmp_path: Path, artist: Artist, make: Make, capsys: 
     for row in manifest["pictures"]:
         for name in row["files"].values():
             with Image.open(out / name) as picture:
-                assert (picture.info["prompt"], int(picture.info["seed"])) == (row["prompt"], row["seed"])
+                said = json.loads(picture.info["lace-lora"])
+                assert (said["prompt"], said["seed"]) == (row["prompt"], row["seed"])
     said = capsys.readouterr().out
     assert all(str(out / name) in said for name in ("gallery.html", "contact_sheet.png"))
 
@@ -152,6 +154,32 @@ def test_the_page_has_the_base_of_refined_pictures_and_how_far_they_moved(
     assert not (tmp_path / "out" / inference.UNFINISHED).exists()
 
 
+def test_a_noisy_base_of_the_ensemble_is_no_measure(tmp_path: Path, artist: Artist, make: Make) -> None:
+    inference.run(make(refiner_flow="ensemble", save_base=True))
+    rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]
+    assert all("refining" not in row for row in rows)
+
+
+def test_latents_of_another_recipe_are_left_alone(tmp_path: Path, artist: Artist, make: Make) -> None:
+    seen: list[Path] = []
+    draw_pictures = artist.draw_pictures
+
+    def note(config: Config, lora: Path | None, batches: Any, kept: Path, finish: Any) -> None:
+        assert list(kept.iterdir()) == []
+        (kept / "base_000.safetensors").write_bytes(b"latents")
+        seen.append(kept)
+        draw_pictures(config, lora, batches, kept, finish)
+
+    artist.draw_pictures = note  # type: ignore[method-assign]
+    artist.stop_after = 0
+    for changes in ({}, {"seed": 11}, {"inference_batch_size": 2}):
+        for path in (tmp_path / "out").glob("[!.]*"):
+            path.unlink()
+        with pytest.raises(RuntimeError, match="a bug"):
+            inference.run(make(**changes))
+    assert len(set(seen)) == 3
+
+
 def test_the_size_of_batches_is_chosen_once(tmp_path: Path, artist: Artist, make: Make) -> None:
     artist.at_once, artist.stop_after = 3, 1
     with pytest.raises(RuntimeError, match="a bug"):
@@ -163,12 +191,16 @@ def test_the_size_of_batches_is_chosen_once(tmp_path: Path, artist: Artist, make
 
 
 def test_a_picture_that_is_drawn_anew_takes_the_place_of_its_own(tmp_path: Path, artist: Artist, make: Make) -> None:
+    artist.at_once = 3
     inference.run(make())
-    kept = snapshot(tmp_path / "out" / "refined_output_002.png")
     (tmp_path / "out" / "refined_output_001.png").unlink()
+    (tmp_path / "out" / "refined_output_002.png").write_bytes(b"retouched")
+    gradient(64, 64).save(tmp_path / "out" / "refined_output_002.png")
+    kept = {index: snapshot(tmp_path / "out" / f"refined_output_00{index}.png") for index in (0, 2, 3)}
     inference.run(make())
-    assert artist.batches == [[0], [1], [2], [3], [1]]
-    assert snapshot(tmp_path / "out" / "refined_output_002.png") == kept
+    assert artist.batches == [[0, 1, 2], [3], [0, 1, 2]]
+    assert kept == {index: snapshot(tmp_path / "out" / f"refined_output_00{index}.png") for index in (0, 2, 3)}
+    assert (tmp_path / "out" / "gallery.html").read_text(encoding="utf-8").count("data-base=") == 4
     rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]
     assert [row["refining"]["latent_change"] for row in rows] == [0.0, 0.1, 0.2, 0.3]
 
@@ -204,7 +236,7 @@ def test_another_lora_gets_the_next_free_name(tmp_path: Path, artist: Artist, ma
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"trained further")
     inference.run(make())
     assert snapshot(tmp_path / "out") == before
-    assert len(names(tmp_path / "out-2")) == 7
+    assert len(names(tmp_path / "out-2")) == 8
 
 
 def test_pictures_without_a_manifest_are_not_overwritten(tmp_path: Path, artist: Artist, make: Make) -> None:
@@ -227,7 +259,7 @@ def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path: Path, artist: Artis
     inference.run(config)
     assert artist.batches == [[0, 1], [2, 3], [0, 1], [4, 5], [6]]
     assert snapshot(tmp_path / "out" / "refined_output_002.png") == kept
-    assert len(names(tmp_path / "out")) == 7 + 3
+    assert len(names(tmp_path / "out")) == 7 + 4
 
 
 @pytest.mark.parametrize(

@@ -282,17 +282,20 @@ def test_a_full_disk_leaves_no_half_picture(settings: Make, small_disk: Path, le
     ballast = fill(small_disk, leave)
     config = settings(output_dir=str(small_disk / "pictures"), lora_scale=0, save_base=True, num_images=4)
     refused(lambda: inference.run(config), "No space left on device.*make room", DISK_OR_DRIVE)
-    drawn = names(small_disk / "pictures") - {"manifest.json", inference.UNFINISHED}
+    hidden = {inference.UNFINISHED, inference.BEFORE}
+    drawn = names(small_disk / "pictures") - {"manifest.json", *hidden}
     wanted = {f"{kind}_output_00{index}.png" for kind in ("base", "refined") for index in range(4)}
     assert drawn < wanted
-    unfinished = names(small_disk / "pictures" / inference.UNFINISHED)
-    assert all(not name.startswith(".") for name in unfinished)
-    assert len([name for name in unfinished if name.startswith("refined")]) == (4 if leave > 50_000 else 0)
+    unfinished = list((small_disk / "pictures" / inference.UNFINISHED).rglob("*.*"))
+    assert all(path.suffix == ".safetensors" for path in unfinished)
+    assert len([path for path in unfinished if path.name.startswith("refined")]) == (4 if leave > 50_000 else 0)
     for name in drawn:
         Image.open(small_disk / "pictures" / name).load()
     ballast.unlink()
     inference.run(config)
-    assert names(small_disk / "pictures") == wanted | {"manifest.json", "contact_sheet.png", "gallery.html"}
+    assert names(small_disk / "pictures") == wanted | {
+        "manifest.json", "contact_sheet.png", "gallery.html", inference.BEFORE,
+    }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer

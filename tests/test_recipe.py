@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import ExifTags, Image, ImageChops, ImageStat
+from PIL import ExifTags, Image, ImageChops, ImageStat, PngImagePlugin
 
 import main
+import rebuild
 import recipe
+from config import Config
 from gallery import Design
 from inference import RECIPE_SETTINGS
 from pictures import Make, gradient, jpg, names, refused, snapshot
@@ -24,7 +26,7 @@ BATCH = [Design(2, "edge", 9), Design(3, PROMPT, 10)]
 def mine(settings: Make) -> Recipe:
     config = settings(negative_prompt="blur <b>, low", guidance_scale=5.5)
     values = {name: getattr(config, name) for name in RECIPE_SETTINGS}
-    return Recipe(BATCH[1], True, BATCH, values | {"prompts": [PROMPT, "edge"], "lora_sha256": None}, "lace")
+    return Recipe(BATCH[1], True, BATCH, values | {"lora_sha256": None}, "lace")
 
 
 def test_a_png_holds_its_pixels_and_its_recipe(mine: Recipe, tmp_path: Path) -> None:
@@ -32,25 +34,38 @@ def test_a_png_holds_its_pixels_and_its_recipe(mine: Recipe, tmp_path: Path) -> 
     with Image.open(tmp_path / "a.png") as saved:
         assert saved.format == "PNG"
         assert ImageChops.difference(saved.convert("RGB"), gradient()).getbbox() is None
-        assert (saved.info["prompt"], saved.info["seed"]) == (PROMPT, "10")
-        assert json.loads(saved.info["settings"]) == mine.settings
+        said = json.loads(saved.info["lace-lora"])
+        assert (said["prompt"], said["seed"], said["settings"]) == (PROMPT, 10, mine.settings)
         assert saved.info["parameters"] == recipe.parameters(mine)
         assert not saved.getexif()
     assert names(tmp_path) == {"a.png"}
     assert recipe.read(tmp_path / "a.png") == replace(mine, lora_name="")
 
 
-@pytest.mark.parametrize("prompts", [[PROMPT], [f"a long prompt, {index} " * 20 for index in range(1000)]])
-def test_a_jpeg_holds_it_too(prompts: list[str], mine: Recipe, tmp_path: Path) -> None:
-    mine.settings["prompts"] = prompts
+def test_a_jpeg_holds_it_too(mine: Recipe, tmp_path: Path) -> None:
     recipe.save_picture(tmp_path / "a.jpg", gradient(), mine)
     with Image.open(tmp_path / "a.jpg") as saved:
         assert saved.format == "JPEG"
         assert max(ImageStat.Stat(ImageChops.difference(saved, gradient())).mean) < 2
         exif = saved.getexif().get_ifd(ExifTags.IFD.Exif)
     assert exif[ExifTags.Base.UserComment] == b"UNICODE\0" + recipe.parameters(mine).encode("utf-16-be")
-    del mine.settings["prompts"]
     assert recipe.read(tmp_path / "a.jpg") == replace(mine, lora_name="")
+
+
+def test_a_jpeg_holds_as_much_as_there_is_room_for(mine: Recipe, tmp_path: Path) -> None:
+    others = [Design(index, f"{index} " * 15_000, 100 + index) for index in range(4, 7)]
+    recipe.save_picture(tmp_path / "a.jpg", gradient(), replace(mine, batch=[*BATCH, *others]))
+    assert recipe.read(tmp_path / "a.jpg").batch == [mine.design]
+    huge = Design(3, "lace " * 20_000, 10)
+    recipe.save_picture(tmp_path / "b.jpg", gradient(), replace(mine, design=huge, batch=[huge]))
+    refused(lambda: recipe.read(tmp_path / "b.jpg"), "holds no recipe")
+
+
+def test_folders_of_the_user_are_not_in_it(settings: Make, tiny: Path) -> None:
+    config = settings(pretrained_vae="madebyollin/sdxl-vae-fp16-fix")
+    said = recipe.without_folders({name: getattr(config, name) for name in (*recipe.MODELS, "seed")})
+    assert said == {"pretrained_model": "base", "refiner_model": "refiner", "seed": 42,
+                    "pretrained_vae": "madebyollin/sdxl-vae-fp16-fix"}  # fmt: skip
 
 
 # The patterns by which A1111 takes its last line apart.
@@ -60,7 +75,9 @@ FACTS = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, {"Refiner": "refiner", "Refiner strength": "0.2"}),
+        ({}, {"Refined with": "refiner", "Refined strength": "0.2"}),
+        ({"pretrained_model": Config().pretrained_model}, {"Model": "stable-diffusion-xl-base-1.0"}),
+        ({"pretrained_model": "/models/sd_xl.base.safetensors"}, {"Model": "sd_xl.base"}),
         ({"refiner_flow": "ensemble"}, {"Refiner": "refiner", "Refiner switch at": "0.8"}),
         ({"pretrained_model": 'me/lace, fine: "1"'}, {"Model": '"lace, fine: \\"1\\""'}),
     ],
@@ -74,6 +91,7 @@ def test_the_text_that_other_programs_read(mine: Recipe, changes: dict[str, Any]
     assert read.items() >= {
         "Steps": "5", "Sampler": "Euler", "CFG scale": "5.5", "Seed": "10", "Size": "64x64", **expected
     }.items()  # fmt: skip
+    assert ("Refiner" in read) == (mine.settings["refiner_flow"] == "ensemble")
 
 
 def test_a_picture_without_lora_negative_prompt_or_refining(mine: Recipe) -> None:
@@ -81,7 +99,7 @@ def test_a_picture_without_lora_negative_prompt_or_refining(mine: Recipe) -> Non
     text = recipe.parameters(replace(mine, refined=False, lora_name=""))
     assert text.split("\n")[0] == PROMPT
     assert "Negative" not in text
-    assert "Refiner" not in text
+    assert "Refine" not in text
 
 
 def test_a_write_that_fails_leaves_what_was_there(mine: Recipe, tmp_path: Path) -> None:
@@ -123,20 +141,27 @@ def test_a_picture_is_made_again(
     assert main.main([*command, *common, *(f"{name}={value}" for name, value in own.items())]) == 0
     original = tmp_path / "pictures" / f"{'refined' if refine else 'base'}_output_001.{image_format}"
     before = snapshot(tmp_path / "pictures")
-    again = [*command, f"rebuild={original}", f"output_dir={tmp_path / 'again'}", "seed=99", "num_images=1"]
+    models = [one for one in common if "_model=" in one]
+    again = [*command, *models, f"rebuild={original}", f"output_dir={tmp_path / 'again'}", "seed=99", "num_images=1"]
     assert main.main([*again, "--dry-run"]) == 0
     assert not (tmp_path / "again").exists()
     for _ in range(2):
         assert main.main(again) == 0
         assert "equal to the original, pixel by pixel" in capsys.readouterr().out
-    assert names(tmp_path / "again") == {f"{original.stem}-rebuilt{end}.{image_format}" for end in ("", "-2")}
+    assert names(tmp_path / "again") == {f"rebuilt_{original.stem}{end}.{image_format}" for end in ("", "-2")}
     assert recipe.read(next((tmp_path / "again").iterdir())) == recipe.read(original)
     assert snapshot(tmp_path / "pictures") == before
 
 
 @pytest.mark.parametrize(
     ("changes", "part"),
-    [({"width": "wide"}, "width is 'wide', not a whole number"), ({"lora_sha256": "0" * 64}, "another LoRA")],
+    [
+        ({"width": "wide"}, "width is 'wide', not a whole number"),
+        ({"width": 7, "scheduler": "none"}, "; "),
+        ({"seed": [[[]]]}, "seed is not a whole number"),
+        ({"refine": False}, "refine is false"),
+        ({"lora_sha256": "0" * 64}, "another LoRA"),
+    ],
 )
 def test_a_recipe_that_cannot_be_used(mine: Recipe, tmp_path: Path, changes: dict[str, Any], part: str,
                                       capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
@@ -145,4 +170,39 @@ def test_a_recipe_that_cannot_be_used(mine: Recipe, tmp_path: Path, changes: dic
     (tmp_path / "empty.yaml").write_text("")
     config = ["--config", str(tmp_path / "empty.yaml")]
     assert main.main(["--mode", "inference", *config, f"rebuild={tmp_path / 'a.png'}"]) == 2
-    assert part in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert part in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_picture_chooses_no_models(
+    mine: Recipe, settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    mine.settings.update(lora_scale=0.0, pretrained_model="someone/elses", refiner_model="/etc/passwd", revision="x")
+    recipe.save_picture(tmp_path / "a.png", gradient(64, 64), mine)
+    own = settings(rebuild=str(tmp_path / "a.png"))
+    place = rebuild.run(own)
+    assert "was drawn with pretrained_model: someone/elses, and yours is base" in caplog.text
+    assert recipe.read(place).settings["pretrained_model"] == "base"
+    assert "or version rounds otherwise" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"seed": 2**64}, {"batch": [[float("inf"), 0, 10]]}, {"batch": [[3, 5, 10]]}, {"batch": []},
+        {"batch": [[3]]}, {"settings": 5}, {"settings": {"negative_prompt": "\ud800"}}, {"prompts": None},
+        {"prompt": "\ud800", "prompts": ["\ud800"], "batch": [[0, 0, 10]]},
+    ],
+)  # fmt: skip
+def test_a_recipe_that_someone_made_up_is_refused(mine: Recipe, tmp_path: Path, damage: dict[str, Any]) -> None:
+    recipe.save_picture(tmp_path / "a.png", gradient(), mine)
+    with Image.open(tmp_path / "a.png") as picture:
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("lace-lora", json.dumps(json.loads(picture.info["lace-lora"]) | damage))
+        picture.save(tmp_path / "b.png", pnginfo=text)
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("lace-lora", "[" * 100_000)
+        picture.save(tmp_path / "c.png", pnginfo=text)
+    for name in ("b.png", "c.png"):
+        refused(lambda name=name: recipe.read(tmp_path / name), "holds no recipe")  # type: ignore[misc]

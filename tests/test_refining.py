@@ -1,5 +1,6 @@
 """How far refining moved a picture, and which ones are flagged."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,25 @@ def lace() -> Image.Image:
 def test_equal_pictures_have_moved_nowhere() -> None:
     assert refining.compare(lace(), lace().copy(), 0.0)["latent_change"] == 0
     picture = lace()
-    assert refining.compare(picture, picture, None) == {"edge_change": 0}
-    assert refining.compare(Image.new("RGB", (64, 64)), gradient(64, 64), None) == {"edge_change": 0}
+    assert refining.compare(picture, picture, 0.0) == {"latent_change": 0, "edge_change": 0}
+    assert refining.compare(Image.new("RGB", (64, 64)), gradient(64, 64), 1.0)["edge_change"] == 0
+
+
+def test_what_a_picture_was_before_is_kept_with_how_far_it_moved(tmp_path: Path) -> None:
+    base, refined = lace(), lace().filter(ImageFilter.GaussianBlur(1))
+    refining.save_before(tmp_path / "a.jpg", base, refined, 0.25)
+    assert refining.read_changes(tmp_path / "a.jpg") == refining.compare(base, refined, 0.25)
+    with Image.open(tmp_path / "a.jpg") as kept:
+        assert kept.size == base.size
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture"])
+def test_no_changes_where_nothing_was_kept(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "a.jpg").write_bytes(content)
+    assert refining.read_changes(tmp_path / "a.jpg") == {}
+    lace().save(tmp_path / "other.jpg")
+    assert refining.read_changes(tmp_path / "other.jpg") == {}
 
 
 def test_softer_is_below_zero_and_sharper_above() -> None:
