@@ -28,6 +28,10 @@ NO_SECRETS = "settings are written into files and pictures, so log in with `hf a
 _SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|(?<=://)[^/@\s]+(?=@)")
 
 
+def holds_secret(text: str) -> bool:
+    return bool(_SECRET.search(text))
+
+
 class UserError(Exception):
     """What a user can mend: one sentence that says what happened and what to do, and the exit code for it.
 
@@ -197,7 +201,7 @@ class Config:
                 f"refiner_strength {self.refiner_strength:g} of {self.num_inference_steps} num_inference_steps is less "
                 "than one step: raise one of them"
             )
-        secret = [name for name, value in vars(self).items() if _SECRET.search(repr(value))]
+        secret = [name for name, value in vars(self).items() if holds_secret(repr(value))]
         problems += [f"{name} holds a token or a password: {NO_SECRETS}" for name in secret]
         if problems:
             raise UserError("\n".join(problems))

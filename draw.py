@@ -222,7 +222,17 @@ def refined_latents(
     config: Config,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Base latents through the refiner, in either flow. The VAE is asked for its configuration only."""
+    """Base latents through the refiner, in either flow. The VAE is asked for its configuration only.
+
+    Raises:
+        UserError: there is no step left for the refiner, so that nothing would be refined.
+    """
+    made: list[int] = []
+
+    def count() -> None:
+        made.append(1)
+        on_step()
+
     pipeline = StableDiffusionXLImg2ImgPipeline(
         vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
         unet=unet, scheduler=scheduler, requires_aesthetics_score=True, add_watermarker=False,
@@ -231,7 +241,7 @@ def refined_latents(
     flow = {"strength": config.refiner_strength}
     if config.refiner_flow == "ensemble":
         flow = {"denoising_start": config.refiner_start}
-    return pipeline(
+    refined = pipeline(
         **embeddings,
         **flow,
         image=latents.to(unet.device, unet.dtype),
@@ -243,8 +253,11 @@ def refined_latents(
         target_size=(config.height, config.width),
         generator=refiner_generators(seeds),
         output_type="latent",
-        callback_on_step_end=_after_step(on_step),
+        callback_on_step_end=_after_step(count),
     ).images
+    if not made:
+        raise UserError("no step is left for the refiner: set num_inference_steps higher, or refiner_start lower")
+    return refined
 
 
 def base_steps(config: Config) -> int:

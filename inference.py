@@ -24,7 +24,7 @@ import hub
 import recipe as recipes
 import refining
 import supervise
-from config import DISK_OR_DRIVE, Config, UserError
+from config import DISK_OR_DRIVE, NO_SECRETS, Config, UserError, holds_secret
 from data_utils import numbered, write_atomically
 from gallery import Card, Design
 from recipe import Recipe
@@ -102,6 +102,8 @@ def read_prompts(config: Config) -> list[str]:
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"prompts_file: {path} is empty; write a prompt on each line")
+    if any(map(holds_secret, prompts)):
+        raise UserError(f"prompts_file: {path} holds a token or a password: {NO_SECRETS}")
     return prompts
 
 

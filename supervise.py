@@ -36,7 +36,8 @@ ADVICE = (
 _BUG = "training failed by a fault of this program; the traceback above says where"
 _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOTCONN, errno.ESTALE, errno.ENOENT, errno.ENOTDIR,
-    errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM,
+    errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ETIMEDOUT, errno.ENODEV, errno.EBUSY,
+    errno.ENAMETOOLONG,
 )  # fmt: skip
 _MEMORY_ERRORS = ("OutOfMemoryError", "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36

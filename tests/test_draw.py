@@ -1,5 +1,7 @@
 """Drawing against diffusers' pipelines driven by hand, with the LoRA loaded the plain way."""
 
+import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,14 @@ def test_announced_steps_are_made(settings: Make, flow: str, monkeypatch: pytest
     monkeypatch.setattr(draw, "tqdm", Counting)
     drawn(settings(refiner_flow=flow, num_inference_steps=10), None, [1, 2])
     assert made == {"drawing": 0, "refining": 0, "saving": 0}
+
+
+def test_nothing_is_called_refined_that_is_not(settings: Make, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    scheduler = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"timestep_spacing": "trailing"}))
+    config = settings(pretrained_model=str(tmp_path / "base"), refiner_flow="ensemble", num_inference_steps=4)
+    refused(lambda: drawn(config, None, [1]), "no step is left for the refiner")
 
 
 def test_a_missing_refiner_is_one_sentence(settings: Make) -> None:

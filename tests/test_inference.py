@@ -88,6 +88,11 @@ def test_a_prompts_file_that_cannot_be_used(content: bytes | None, part: str, tm
     refused(lambda: inference.read_prompts(make(prompts_file=str(tmp_path / "prompts.txt"))), part)
 
 
+def test_a_token_among_the_prompts_is_refused_and_not_repeated(tmp_path: Path, make: Make) -> None:
+    (tmp_path / "prompts.txt").write_text(f"lace\nhf_{'x' * 34}\n")
+    refused(lambda: inference.read_prompts(make(prompts_file=str(tmp_path / "prompts.txt"))), "holds a token [^x]*$")
+
+
 def test_where_the_lora_is_looked_for(tmp_path: Path, make: Make) -> None:
     trained = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
     (tmp_path / "mine.safetensors").write_bytes(b"other")

@@ -331,6 +331,7 @@ CANARY = "hf_" + "Canary" * 6
         (f"validation_prompt=lace {CANARY}", "validation_prompt holds a token"),
         (f"prompt=[one, {CANARY}]", "prompt holds a token"),
         (f"hub_token={CANARY}", "unknown key 'hub_token'; settings are written into files"),
+        (f"--hub_token={CANARY}", "unrecognized arguments: --hub_token=***"),
         (f"rank={CANARY}", "rank is '***', not a whole number"),
         (CANARY, "'***' is not of the form key=value"),
         (f"rank=my own token is {CANARY}", "rank is 'my own token is ***'"),
