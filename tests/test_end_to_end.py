@@ -64,7 +64,9 @@ def test_train_and_draw(config_file: Path, tmp_path: Path) -> None:
     drawn = main_py("--mode", "inference", "--config", str(config_file))
     assert drawn.returncode == 0, drawn.stderr
     pictures = {f"{kind}_output_00{index}.png" for index in range(3) for kind in ("base", "refined")}
-    assert files(tmp_path / "pictures") == pictures | {"contact_sheet.png", "gallery.html", "manifest.json"}
+    before_refining = {f".before_refining/00{index}.jpg" for index in range(3)}
+    shown = {"contact_sheet.png", "gallery.html", "manifest.json"}
+    assert files(tmp_path / "pictures") == pictures | before_refining | shown
     opened = [Image.open(tmp_path / "pictures" / name) for name in sorted(pictures)]
     assert len({picture.tobytes() for picture in opened}) == 6
     refined = Image.open(tmp_path / "pictures" / "refined_output_001.png")
