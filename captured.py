@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Kind = tuple[tuple[torch.Size, torch.dtype], ...]  # of inputs
+Kind = tuple[tuple[torch.Size, torch.dtype], ...]  # shapes and number formats of inputs
 
 
 class CaptureError(RuntimeError):
@@ -13,9 +13,9 @@ class CaptureError(RuntimeError):
 
 
 class Captured:
-    """Calls `function`, which launches work on the GPU and returns a tensor, from a graph for each shapes of inputs.
+    """Calls `function`, which launches work on the GPU and returns a tensor, from a graph for each kind of inputs.
 
-    The first call with new shapes is made plainly, on a stream of its own, so that libraries choose their kernels and
+    The first call with a new kind is made plainly, on a stream of its own, so that libraries choose their kernels and
     make their buffers; the second one is captured. All graphs share one pool of memory, since one runs at a time.
 
     `function` must not wait for the GPU, nor draw random numbers on it, and whatever it writes to must stay in place.

@@ -41,6 +41,12 @@ class Card:
     warning: str = ""  # why it is flagged
 
 
+def open_finished(path: Path) -> Image.Image:
+    """A picture of this program's own, decoded."""
+    with Image.open(path, formats=("PNG", "JPEG")) as picture:
+        return picture.convert("RGB")
+
+
 def contact_sheet(pictures: Sequence[Image.Image], side: int = 384, gap: int = 8) -> bytes:
     """All pictures in rows on one PNG, each fitted into a square of at most `side` pixels."""
     side = min(side, max(max(picture.size) for picture in pictures))
@@ -82,8 +88,7 @@ def page(title: str, cards: Sequence[Card], recipe: dict[str, Any]) -> str:
 
 def _embedded(path: Path) -> dict[str, str | int]:
     """A picture as the attributes of an <img> that needs no file."""
-    with Image.open(path) as picture:
-        small = _shrink(picture.convert("RGB"), 1024)
+    small = _shrink(open_finished(path), 1024)
     content = io.BytesIO()
     small.save(content, format="JPEG", quality=88)
     source = "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()

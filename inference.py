@@ -40,6 +40,7 @@ RECIPE_SETTINGS = (
     "refiner_flow", "refiner_strength", "refiner_start", "refiner_prompt", "aesthetic_score",
     "negative_aesthetic_score", "image_format", "save_base",
 )  # fmt: skip
+_DEFAULTS = {name: Config.__dataclass_fields__[name].default for name in RECIPE_SETTINGS}
 # Inside the output folder: latents of each phase, until all is done, and what the page shows as before refining.
 UNFINISHED, BEFORE = ".unfinished", ".before_refining"
 ADVICE = "set inference_batch_size: 1, or a smaller width and height"
@@ -59,8 +60,7 @@ def run(config: Config, dry_run: bool = False) -> Path:
         logger.warning("%d of %d prompts get no picture: num_images is %d", left_over, len(prompts), config.num_images)
     designs = [Design(index, prompts[index % len(prompts)], config.seed + index) for index in range(config.num_images)]
     lora = find_lora(config)
-    recipe = {name: getattr(config, name) for name in RECIPE_SETTINGS}
-    recipe |= {"prompts": prompts, "lora_sha256": sha256(lora) if lora else None}
+    recipe = settings_of(config, lora) | {"prompts": prompts}
     folder = choose_folder(Path(config.output_dir), recipe)
     missing = [design for design in designs if not _is_drawn(folder, design, config)]
     if dry_run:
@@ -77,8 +77,8 @@ def run(config: Config, dry_run: bool = False) -> Path:
                 manifest = _Manifest(folder, recipe, designs, config)
                 if missing:
                     models = hub.fetch_models(config)
-                    _draw(replace(config, **models), lora, designs, manifest)
-                _publish(manifest, designs)
+                    _draw(replace(config, **models), lora, manifest)
+                _publish(manifest)
                 shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     except (OSError, MemoryError, RuntimeError) as error:
         if explained := supervise.explain(error, ADVICE):
@@ -121,6 +121,16 @@ def find_lora(config: Config) -> Path | None:
     return path
 
 
+def settings_of(config: Config, lora: Path | None) -> dict[str, Any]:
+    """The part of the recipe that all pictures of a run have in common."""
+    return {name: getattr(config, name) for name in RECIPE_SETTINGS} | {"lora_sha256": _sha256(lora) if lora else None}
+
+
+def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A setting that an older version did not have was what is its default now."""
+    return _DEFAULTS | recipe
+
+
 def lora_name(config: Config, lora: Path | None) -> str:
     """As other programs know it: the file that training writes for them has the name of the token."""
     return "" if lora is None else config.lora_name if lora.name == LORA_FILE else lora.stem
@@ -141,9 +151,7 @@ def _holds_pictures(folder: Path) -> bool:
 
 def _recipe_of(folder: Path) -> Any:
     try:
-        recipe = json.loads((folder / gallery.MANIFEST).read_text(encoding="utf-8"))["recipe"]
-        # A setting that an older version did not have was what is its default now.
-        return {name: Config.__dataclass_fields__[name].default for name in RECIPE_SETTINGS} | recipe
+        return with_defaults(json.loads((folder / gallery.MANIFEST).read_text(encoding="utf-8"))["recipe"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -162,45 +170,50 @@ class _Manifest:
     """manifest.json as it is made: the recipe, the size of batches, and of each picture its files and its refining."""
 
     def __init__(self, folder: Path, recipe: dict[str, Any], designs: Sequence[Design], config: Config) -> None:
-        self.folder, self.recipe, self.config = folder, recipe, config
+        self.folder, self.recipe, self.designs, self.config = folder, recipe, designs, config
         self.path = folder / gallery.MANIFEST
         old = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         self.batch_size: int | None = config.inference_batch_size or old.get("batch_size")
-        self.rows: list[dict[str, Any]] = old.get("pictures") or [self._row(design) for design in designs]
 
     def _row(self, design: Design) -> dict[str, Any]:
         files = _files(self.folder, design, self.config).items()
         names = {"refined" if refined else "base": path.name for refined, path in files}
-        return {"prompt": design.prompt, "seed": design.seed, "files": names}
+        changes = refining.read_changes(_before(self.folder, design))
+        row = {"prompt": design.prompt, "seed": design.seed, "files": names}
+        return row | {"refining": changes} if changes else row
 
-    def batches(self, designs: Sequence[Design], size: int) -> Iterator[Sequence[Design]]:
+    def batches(self, size: int) -> Iterator[Sequence[Design]]:
         """Who shares a batch is noted before the first is drawn: a resumed run makes the very same pictures."""
         self.batch_size = self.batch_size or size
         self.write()
-        for start in range(0, len(designs), self.batch_size):
-            yield designs[start : start + self.batch_size]
+        for start in range(0, len(self.designs), self.batch_size):
+            yield self.designs[start : start + self.batch_size]
 
     def kept(self) -> Path:
         """The folder for latents: of this recipe and these batches, and of no other that was left here."""
         plan = json.dumps([self.recipe, self.batch_size], sort_keys=True).encode()
         return self.folder / UNFINISHED / hashlib.sha256(plan).hexdigest()[:16]
 
-    def write(self) -> None:
-        content = {"recipe": self.recipe, "batch_size": self.batch_size, "pictures": self.rows}
+    def write(self) -> list[dict[str, Any]]:
+        """Returns the rows of the pictures as they are now."""
+        rows = [self._row(design) for design in self.designs]
+        content = {"recipe": self.recipe, "batch_size": self.batch_size, "pictures": rows}
         write_atomically(self.path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        return rows
 
 
-def _draw(config: Config, lora: Path | None, designs: Sequence[Design], manifest: _Manifest) -> None:
+def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> None:
     """Draw the batches of which a picture is missing; files are written on threads while the next ones are decoded."""
     import draw  # brings torch
 
     folder = manifest.folder
-    planned = manifest.batches(designs, draw.pictures_at_once(config))
+    planned = manifest.batches(draw.pictures_at_once(config))
     batches = [batch for batch in planned if not all(_is_drawn(folder, one, config) for one in batch)]
     batch_of = {design: batch for batch in batches for design in batch}
     for place in (manifest.kept(), folder / BEFORE):
         place.mkdir(parents=True, exist_ok=True)
-    settings = recipes.without_folders({name: manifest.recipe[name] for name in (*RECIPE_SETTINGS, "lora_sha256")})
+    settings = recipes.without_folders({name: value for name, value in manifest.recipe.items() if name != "prompts"})
+    known_as = lora_name(config, lora)
 
     def save(design: Design, base: Image.Image | None, refined: Image.Image | None, moved: float | None) -> None:
         pictures = {False: base, True: refined}
@@ -210,7 +223,7 @@ def _draw(config: Config, lora: Path | None, designs: Sequence[Design], manifest
         for is_refined, path in missing.items():
             picture = pictures[is_refined]
             assert picture is not None
-            own = Recipe(design, is_refined, batch_of[design], settings, lora_name(config, lora))
+            own = Recipe(design, is_refined, batch_of[design], settings, known_as)
             recipes.save_picture(path, picture, own)
 
     most = min(8, os.cpu_count() or 1)
@@ -227,28 +240,19 @@ def _draw(config: Config, lora: Path | None, designs: Sequence[Design], manifest
         saved.result()
 
 
-def _publish(manifest: _Manifest, designs: Sequence[Design]) -> None:
+def _publish(manifest: _Manifest) -> None:
     """Contact sheet, page and the whole manifest, over all finished pictures."""
     folder, config = manifest.folder, manifest.config
-    for design, row in zip(designs, manifest.rows, strict=True):
-        if changes := refining.read_changes(_before(folder, design)):
-            row["refining"] = changes
-    manifest.write()
-    measured = [row.get("refining", {}) for row in manifest.rows]
+    measured = [row.get("refining", {}) for row in manifest.write()]
     cards = []
-    for design, changes, warning in zip(designs, measured, refining.warnings(measured), strict=True):
+    for design, changes, warning in zip(manifest.designs, measured, refining.warnings(measured), strict=True):
         files = _files(folder, design, config)
         before = next((path for path in (_before(folder, design), files.get(False)) if path and path.exists()), None)
         cards.append(Card(design, files[config.refine], before if config.refine else None, **changes, warning=warning))
     with ThreadPoolExecutor() as pool:
-        pictures = list(pool.map(_opened, [card.file for card in cards]))
+        pictures = list(pool.map(gallery.open_finished, [card.file for card in cards]))
     write_atomically(folder / gallery.CONTACT_SHEET, gallery.contact_sheet(pictures))
     write_atomically(folder / gallery.PAGE, gallery.page(folder.name, cards, manifest.recipe).encode())
-
-
-def _opened(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
 
 
 def _before(folder: Path, design: Design) -> Path:
@@ -261,7 +265,7 @@ def _print_plan(config: Config, prompts: list[str], lora: Path | None, folder: P
     print("\n".join(f"prompt: {prompt}" for prompt in prompts))
 
 
-def sha256(path: Path) -> str:
+def _sha256(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

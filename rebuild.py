@@ -8,10 +8,10 @@ from pathlib import Path
 import yaml
 from PIL import Image, ImageChops
 
+import gallery
 import hub
 import inference
 import recipe
-import supervise
 from config import Config, UserError, dump_config, load_config
 from data_utils import numbered
 from gallery import Design
@@ -27,22 +27,21 @@ def run(config: Config, dry_run: bool = False) -> Path:
     anywhere must not choose what is downloaded or opened.
 
     Raises:
-        UserError: the file holds no recipe that can be used, or the LoRA is another one; else as `inference.run`.
+        UserError: the file holds no recipe that can be used, or the LoRA is another one. Errors of the disk and of
+            memory go on as they are; main.py has the sentence for them.
     """
     original = Path(str(config.rebuild))
     wanted = recipe.read(original)
     config = _with_settings(config, wanted, original)
     lora = inference.find_lora(config)
-    sha256 = inference.sha256(lora) if lora else None
-    if sha256 != wanted.settings.get("lora_sha256"):
+    settings = inference.settings_of(config, lora)
+    if settings["lora_sha256"] != wanted.settings.get("lora_sha256"):
         raise UserError(f"{original} was drawn with another LoRA than {lora}: name that one with lora_path")
     if dry_run:
         place = _free_name(config, original)
         print(f"Would draw {original} again, with {len(wanted.batch) - 1} others of its batch, into {place}")
         return place
-    with Image.open(original, formats=("PNG", "JPEG")) as picture:
-        before = picture.convert("RGB")
-    settings = {name: getattr(config, name) for name in inference.RECIPE_SETTINGS} | {"lora_sha256": sha256}
+    before = gallery.open_finished(original)
     again = replace(wanted, settings=recipe.without_folders(settings), lora_name=inference.lora_name(config, lora))
     places: list[Path] = []
     import draw  # brings torch
@@ -54,17 +53,12 @@ def run(config: Config, dry_run: bool = False) -> Path:
             places[0].parent.mkdir(parents=True, exist_ok=True)
             recipe.save_picture(places[0], picture, again)
 
-    try:
-        # The ensemble's base stops early, for the refiner; otherwise a base picture needs no refiner.
-        refine = config.refine and (wanted.refined or config.refiner_flow == "ensemble")
-        needed = replace(config, refine=refine, save_base=not wanted.refined)
-        with_models = replace(needed, **hub.fetch_models(needed))
-        with tempfile.TemporaryDirectory(prefix="lace-lora-") as kept:
-            draw.draw_pictures(with_models, lora, [wanted.batch], Path(kept), finish)
-    except (OSError, MemoryError, RuntimeError) as error:
-        if explained := supervise.explain(error, "choose a machine with more memory"):
-            raise UserError(*explained) from error
-        raise
+    # The ensemble's base stops early, for the refiner; otherwise a base picture needs no refiner.
+    refine = config.refine and (wanted.refined or config.refiner_flow == "ensemble")
+    needed = replace(config, refine=refine, save_base=not wanted.refined)
+    with_models = replace(needed, **hub.fetch_models(needed))
+    with tempfile.TemporaryDirectory(prefix="lace-lora-") as kept:
+        draw.draw_pictures(with_models, lora, [wanted.batch], Path(kept), finish)
     [place] = places
     print(f"{place}: {_compared(before, place)}")
     return place
@@ -72,9 +66,8 @@ def run(config: Config, dry_run: bool = False) -> Path:
 
 def _with_settings(config: Config, wanted: Recipe, original: Path) -> Config:
     """The settings of the picture in place of the user's, as strictly read as a settings file."""
-    defaults = {name: Config.__dataclass_fields__[name].default for name in inference.RECIPE_SETTINGS}
-    said = defaults | {name: value for name, value in wanted.settings.items() if name in defaults}
-    own = {name: value for name, value in said.items() if name not in (*recipe.MODELS, "revision")}
+    said = inference.with_defaults(wanted.settings)
+    own = {name: said[name] for name in inference.RECIPE_SETTINGS if name not in (*recipe.MODELS, "revision")}
     with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
         file = Path(folder, "config.yaml")
         try:
@@ -98,8 +91,7 @@ def _free_name(config: Config, original: Path) -> Path:
 
 
 def _compared(original: Image.Image, place: Path) -> str:
-    with Image.open(place) as picture:
-        again = picture.convert("RGB")
+    again = gallery.open_finished(place)
     if again.size != original.size:
         return f"{again.width}x{again.height} pixels, and the original has {original.width}x{original.height}"
     most = max(int(high) for _, high in ImageChops.difference(original, again).getextrema())  # type: ignore[misc]
