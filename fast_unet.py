@@ -6,6 +6,7 @@ On a CPU nothing is changed, and drawing there is diffusers' own, number for num
 import importlib.util
 import logging
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,21 +45,29 @@ def make_fast(unet: UNet2DConditionModel) -> None:
     """
     if unet.device.type != "cuda" or unet.config.time_cond_proj_dim is not None:  # distilled: reads guidance too
         return
+    across = []
     for name, module in unet.named_modules():
         if name.endswith(".attn1"):
             module.set_processor(_SelfAttention(module))
         elif name.endswith(".attn2"):
-            module.set_processor(_CrossAttention())
+            across.append(module)
+    of_text, first = _joined([layer for module in across for layer in (module.to_k, module.to_v)]), 0
+    for module in across:
+        module.set_processor(_CrossAttention(first, module.inner_dim))
+        first += 2 * module.inner_dim
     use_kernels_if_possible(unet)
-    unet.forward = _Replayed(unet)
+    unet.forward = _Replayed(unet, of_text)
 
 
 class _Replayed:
     """A UNet's forward from CUDA graphs, as diffusers' pipelines call it; plain where there can be none."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        self.plain = unet.forward
+    def __init__(self, unet: UNet2DConditionModel, of_text: Tensor) -> None:
+        """`of_text` makes the keys and values of all layers of a text, as `_CrossAttention` wants them."""
+        self.plain, self.of_text = unet.forward, of_text
         self.captured: Captured | None = Captured(self._forward, unet.device)
+        self.embeddings: Tensor | None = None  # the last ones, and
+        self.text: Tensor  # what there is to read of them
 
     def __call__(
         self,
@@ -69,8 +78,10 @@ class _Replayed:
         added_cond_kwargs: dict[str, Tensor],
         **_: Any,
     ) -> tuple[Tensor]:
+        if encoder_hidden_states is not self.embeddings:  # pipelines give the same ones at each step
+            self.embeddings, self.text = encoder_hidden_states, _without_blank(encoder_hidden_states)
         conditions = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
-        inputs = sample, timestep.to(sample.device), encoder_hidden_states, *conditions
+        inputs = sample, timestep.to(sample.device), self.text, *conditions
         if self.captured:
             try:
                 return (self.captured(*inputs),)
@@ -79,21 +90,31 @@ class _Replayed:
                 self.captured = None
         return (self._forward(*inputs),)
 
-    def _forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
-    ) -> Tensor:
+    def _forward(self, sample: Tensor, timestep: Tensor, text: Tensor, text_embeds: Tensor, time_ids: Tensor) -> Tensor:
         conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
-        return self.plain(sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False)[0]
+        keys_and_values = F.linear(text, self.of_text)
+        return self.plain(sample, timestep, keys_and_values, added_cond_kwargs=conditions, return_dict=False)[0]
+
+
+def _without_blank(embeddings: Tensor) -> Tensor:
+    """Embeddings (n, 77, c) without the first ones that are all zeros, as SDXL's are for no negative prompt."""
+    written = embeddings.flatten(1).any(1).nonzero()
+    return embeddings[int(written[0]) :] if len(written) else embeddings
+
+
+def _joined(layers: Sequence[Any]) -> Tensor:
+    """The weights of linear layers as one, of which theirs become views."""
+    weight = torch.cat([layer.weight.data for layer in layers])
+    for layer, part in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
+        layer.weight.data = part
+    return weight
 
 
 class _SelfAttention:
-    """diffusers' attention processor with q, k and v as one product; their weights become views of one."""
+    """diffusers' attention processor with q, k and v as one product."""
 
     def __init__(self, attention: Any) -> None:
-        layers = [attention.to_q, attention.to_k, attention.to_v]
-        self.weight = torch.cat([layer.weight.data for layer in layers])
-        for layer, part in zip(layers, self.weight.chunk(3), strict=True):
-            layer.weight.data = part
+        self.weight = _joined([attention.to_q, attention.to_k, attention.to_v])
 
     def __call__(self, attention: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         query, key, value = F.linear(hidden_states, self.weight).chunk(3, dim=-1)
@@ -101,11 +122,27 @@ class _SelfAttention:
 
 
 class _CrossAttention:
+    """The same with keys and values made beforehand, for all layers in one product; `first` is this layer's column.
+
+    Pictures without a text, the first ones of a batch, would attend to zeros: what is left for them is the bias.
+    """
+
+    def __init__(self, first: int, width: int) -> None:
+        self.columns = slice(first, first + 2 * width)
+
     def __call__(
         self, attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any
     ) -> Tensor:
-        key, value = attention.to_k(encoder_hidden_states), attention.to_v(encoder_hidden_states)
-        return attention.to_out[0](attend(attention.to_q(hidden_states), key, value, attention.heads))
+        key, value = encoder_hidden_states[..., self.columns].chunk(2, dim=-1)
+        without = len(hidden_states) - len(key)
+        attended = attend(attention.to_q(hidden_states[without:]), key, value, attention.heads)
+        last = attention.to_out[0]
+        if not without:
+            return last(attended)
+        output = torch.empty_like(hidden_states)
+        output[:without] = last.bias
+        torch.addmm(last.bias, attended.flatten(0, 1), last.weight.t(), out=output[without:].flatten(0, 1))
+        return output
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:

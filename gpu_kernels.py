@@ -19,10 +19,11 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 _COLUMNS, _BLOCK = 1024, 1024
-_CHUNKS = 16  # programs for each group of channels; each notes its sums, which the next kernel adds up
+_TILE = {"PIXELS": 128, "CHANNELS": 64}  # of a program of the group norm
 
 
 def use_kernels(model: UNet2DConditionModel | AutoencoderKL) -> None:
@@ -39,11 +40,11 @@ def use_kernels(model: UNet2DConditionModel | AutoencoderKL) -> None:
             elif isinstance(child, nn.GroupNorm) and not isinstance(module, Attention):  # where it is of rows
                 setattr(module, name, _GroupNorm(child, silu=plain))
         if plain:
-            if module.time_emb_proj is not None:
-                _move_bias(module.conv1, module.time_emb_proj)
-            if module.conv_shortcut is not None:
-                _move_bias(module.conv2, module.conv_shortcut)
-            module.forward = partial(_resnet, module)
+            first = _move_bias(module.conv1, module.time_emb_proj)
+            second = _move_bias(module.conv2, module.conv_shortcut)
+            module.forward = partial(_resnet, module, first, second)
+        if isinstance(module, Upsample2D) and module.use_conv:
+            module.forward = partial(_upsample, module, module.forward)
         if isinstance(module, Transformer2DModel) and module.use_linear_projection:
             module.forward = partial(_transformer, module)
         if isinstance(module, BasicTransformerBlock) and module.norm_type == "layer_norm":
@@ -61,24 +62,40 @@ def try_out(device: torch.device, dtype: torch.dtype) -> None:
 
 def _is_plain(block: Any) -> bool:
     extras = (block.upsample, block.downsample, block.dropout.p)
-    return not any(extras) and block.time_embedding_norm == "default" and block.output_scale_factor == 1
+    # "group" is what a VAE's decoder calls a norm that knows no timestep.
+    return not any(extras) and block.time_embedding_norm in ("default", "group") and block.output_scale_factor == 1
 
 
-def _move_bias(source: Any, target: Any) -> None:
-    target.bias.data += source.bias.data
-    source.bias = None
+def _move_bias(source: Any, target: Any) -> Tensor | None:
+    """Take a bias away from `source`: to `target`, whose output is added anyway, or to the caller if that is None."""
+    bias, source.bias = source.bias.data, None
+    if target is None:
+        return bias
+    target.bias.data += bias
+    return None
 
 
-def _resnet(self: Any, hidden_states: Tensor, temb: Tensor | None, *_: Any) -> Tensor:
-    """ResnetBlock2D's forward, whose norms end in SiLU here; a VAE's knows no timestep."""
+def _resnet(
+    self: Any, first: Any, second: Tensor | None, hidden_states: Tensor, temb: Tensor | None, *_: Any
+) -> Tensor:
+    """ResnetBlock2D's forward, whose norms end in SiLU here; `first` and `second` are biases that it has to add."""
     shortcut = hidden_states
     if self.conv_shortcut is not None:  # 1x1: a product, which adds the bias as it goes
         weight = self.conv_shortcut.weight.flatten(1)
         shortcut = F.linear(hidden_states.permute(0, 2, 3, 1), weight, self.conv_shortcut.bias).permute(0, 3, 1, 2)
     hidden_states = self.conv1(self.norm1(hidden_states))
-    shift = None if temb is None else self.time_emb_proj(F.silu(temb))
-    hidden_states = self.norm2(hidden_states, shift)
-    return self.conv2(hidden_states) + shortcut
+    shift = first.repeat(len(hidden_states), 1) if temb is None else self.time_emb_proj(F.silu(temb))
+    hidden_states = self.conv2(self.norm2(hidden_states, shift))
+    return hidden_states + shortcut if second is None else _AddBiased.apply(hidden_states, shortcut, second)
+
+
+def _upsample(self: Any, plain: Any, hidden_states: Tensor, output_size: Any = None, *_: Any) -> Tensor:
+    """Upsample2D's forward, for drawing: each pixel four times, copied by eight bytes at once."""
+    if torch.is_grad_enabled() or output_size is not None:
+        return plain(hidden_states, output_size)
+    bytes8 = hidden_states.permute(0, 2, 3, 1).contiguous().view(torch.int64)[:, :, None, :, None]
+    doubled = bytes8.expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2).view(hidden_states.dtype)
+    return self.conv(doubled.permute(0, 3, 1, 2))
 
 
 def _transformer(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
@@ -233,162 +250,195 @@ class _GroupNorm(nn.Module):
 
     def forward(self, pictures: Tensor, shift: Tensor | None = None) -> Tensor:
         """Of (n, c, h, w), after adding a frozen (n, c)."""
-        if pictures[0].numel() >= 2**31:  # the kernels count in 32 bits: a VAE's of eight megapixels and more
-            pictures = pictures if shift is None else pictures + shift[..., None, None]
-            normed = F.group_norm(pictures, self.groups, self.weight, self.bias, self.eps)
-            return F.silu(normed) if self.silu else normed
         return _GroupNormFunction.apply(pictures, shift, self)
 
 
 class _GroupNormFunction(torch.autograd.Function):
+    """Statistics first, as sums of each tile, which are added up for each group; then all elements are normalized."""
+
     @staticmethod
     def forward(ctx: Any, pictures: Tensor, shift: Tensor | None, norm: _GroupNorm) -> Tensor:
         pictures = pictures.contiguous(memory_format=torch.channels_last)
         count, channels, height, width = pictures.shape
-        sums = pictures.new_empty(count * norm.groups, _CHUNKS, 2, dtype=torch.float32)
+        sizes = height * width, channels, norm.groups
+        tiles = triton.cdiv(height * width, _TILE["PIXELS"])
+        grid = tiles, triton.cdiv(channels, _TILE["CHANNELS"]), count
+        notes = pictures.new_empty(count, channels, tiles, 2, dtype=torch.float32)
         out = torch.empty_like(pictures)
-        grid, sizes = (_CHUNKS, count * norm.groups), (height * width, channels, norm.groups)
-        _moments[grid](pictures, shift, sums, *sizes, CHUNKS=_CHUNKS, BLOCK=_BLOCK)
-        _normalize[grid](
-            pictures, shift, sums, norm.weight, norm.bias, out, *sizes, norm.eps,
-            SILU=norm.silu, CHUNKS=_CHUNKS, BLOCK=_BLOCK,
-        )  # fmt: skip
+        _moments[grid](pictures, shift, notes, *sizes, **_TILE)
+        sums = _added_up(notes, norm.groups)
+        _normalize[grid](pictures, shift, sums, norm.weight, norm.bias, out, *sizes, norm.eps, SILU=norm.silu, **_TILE)
         ctx.save_for_backward(pictures, shift, sums)
         ctx.norm, ctx.grid, ctx.sizes = norm, grid, sizes
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (pictures, shift, sums), norm = ctx.saved_tensors, ctx.norm
+        (pictures, shift, sums), norm, sizes = ctx.saved_tensors, ctx.norm, ctx.sizes
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        back_sums, of_pictures = torch.empty_like(sums), torch.empty_like(pictures)
-        inputs, options = (pictures, shift, sums, norm.weight, norm.bias, gradient, back_sums), {
-            "SILU": norm.silu, "CHUNKS": _CHUNKS, "BLOCK": _BLOCK,
-        }  # fmt: skip
-        _back_moments[ctx.grid](*inputs, *ctx.sizes, norm.eps, **options)
-        _back_normalize[ctx.grid](*inputs, of_pictures, *ctx.sizes, norm.eps, **options)
+        notes = sums.new_empty(len(pictures), pictures.shape[1], ctx.grid[0], 2)
+        of_pictures = torch.empty_like(pictures)
+        inputs, options = (pictures, shift, sums, norm.weight, norm.bias, gradient), {"SILU": norm.silu} | _TILE
+        _back_moments[ctx.grid](*inputs, notes, *sizes, norm.eps, **options)
+        back_sums = _added_up(notes, norm.groups)
+        _back_normalize[ctx.grid](*inputs, back_sums, of_pictures, *sizes, norm.eps, **options)
         return of_pictures, None, None
 
 
-_SIZES = ("pixels", "channels", "groups")
+def _added_up(notes: Tensor, groups: int) -> Tensor:
+    """Pairs of (n, channels, tiles, 2) to sums of each group, (n, groups, 2)."""
+    count, channels, tiles, _ = notes.shape
+    sums = notes.new_empty(count, groups, 2)
+    _add_up[(count * groups,)](notes, sums, channels // groups * tiles, BLOCK=_BLOCK)
+    return sums
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def _add_up(notes, sums, pairs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    group = tl.program_id(0).to(tl.int64)
+    one = tl.zeros([BLOCK], tl.float32)
+    other = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, pairs, BLOCK):
+        index = begin + tl.arange(0, BLOCK)
+        place = notes + (group * pairs + index) * 2
+        one += tl.load(place, mask=index < pairs, other=0.0)
+        other += tl.load(place + 1, mask=index < pairs, other=0.0)
+    tl.store(sums + group * 2, tl.sum(one))
+    tl.store(sums + group * 2 + 1, tl.sum(other))
 
 
 @triton.jit
-def _part(pixels, channels, groups, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's part of the elements of its group of channels in its picture, and where they begin."""
-    chunk, row = tl.program_id(0), tl.program_id(1)
-    picture, group = (row // groups).to(tl.int64), row % groups
-    width = channels // groups
-    length = tl.cdiv(pixels * width, CHUNKS)
-    first = chunk * length
-    return row, group * width, picture * pixels * channels, width, first, tl.minimum(first + length, pixels * width)
+def _tile(pixels, channels, groups, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's channels, the groups they are in, and where its elements (pixels, channels) and its notes are."""
+    picture = tl.program_id(2).to(tl.int64)
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    real = channel < channels
+    place = (picture * pixels + pixel[:, None]) * channels + channel[None, :]
+    row = picture * channels + channel  # of (n, channels)
+    group = picture * groups + channel // (channels // groups)
+    return channel, real, row, group, place, (pixel < pixels)[:, None] & real[None, :]
 
 
 @triton.jit
-def _load(x, shift, base, pixels, own, place, inside):  # type: ignore[no-untyped-def]
+def _load(x, shift, row, real, place, inside):  # type: ignore[no-untyped-def]
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     if shift is not None:
-        value += tl.load(shift + base // pixels + own, mask=inside, other=0.0)
-    return value
+        value += tl.load(shift + row, mask=real, other=0.0).to(tl.float32)[None, :]
+    return tl.where(inside, value, 0.0)
 
 
 @triton.jit
-def _total(sums, row, which: tl.constexpr, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    return tl.sum(tl.load(sums + (row * CHUNKS + tl.arange(0, CHUNKS)) * 2 + which))
+def _note(notes, row, real, one, other):  # type: ignore[no-untyped-def]
+    """The sums of a tile's columns, where `_add_up` reads them."""
+    place = notes + (row * tl.num_programs(0) + tl.program_id(0)) * 2
+    tl.store(place, tl.sum(one, axis=0), mask=real)
+    tl.store(place + 1, tl.sum(other, axis=0), mask=real)
 
 
 @triton.jit
-def _mean_and_rstd(sums, row, count, eps, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    mean = _total(sums, row, 0, CHUNKS) / count
-    variance = _total(sums, row, 1, CHUNKS) / count - mean * mean
-    return mean, 1 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
+def _mean_and_rstd(sums, group, real, size, eps):  # type: ignore[no-untyped-def]
+    """Of each channel's group, as rows."""
+    mean = tl.load(sums + group * 2, mask=real, other=0.0) / size
+    variance = tl.load(sums + group * 2 + 1, mask=real, other=0.0) / size - mean * mean
+    return mean[None, :], (1 / tl.sqrt(tl.maximum(variance, 0.0) + eps))[None, :]
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def _moments(  # type: ignore[no-untyped-def]
-    x, shift, sums, pixels, channels, groups, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
-):
-    row, channel, base, width, first, last = _part(pixels, channels, groups, CHUNKS)
-    total = tl.zeros([BLOCK], tl.float32)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for begin in range(first, last, BLOCK):
-        index = begin + tl.arange(0, BLOCK)
-        inside, own = index < last, channel + index % width
-        place = base + index // width * channels + own
-        value = _load(x, shift, base, pixels, own, place, inside)
-        total += value
-        squares += value * value
-    note = sums + (row * CHUNKS + tl.program_id(0)) * 2
-    tl.store(note, tl.sum(total))
-    tl.store(note + 1, tl.sum(squares))
+@triton.jit(do_not_specialize=["pixels"])
+def _moments(x, shift, notes, pixels, channels, groups, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    _, real, row, _, place, inside = _tile(pixels, channels, groups, PIXELS, CHANNELS)
+    value = _load(x, shift, row, real, place, inside)
+    _note(notes, row, real, value, value * value)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["pixels"])
 def _normalize(  # type: ignore[no-untyped-def]
-    x, shift, sums, weight, bias, out, pixels, channels, groups, eps,
-    SILU: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row, channel, base, width, first, last = _part(pixels, channels, groups, CHUNKS)
-    mean, rstd = _mean_and_rstd(sums, row, pixels * width, eps, CHUNKS)
-    for begin in range(first, last, BLOCK):
-        index = begin + tl.arange(0, BLOCK)
-        inside, own = index < last, channel + index % width
-        place = base + index // width * channels + own
-        value = (_load(x, shift, base, pixels, own, place, inside) - mean) * rstd
-        value = value * tl.load(weight + own, mask=inside, other=0.0) + tl.load(bias + own, mask=inside, other=0.0)
-        if SILU:
-            value *= tl.sigmoid(value)
-        tl.store(out + place, value, mask=inside)
+    x,
+    shift,
+    sums,
+    weight,
+    bias,
+    out,
+    pixels,
+    channels,
+    groups,
+    eps,
+    SILU: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    channel, real, row, group, place, inside = _tile(pixels, channels, groups, PIXELS, CHANNELS)
+    mean, rstd = _mean_and_rstd(sums, group, real, pixels * (channels // groups), eps)
+    value = (_load(x, shift, row, real, place, inside) - mean) * rstd
+    value = value * _row(weight, channel, real) + _row(bias, channel, real)
+    if SILU:
+        value *= tl.sigmoid(value)
+    tl.store(out + place, value, mask=inside)
 
 
 @triton.jit
-def _back(value, gradient, weight, bias, place, own, inside, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+def _row(values, channel, real):  # type: ignore[no-untyped-def]
+    return tl.load(values + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _back(value, gradient, weight, bias, channel, real, place, inside, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
     """The gradient of a normalized value."""
-    scale = tl.load(weight + own, mask=inside, other=0.0).to(tl.float32)
+    scale = _row(weight, channel, real)
     upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
     if SILU:
-        before = value * scale + tl.load(bias + own, mask=inside, other=0.0)
+        before = value * scale + _row(bias, channel, real)
         share = tl.sigmoid(before)
         upstream *= share * (1 + before * (1 - share))
     return upstream * scale
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["pixels"])
 def _back_moments(  # type: ignore[no-untyped-def]
-    x, shift, sums, weight, bias, gradient, back_sums, pixels, channels, groups, eps,
-    SILU: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    x, shift, sums, weight, bias, gradient, notes, pixels, channels, groups, eps,
+    SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    row, channel, base, width, first, last = _part(pixels, channels, groups, CHUNKS)
-    mean, rstd = _mean_and_rstd(sums, row, pixels * width, eps, CHUNKS)
-    total = tl.zeros([BLOCK], tl.float32)
-    products = tl.zeros([BLOCK], tl.float32)
-    for begin in range(first, last, BLOCK):
-        index = begin + tl.arange(0, BLOCK)
-        inside, own = index < last, channel + index % width
-        place = base + index // width * channels + own
-        value = (_load(x, shift, base, pixels, own, place, inside) - mean) * rstd
-        slope = _back(value, gradient, weight, bias, place, own, inside, SILU)
-        total += slope
-        products += tl.where(inside, slope * value, 0.0)
-    note = back_sums + (row * CHUNKS + tl.program_id(0)) * 2
-    tl.store(note, tl.sum(total))
-    tl.store(note + 1, tl.sum(products))
+    channel, real, row, group, place, inside = _tile(pixels, channels, groups, PIXELS, CHANNELS)
+    mean, rstd = _mean_and_rstd(sums, group, real, pixels * (channels // groups), eps)
+    value = (_load(x, shift, row, real, place, inside) - mean) * rstd
+    slope = _back(value, gradient, weight, bias, channel, real, place, inside, SILU)
+    _note(notes, row, real, slope, slope * value)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["pixels"])
 def _back_normalize(  # type: ignore[no-untyped-def]
     x, shift, sums, weight, bias, gradient, back_sums, of_x, pixels, channels, groups, eps,
-    SILU: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    row, channel, base, width, first, last = _part(pixels, channels, groups, CHUNKS)
-    count = pixels * width
-    mean, rstd = _mean_and_rstd(sums, row, count, eps, CHUNKS)
-    mean_slope = _total(back_sums, row, 0, CHUNKS) / count
-    mean_product = _total(back_sums, row, 1, CHUNKS) / count
-    for begin in range(first, last, BLOCK):
-        index = begin + tl.arange(0, BLOCK)
-        inside, own = index < last, channel + index % width
-        place = base + index // width * channels + own
-        value = (_load(x, shift, base, pixels, own, place, inside) - mean) * rstd
-        slope = _back(value, gradient, weight, bias, place, own, inside, SILU)
-        tl.store(of_x + place, rstd * (slope - mean_slope - value * mean_product), mask=inside)
+    channel, real, row, group, place, inside = _tile(pixels, channels, groups, PIXELS, CHANNELS)
+    size = pixels * (channels // groups)
+    mean, rstd = _mean_and_rstd(sums, group, real, size, eps)
+    mean_slope = tl.load(back_sums + group * 2, mask=real, other=0.0)[None, :] / size
+    mean_product = tl.load(back_sums + group * 2 + 1, mask=real, other=0.0)[None, :] / size
+    value = (_load(x, shift, row, real, place, inside) - mean) * rstd
+    slope = _back(value, gradient, weight, bias, channel, real, place, inside, SILU)
+    tl.store(of_x + place, rstd * (slope - mean_slope - value * mean_product), mask=inside)
+
+
+class _AddBiased(torch.autograd.Function):
+    """The sum of two channels-last (n, c, h, w) and a frozen (c,)."""
+
+    @staticmethod
+    def forward(_: Any, one: Tensor, other: Tensor, bias: Tensor) -> Tensor:
+        one, other = (value.contiguous(memory_format=torch.channels_last) for value in (one, other))
+        out = torch.empty_like(one)
+        _add_biased[(triton.cdiv(one.numel(), _BLOCK),)](one, other, bias, out, one.numel(), len(bias), BLOCK=_BLOCK)
+        return out
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradient, gradient, None
+
+
+@triton.jit
+def _add_biased(one, other, bias, out, size, channels, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    value = tl.load(one + index, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(other + index, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + index, value + tl.load(bias + index % channels).to(tl.float32), mask=inside)
