@@ -1,5 +1,6 @@
 """A function of tensors, replayed from CUDA graphs: what costs Python and the driver milliseconds is said once."""
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -66,10 +67,12 @@ class Captured:
         return output
 
     def _capture(self, places: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        gc.collect()  # a graph that is no longer used must not be destroyed while another one is captured
         torch.cuda.empty_cache()  # the pool cannot use what the first call left behind
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            # Of this thread: others may copy from the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 output = self.function(*places)
         except RuntimeError as error:
             # PyTorch stays on the stream of the capture, and leaves its generator as if that still went on: no random

@@ -5,8 +5,12 @@ The denoising is diffusers' own pipelines', each given the one model it needs an
 
 import gc
 import logging
+import os
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from tqdm.auto import tqdm
 
 import embeddings
 import fast_unet
+import hub
 import lora_weights
 import models
 from batches import stream_seed
@@ -30,6 +35,8 @@ from gallery import Design
 
 logger = logging.getLogger(__name__)
 
+gc.freeze()  # what was imported stays: it need not be looked through each time that a model is freed
+
 MOST_AT_ONCE = 4  # more make a picture no faster: 28.5 ms a step for each of 4 at 1024² on an H100, 31 for one alone
 # Of a GPU's memory in 16 bits: the UNet with what else is needed, and a picture with guidance by a million of pixels.
 _UNET_BYTES, _PICTURE_BYTES = 7 * 2**30, 2**29
@@ -37,6 +44,7 @@ _UNET_BYTES, _PICTURE_BYTES = 7 * 2**30, 2**29
 # Takes a design, its picture by the base and by the refiner, and how far refining moved its latents, if they are there.
 Finish = Callable[[Design, Image.Image | None, Image.Image | None, float | None], object]
 Latents = list[Tensor]  # (n, 4, h, w) for each batch
+Decoded = Callable[[], Image.Image]
 
 
 def pictures_at_once(config: Config) -> int:
@@ -84,7 +92,7 @@ def draw_pictures(
         return base_latents(unet, scheduler, for_base.rows(rows[number], unet), seeds[number], config, on_step)
 
     if config.refine:
-        models.read_ahead(config.refiner_model, config.variant)
+        hub.read_ahead(config.refiner_model, ["unet"], config.variant)
     files = [kept / f"base_{name}" for name in names]
     base = _phase("drawing", base_steps(config), files, partial(load, config.pretrained_model, lora), draw)
     vae = models.load_vae(config, device, dtype, drawing=True)
@@ -98,7 +106,7 @@ def draw_pictures(
         files = [kept / f"refined_{name}" for name in names]
         refined = _phase("refining", refiner_steps(config), files, partial(load, config.refiner_model), refine)
 
-    fast_unet.use_kernels_if_possible(vae)
+    fast_unet.make_decoder_fast(vae)
     _decode_all(vae, batches, base, refined, config, finish)
     if memory := models.peak_memory(device):
         logger.info(memory)
@@ -117,14 +125,25 @@ def _phase(
     if missing:
         unet = load()
         done = (len(files) - len(missing)) * steps
-        with tqdm(total=len(files) * steps, initial=done, desc=name, unit="step") as bar:
+        writing: list[Future[Tensor]] = []
+        with tqdm(total=len(files) * steps, initial=done, desc=name, unit="step") as bar, ThreadPoolExecutor(1) as pool:
             for number in missing:
-                made = latents[number] = make(unet, number, bar.update).cpu()
-                write_atomically(files[number], save({"latents": made}))
+                made = make(unet, number, bar.update)
+                if writing:
+                    writing[-1].result()  # a full disk is told now
+                writing.append(pool.submit(_keep, made, files[number]))  # while the next ones are made
+            for number, written in zip(missing, writing, strict=True):
+                latents[number] = written.result()
         device = unet.device
         del unet
         free(device)
     return [value for value in latents if value is not None]
+
+
+def _keep(latents: Tensor, file: Path) -> Tensor:
+    latents = latents.cpu()
+    write_atomically(file, save({"latents": latents}))
+    return latents
 
 
 def _read(file: Path) -> Tensor | None:
@@ -142,24 +161,37 @@ def _decode_all(
     config: Config,
     finish: Finish,
 ) -> None:
-    """The ensemble's base latents are full of noise yet: no picture to compare with, shown only if wanted."""
+    """The ensemble's base latents are full of noise yet: no picture to compare with, shown only if wanted.
+
+    Pictures go to `finish` on threads, while the next ones are decoded.
+    """
     comparable = config.refiner_flow == "img2img"
     show_base = not refined or comparable or config.save_base
-    with tqdm(total=sum(map(len, batches)), desc="saving", unit="picture") as bar:
+    count = min(16, os.cpu_count() or 1)
+    waiting: deque[Future[None]] = deque()
+    with tqdm(total=sum(map(len, batches)), desc="saving", unit="picture") as bar, ThreadPoolExecutor(count) as pool:
+
+        def hand_over(design: Design, base: Decoded | None, refined: Decoded | None, moved: float | None) -> None:
+            finish(design, base and base(), refined and refined(), moved)
+            bar.update()
+
         for number, batch in enumerate(batches):
-            before = base[number].split(1)
-            after = refined[number].split(1) if refined else [None] * len(batch)
-            for design, one, other in zip(batch, before, after, strict=True):
-                unrefined = decode(vae, one)[0] if show_base else None
-                picture = decode(vae, other)[0] if other is not None else None
-                moved = _distance(one, other) if other is not None and comparable else None
-                finish(design, unrefined, picture, moved)
-                bar.update()
+            before, after = _rows(base[number], vae), _rows(refined[number], vae) if refined else repeat(None)
+            moved = _distances(base[number], refined[number]) if refined and comparable else repeat(None)
+            for design, one, other, distance in zip(batch, before, after, moved, strict=False):
+                unrefined = _decode(vae, one) if show_base else None
+                picture = _decode(vae, other) if other is not None else None
+                if len(waiting) == count:
+                    waiting.popleft().result()
+                waiting.append(pool.submit(hand_over, design, unrefined, picture, distance))
+        for finished in waiting:
+            finished.result()
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    """How far apart latents are, by the length of the first."""
-    return float((other.float() - one.float()).norm() / one.float().norm())
+def _distances(before: Tensor, after: Tensor) -> list[float]:
+    """How far apart latents (n, 4, h, w) are, by the length of the first."""
+    before, after = before.float().flatten(1), after.float().flatten(1)
+    return ((after - before).norm(dim=1) / before.norm(dim=1)).tolist()
 
 
 def free(device: torch.device) -> None:
@@ -273,26 +305,44 @@ def refiner_steps(config: Config) -> int:
     return int(config.num_inference_steps * config.refiner_strength)
 
 
-@torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
     """Latents (n, 4, h, w) to pictures, one by one: decoding takes more memory than anything else.
 
     Raises:
         UserError: the picture would be black, since it is not of finite numbers (exit 5).
     """
-    pictures = []
-    for single in latents.to(vae.device, vae.dtype).split(1):
-        pixels = vae.decode(single / vae.config.scaling_factor).sample[0]
-        if not pixels.isfinite().all():
-            at_fault = "latents" if not single.isfinite().all() else "VAE's output"
-            advice = "set mixed_precision: bf16 or no, leave pretrained_vae empty, or try lora_scale=0"
-            raise UserError(
-                f"the {at_fault} is not of finite numbers, so that pictures are black: {advice}", LOSS_NOT_FINITE
-            )
-        values = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().contiguous()
-        height, width, _ = values.shape
-        pictures.append(Image.frombytes("RGB", (width, height), values.numpy().tobytes()))
-    return pictures
+    return [_decode(vae, single)() for single in _rows(latents, vae)]
+
+
+def _rows(latents: Tensor, vae: AutoencoderKL) -> Sequence[Tensor]:
+    """Latents (n, 4, h, w) one by one, where the VAE is. All are copied at once: it means to wait for the GPU."""
+    _check(latents.isfinite().all(), "latents")
+    return latents.to(vae.device, vae.dtype).split(1)
+
+
+@torch.no_grad()
+def _decode(vae: AutoencoderKL, latents: Tensor) -> Decoded:
+    """Have latents (1, 4, h, w) decoded, without waiting for a GPU; what is returned waits, and gives the picture."""
+    pixels = vae.decode(latents / vae.config.scaling_factor).sample[0]
+    levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    on_gpu = vae.device.type == "cuda"
+    levels, finite = (value.to("cpu", non_blocking=on_gpu) for value in (levels, pixels.isfinite().all()))
+    arrived = torch.cuda.current_stream().record_event() if on_gpu else None
+
+    def picture() -> Image.Image:
+        if arrived:
+            arrived.synchronize()
+        _check(finite, "VAE's output")
+        height, width, _ = levels.shape
+        return Image.frombytes("RGB", (width, height), levels.numpy().tobytes())
+
+    return picture
+
+
+def _check(finite: Tensor, name: str) -> None:
+    if not finite:
+        advice = "set mixed_precision: bf16 or no, leave pretrained_vae empty, or try lora_scale=0"
+        raise UserError(f"the {name} is not of finite numbers, so that pictures are black: {advice}", LOSS_NOT_FINITE)
 
 
 def _after_step(on_step: Callable[[], object]) -> Callable[..., dict[str, Any]]:

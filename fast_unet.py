@@ -6,7 +6,7 @@ On a CPU nothing is changed, and drawing there is diffusers' own, number for num
 import importlib.util
 import logging
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,10 +38,17 @@ def use_kernels_if_possible(model: UNet2DConditionModel | AutoencoderKL) -> bool
     return True
 
 
+def make_decoder_fast(vae: AutoencoderKL) -> None:
+    """For drawing on a GPU: kernels, and a graph of each shape."""
+    if vae.device.type == "cuda":
+        use_kernels_if_possible(vae)
+        vae.decoder.forward = _Replayed(vae.decoder.forward, vae.device)
+
+
 def make_fast(unet: UNet2DConditionModel) -> None:
     """For drawing on a GPU, once the LoRA is merged: fewer and larger products, kernels, and a graph of each shape.
 
-    A step of SDXL at 1024² with guidance takes 31 ms so, in place of 67, on an H100.
+    A step of SDXL at 1024² with guidance takes 30 ms so, in place of 67, on an H100.
     """
     if unet.device.type != "cuda" or unet.config.time_cond_proj_dim is not None:  # distilled: reads guidance too
         return
@@ -56,16 +63,33 @@ def make_fast(unet: UNet2DConditionModel) -> None:
         module.set_processor(_CrossAttention(first, module.inner_dim))
         first += 2 * module.inner_dim
     use_kernels_if_possible(unet)
-    unet.forward = _Replayed(unet, of_text)
+    unet.forward = _Forward(unet, of_text)
 
 
 class _Replayed:
-    """A UNet's forward from CUDA graphs, as diffusers' pipelines call it; plain where there can be none."""
+    """A function of tensors, from CUDA graphs; plain where there can be none."""
+
+    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+        self.function = function
+        self.captured: Captured | None = Captured(function, device)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.captured:
+            try:
+                return self.captured(*inputs)
+            except CaptureError as error:
+                logger.warning("no CUDA graph here (%s): drawing is slower without", error)
+                self.captured = None
+        return self.function(*inputs)
+
+
+class _Forward:
+    """A UNet's forward, as diffusers' pipelines call it."""
 
     def __init__(self, unet: UNet2DConditionModel, of_text: Tensor) -> None:
         """`of_text` makes the keys and values of all layers of a text, as `_CrossAttention` wants them."""
         self.plain, self.of_text = unet.forward, of_text
-        self.captured: Captured | None = Captured(self._forward, unet.device)
+        self.replayed = _Replayed(self._forward, unet.device)
         self.embeddings: Tensor | None = None  # the last ones, and
         self.text: Tensor  # what there is to read of them
 
@@ -81,14 +105,7 @@ class _Replayed:
         if encoder_hidden_states is not self.embeddings:  # pipelines give the same ones at each step
             self.embeddings, self.text = encoder_hidden_states, _without_blank(encoder_hidden_states)
         conditions = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
-        inputs = sample, timestep.to(sample.device), self.text, *conditions
-        if self.captured:
-            try:
-                return (self.captured(*inputs),)
-            except CaptureError as error:
-                logger.warning("no CUDA graph here (%s): drawing is slower without", error)
-                self.captured = None
-        return (self._forward(*inputs),)
+        return (self.replayed(sample, timestep.to(sample.device), self.text, *conditions),)
 
     def _forward(self, sample: Tensor, timestep: Tensor, text: Tensor, text_embeds: Tensor, time_ids: Tensor) -> Tensor:
         conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
@@ -140,7 +157,7 @@ class _CrossAttention:
         if not without:
             return last(attended)
         output = torch.empty_like(hidden_states)
-        output[:without] = last.bias
+        output[:without].view(torch.int64).copy_(last.bias.view(torch.int64))  # by eight bytes at once
         torch.addmm(last.bias, attended.flatten(0, 1), last.weight.t(), out=output[without:].flatten(0, 1))
         return output
 

@@ -15,6 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 CONTACT_SHEET, PAGE, MANIFEST = "contact_sheet.png", "gallery.html", "manifest.json"
+SIDE, SHOWN = 384, 1024  # pixels of a picture's longer side, at most, on the contact sheet and on the page
+PNG_LEVEL = 1  # lace at 1024² takes 3 % more bytes than by zlib's usual 6, and a third of the time
+Attributes = dict[str, str | int]  # of an element of HTML
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,12 @@ def open_finished(path: Path) -> Image.Image:
         return picture.convert("RGB")
 
 
-def contact_sheet(pictures: Sequence[Image.Image], side: int = 384, gap: int = 8) -> bytes:
+def thumbnail(path: Path) -> Image.Image:
+    """A finished picture as the contact sheet shows it."""
+    return _shrink(open_finished(path), SIDE)
+
+
+def contact_sheet(pictures: Sequence[Image.Image], side: int = SIDE, gap: int = 8) -> bytes:
     """All pictures in rows on one PNG, each fitted into a square of at most `side` pixels."""
     side = min(side, max(max(picture.size) for picture in pictures))
     columns = max(1, math.ceil(math.sqrt(len(pictures) * 1.5)))
@@ -59,14 +67,15 @@ def contact_sheet(pictures: Sequence[Image.Image], side: int = 384, gap: int = 8
         top = gap + position // columns * (side + gap) + (side - small.height) // 2
         sheet.paste(small, (left, top))
     content = io.BytesIO()
-    sheet.save(content, format="PNG")
+    sheet.save(content, format="PNG", compress_level=PNG_LEVEL)
     return content.getvalue()
 
 
-def page(title: str, cards: Sequence[Card], recipe: dict[str, Any]) -> str:
+def page(title: str, cards: Sequence[Card], recipe: dict[str, Any], made: dict[Path, Attributes] | None = None) -> str:
     """One HTML file that needs no other: every picture inside it, with its prompt and seed.
 
-    Pictures link to their files by name alone, so the page belongs in the folder of `Card.file`.
+    Pictures link to their files by name alone, so the page belongs in the folder of `Card.file`. `made` is what
+    `embedded` has given for some of them already.
 
     Raises:
         OSError: a picture cannot be read.
@@ -74,10 +83,11 @@ def page(title: str, cards: Sequence[Card], recipe: dict[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    shown = {path for card in cards for path in (card.file, card.base) if path}
-    with ThreadPoolExecutor() as pool:  # Pillow works without Python's lock
-        embedded = dict(zip(shown, pool.map(_embedded, shown), strict=True))
-    environment.filters |= {"embedded": embedded.__getitem__, "csp_hash": _csp_hash}
+    made = made or {}
+    missing = {path for card in cards for path in (card.file, card.base) if path} - made.keys()
+    with ThreadPoolExecutor() as pool:
+        shown = made | dict(zip(missing, pool.map(embedded, missing), strict=True))
+    environment.filters |= {"embedded": shown.__getitem__, "csp_hash": _csp_hash}
     return environment.get_template("gallery_page.html").render(
         title=title,
         cards=cards,
@@ -86,13 +96,17 @@ def page(title: str, cards: Sequence[Card], recipe: dict[str, Any]) -> str:
     )
 
 
-def _embedded(path: Path) -> dict[str, str | int]:
+def embedded(path: Path) -> Attributes:
     """A picture as the attributes of an <img> that needs no file."""
-    small = _shrink(open_finished(path), 1024)
-    content = io.BytesIO()
-    small.save(content, format="JPEG", quality=88)
-    source = "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
-    return {"src": source, "width": small.width, "height": small.height}
+    with Image.open(path) as picture:
+        size = picture.size
+    if path.suffix == ".jpg" and max(size) <= SHOWN:
+        content = path.read_bytes()
+    else:
+        small, buffer = _shrink(open_finished(path), SHOWN), io.BytesIO()
+        small.save(buffer, format="JPEG", quality=88)
+        size, content = small.size, buffer.getvalue()
+    return {"src": f"data:image/jpeg;base64,{base64.b64encode(content).decode()}", "width": size[0], "height": size[1]}
 
 
 def _csp_hash(content: str) -> str:

@@ -91,7 +91,7 @@ def _resnet(
 
 def _upsample(self: Any, plain: Any, hidden_states: Tensor, output_size: Any = None, *_: Any) -> Tensor:
     """Upsample2D's forward, for drawing: each pixel four times, copied by eight bytes at once."""
-    if torch.is_grad_enabled() or output_size is not None:
+    if torch.is_grad_enabled() or output_size is not None or 1 in hidden_states.shape[-2:]:
         return plain(hidden_states, output_size)
     bytes8 = hidden_states.permute(0, 2, 3, 1).contiguous().view(torch.int64)[:, :, None, :, None]
     doubled = bytes8.expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2).view(hidden_states.dtype)

@@ -4,7 +4,9 @@ Nothing here imports torch, so that a wrong name or a dead connection is told be
 """
 
 import logging
+import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,26 @@ def has_weights(folder: Path, variant: str | None) -> bool:
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
     names = [name for name in _weight_names(variant) if name.endswith(".safetensors")]
     return sorted(path for name in names for path in folder.glob(name))
+
+
+def read_ahead(source: str, parts: Sequence[str], variant: str | None) -> None:
+    """Have weights read from a slow disk on a thread, while something else is at work.
+
+    They come into the system's cache, which gives way where memory is needed for other things.
+    """
+    files = [Path(source)] if Path(source).is_file() else []
+    for folder in (Path(source, part) for part in parts):
+        files += weight_files(folder, variant if has_weights(folder, variant) else None)
+
+    def read() -> None:
+        buffer = bytearray(2**24)
+        with suppress(OSError):  # loading will tell
+            for file in files:
+                with open(file, "rb", buffering=0) as content:
+                    while content.readinto(buffer):
+                        pass
+
+    threading.Thread(target=read, daemon=True).start()
 
 
 def _weight_names(variant: str | None) -> list[str]:

@@ -7,11 +7,9 @@ picture has to be drawn.
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,10 +73,10 @@ def run(config: Config, dry_run: bool = False) -> Path:
             with supervise.sole_use(folder):
                 checkpoint.sweep(folder)
                 manifest = _Manifest(folder, recipe, designs, config)
+                shown = {}
                 if missing:
-                    models = hub.fetch_models(config)
-                    _draw(replace(config, **models), lora, manifest)
-                _publish(manifest)
+                    shown = _draw(replace(config, **hub.fetch_models(config)), lora, manifest)
+                _publish(manifest, shown)
                 shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     except (OSError, MemoryError, RuntimeError) as error:
         if explained := supervise.explain(error, ADVICE):
@@ -202,9 +200,10 @@ class _Manifest:
         return rows
 
 
-def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> None:
-    """Draw the batches of which a picture is missing; files are written on threads while the next ones are decoded."""
-    import draw  # brings torch
+def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> dict[Path, gallery.Attributes]:
+    """Draw the batches of which a picture is missing, and return what the page shows of them."""
+    hub.read_ahead(config.pretrained_model, ["text_encoder", "text_encoder_2", "unet"], config.variant)
+    import draw  # brings torch, which takes seconds
 
     folder = manifest.folder
     planned = manifest.batches(draw.pictures_at_once(config))
@@ -214,6 +213,7 @@ def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> None:
         place.mkdir(parents=True, exist_ok=True)
     settings = recipes.without_folders({name: value for name, value in manifest.recipe.items() if name != "prompts"})
     known_as = lora_name(config, lora)
+    shown: dict[Path, gallery.Attributes] = {}
 
     def save(design: Design, base: Image.Image | None, refined: Image.Image | None, moved: float | None) -> None:
         pictures = {False: base, True: refined}
@@ -225,22 +225,14 @@ def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> None:
             assert picture is not None
             own = Recipe(design, is_refined, batch_of[design], settings, known_as)
             recipes.save_picture(path, picture, own)
+            if is_refined == config.refine:  # now, while the GPU is at work, rather than at the end
+                shown[path] = gallery.embedded(path)
 
-    most = min(8, os.cpu_count() or 1)
-    waiting: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(most) as pool:
-
-        def finish(*drawn: Any) -> None:
-            if len(waiting) == most:
-                waiting.popleft().result()
-            waiting.append(pool.submit(save, *drawn))
-
-        draw.draw_pictures(config, lora, batches, manifest.kept(), finish)
-    for saved in waiting:
-        saved.result()
+    draw.draw_pictures(config, lora, batches, manifest.kept(), save)
+    return shown
 
 
-def _publish(manifest: _Manifest) -> None:
+def _publish(manifest: _Manifest, shown: dict[Path, gallery.Attributes]) -> None:
     """Contact sheet, page and the whole manifest, over all finished pictures."""
     folder, config = manifest.folder, manifest.config
     measured = [row.get("refining", {}) for row in manifest.write()]
@@ -249,10 +241,12 @@ def _publish(manifest: _Manifest) -> None:
         files = _files(folder, design, config)
         before = next((path for path in (_before(folder, design), files.get(False)) if path and path.exists()), None)
         cards.append(Card(design, files[config.refine], before if config.refine else None, **changes, warning=warning))
-    with ThreadPoolExecutor() as pool:
-        pictures = list(pool.map(gallery.open_finished, [card.file for card in cards]))
-    write_atomically(folder / gallery.CONTACT_SHEET, gallery.contact_sheet(pictures))
-    write_atomically(folder / gallery.PAGE, gallery.page(folder.name, cards, manifest.recipe).encode())
+    with ThreadPoolExecutor() as pool:  # Pillow works without Python's lock
+        small = list(pool.map(gallery.thumbnail, [card.file for card in cards]))
+        sheet = pool.submit(gallery.contact_sheet, small)
+        page = gallery.page(folder.name, cards, manifest.recipe, shown)
+    write_atomically(folder / gallery.CONTACT_SHEET, sheet.result())
+    write_atomically(folder / gallery.PAGE, page.encode())
 
 
 def _before(folder: Path, design: Design) -> Path:

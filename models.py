@@ -6,8 +6,9 @@ Nothing here loads more than it is asked for, so that no two big models need be 
 import ctypes
 import logging
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from config import Config, UserError
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
+_READERS = 4  # threads
 _IN_ONE_FILE = {
     "text_encoder": "conditioner.embedders.0.transformer.",
     "text_encoder_2": "conditioner.embedders.1.model.",
@@ -122,13 +124,19 @@ def load_piecemeal(part: Any, folder: Path, variant: str | None, dtype: torch.dt
     """
     with torch.device("meta"):
         model = part.from_config(part.load_config(folder))
-    for file in hub.weight_files(folder, variant):
-        with safe_open(file, framework="pt") as content:
-            names = list(content.keys())
-        for start in range(0, len(names), 100):
-            with safe_open(file, framework="pt") as content:  # opened anew: what was read leaves memory when it closes
-                weights = {name: content.get_tensor(name).to(device, dtype) for name in names[start : start + 100]}
-            model.load_state_dict(weights, strict=False, assign=True)
+
+    def read(file: Path, names: list[str]) -> dict[str, Tensor]:
+        with safe_open(file, framework="pt") as content:  # opened anew: what was read leaves memory when it closes
+            return {name: content.get_tensor(name).to(device).to(dtype) for name in names}  # converted by the device
+
+    weights: dict[str, Tensor] = {}
+    with ThreadPoolExecutor(_READERS) as pool:
+        for file in hub.weight_files(folder, variant):
+            with safe_open(file, framework="pt") as content:
+                names = list(content.keys())
+            for part_of_them in pool.map(partial(read, file), [names[n : n + 50] for n in range(0, len(names), 50)]):
+                weights |= part_of_them
+    model.load_state_dict(weights, strict=False, assign=True)
     missing = [name for name, weight in model.state_dict().items() if weight.is_meta]
     if missing:
         raise ValueError(f"there are no weights for {missing[0]}")
@@ -181,25 +189,6 @@ def load_unet(
             advice = "pip install xformers in the version made for your PyTorch, or set attention: auto"
             raise UserError(f"attention is xformers, which cannot be used here ({reason}): {advice}") from error
     return unet
-
-
-def read_ahead(source: str, variant: str | None) -> None:
-    """Have a UNet's weights read from a slow disk while the model before it is at work.
-
-    They come into the system's cache, which gives way where memory is needed for other things.
-    """
-    folder = Path(source, "unet")
-    wanted = variant if hub.has_weights(folder, variant) else None
-    files = [Path(source)] if Path(source).is_file() else hub.weight_files(folder, wanted)
-
-    def read() -> None:
-        with suppress(OSError):  # loading will tell
-            for file in files:
-                with open(file, "rb", buffering=0) as content:
-                    while content.read(2**24):
-                        pass
-
-    threading.Thread(target=read, daemon=True).start()
 
 
 def layers_per_block(source: str) -> int:
