@@ -7,9 +7,10 @@ import gc
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from contextlib import contextmanager
+from functools import partial, wraps
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,9 @@ MOST_AT_ONCE = 4  # more make a picture no faster: 28.5 ms a step for each of 4 
 # Of a GPU's memory in 16 bits: the UNet with what else is needed, and a picture with guidance by a million of pixels.
 _UNET_BYTES, _PICTURE_BYTES = 7 * 2**30, 2**29
 
-# Takes a design, its picture by the base and by the refiner, and how far refining moved its latents, if they are there.
+# Takes a design, its picture by the base and by the refiner, and how far refining moved its latents, if there are such.
 Finish = Callable[[Design, Image.Image | None, Image.Image | None, float | None], object]
-Latents = list[Tensor]  # (n, 4, h, w) for each batch
+Latents = list[Tensor]  # (n, 4, h, w) for each batch; (2, n, 4, h, w) of the base, see `base_latents`
 Decoded = Callable[[], Image.Image]
 
 
@@ -101,13 +102,13 @@ def draw_pictures(
 
         def refine(unet: UNet2DConditionModel, number: int, on_step: Callable[[], object]) -> Tensor:
             conditions = for_refiner.rows(rows[number], unet)
-            return refined_latents(unet, vae, scheduler, conditions, base[number], seeds[number], config, on_step)
+            return refined_latents(unet, vae, scheduler, conditions, base[number][0], seeds[number], config, on_step)
 
         files = [kept / f"refined_{name}" for name in names]
         refined = _phase("refining", refiner_steps(config), files, partial(load, config.refiner_model), refine)
 
     fast_unet.make_decoder_fast(vae)
-    _decode_all(vae, batches, base, refined, config, finish)
+    _decode_all(vae, batches, [latents[1] for latents in base], refined, config, finish)
     if memory := models.peak_memory(device):
         logger.info(memory)
 
@@ -142,13 +143,13 @@ def _phase(
 
 def _keep(latents: Tensor, file: Path) -> Tensor:
     latents = latents.cpu()
-    write_atomically(file, save({"latents": latents}))
+    write_atomically(file, save({"made": latents}))
     return latents
 
 
 def _read(file: Path) -> Tensor | None:
     try:
-        return load_file(file)["latents"]
+        return load_file(file)["made"]
     except (FileNotFoundError, SafetensorError, KeyError):
         return None
 
@@ -161,12 +162,11 @@ def _decode_all(
     config: Config,
     finish: Finish,
 ) -> None:
-    """The ensemble's base latents are full of noise yet: no picture to compare with, shown only if wanted.
+    """Pictures go to `finish` on threads, while the next ones are decoded.
 
-    Pictures go to `finish` on threads, while the next ones are decoded.
+    The ensemble's base has no finished picture, and what it would be at the hand-over is decoded only if wanted.
     """
-    comparable = config.refiner_flow == "img2img"
-    show_base = not refined or comparable or config.save_base
+    show_base = not refined or config.refiner_flow == "img2img" or config.save_base
     count = min(16, os.cpu_count() or 1)
     waiting: deque[Future[None]] = deque()
     with tqdm(total=sum(map(len, batches)), desc="saving", unit="picture") as bar, ThreadPoolExecutor(count) as pool:
@@ -177,7 +177,7 @@ def _decode_all(
 
         for number, batch in enumerate(batches):
             before, after = _rows(base[number], vae), _rows(refined[number], vae) if refined else repeat(None)
-            moved = _distances(base[number], refined[number]) if refined and comparable else repeat(None)
+            moved = _distances(base[number], refined[number]) if refined else repeat(None)
             for design, one, other, distance in zip(batch, before, after, moved, strict=False):
                 unrefined = _decode(vae, one) if show_base else None
                 picture = _decode(vae, other) if other is not None else None
@@ -224,24 +224,48 @@ def base_latents(
     config: Config,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Latents (n, 4, height / 8, width / 8) of a batch: finished, or noisy as the ensemble's refiner wants them."""
+    """Latents of a batch, (2, n, 4, height / 8, width / 8): as they go on from here, and as finished as can be told.
+
+    The two are the same, but in the ensemble's flow: the refiner wants them noisy.
+    """
     pipeline = StableDiffusionXLPipeline(
         vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
         unet=unet, scheduler=scheduler, add_watermarker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     hand_over = config.refiner_start if config.refine and config.refiner_flow == "ensemble" else None
-    return pipeline(
-        **embeddings,
-        width=config.width,
-        height=config.height,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        denoising_end=hand_over,
-        generator=base_generators(seeds),
-        output_type="latent",
-        callback_on_step_end=_after_step(on_step),
-    ).images
+    with _noting_finished(scheduler) as finished:
+        latents = pipeline(
+            **embeddings,
+            width=config.width,
+            height=config.height,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            denoising_end=hand_over,
+            generator=base_generators(seeds),
+            output_type="latent",
+            callback_on_step_end=_after_step(on_step),
+        ).images
+    return torch.stack([latents, finished[-1].to(latents) if hand_over else latents])
+
+
+@contextmanager
+def _noting_finished(scheduler: Any) -> Iterator[list[Tensor]]:
+    """Gives what a scheduler took for the finished latents (x0) at its last step, as the only item of a list."""
+    step, noted = scheduler.step, list[Tensor]()
+
+    @wraps(step)
+    def noting(*arguments: Any, **named: Any) -> tuple[Tensor]:
+        result = step(*arguments, **named | {"return_dict": True})
+        # Solvers of a higher order keep it for their next steps.
+        noted[:] = [result.pred_original_sample if "pred_original_sample" in result else scheduler.model_outputs[-1]]
+        return (result.prev_sample,)
+
+    scheduler.step = noting
+    try:
+        yield noted
+    finally:
+        del scheduler.step
 
 
 def refined_latents(

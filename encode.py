@@ -140,7 +140,7 @@ def _draw_class(
     scheduler = draw.make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
     for path, number in tqdm(files.items(), desc="drawing the class", unit="picture"):
         seed = batches.stream_seed(config.seed, "class", number)
-        drawn = draw.base_latents(unet, scheduler, conditions.rows([0], unet), [seed], config)
+        drawn = draw.base_latents(unet, scheduler, conditions.rows([0], unet), [seed], config)[0]
         content = io.BytesIO()
         draw.decode(vae, drawn)[0].save(content, format="PNG")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -218,7 +218,7 @@ def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> dict[Path, 
     def save(design: Design, base: Image.Image | None, refined: Image.Image | None, moved: float | None) -> None:
         pictures = {False: base, True: refined}
         missing = {kind: path for kind, path in _files(folder, design, config).items() if not path.exists()}
-        if missing and base and refined and moved is not None:  # first, so that no picture is without it
+        if missing and refined and moved is not None:  # first, so that no picture is without it
             refining.save_before(_before(folder, design), base, refined, moved)
         for is_refined, path in missing.items():
             picture = pictures[is_refined]
@@ -239,7 +239,8 @@ def _publish(manifest: _Manifest, shown: dict[Path, gallery.Attributes]) -> None
     cards = []
     for design, changes, warning in zip(manifest.designs, measured, refining.warnings(measured), strict=True):
         files = _files(folder, design, config)
-        before = next((path for path in (_before(folder, design), files.get(False)) if path and path.exists()), None)
+        kept = _before(folder, design).with_suffix(".jpg")
+        before = next((path for path in (kept, files.get(False)) if path and path.exists()), None)
         cards.append(Card(design, files[config.refine], before if config.refine else None, **changes, warning=warning))
     with ThreadPoolExecutor() as pool:  # Pillow works without Python's lock
         small = list(pool.map(gallery.thumbnail, [card.file for card in cards]))
@@ -250,7 +251,7 @@ def _publish(manifest: _Manifest, shown: dict[Path, gallery.Attributes]) -> None
 
 
 def _before(folder: Path, design: Design) -> Path:
-    return folder / BEFORE / f"{design.index:03d}.jpg"
+    return folder / BEFORE / f"{design.index:03d}"
 
 
 def _print_plan(config: Config, prompts: list[str], lora: Path | None, folder: Path, missing: int) -> None:

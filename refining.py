@@ -10,34 +10,36 @@ from typing import Any
 from PIL import Image, ImageFilter, ImageStat
 
 from data_utils import write_atomically
-from image_files import BROKEN
 
 # A picture's edges may weaken by so much; of how far it moved, it may stand out by so many typical deviations.
 MOST_WEAKENED, MOST_APART = 0.1, 4.0
 
 
-def save_before(path: Path, base: Image.Image, refined: Image.Image, latent_change: float) -> None:
-    """Keep what a picture was before refining, as a JPEG for the page, with how far that moved it as its comment."""
-    content, comment = io.BytesIO(), json.dumps(compare(base, refined, latent_change)).encode()
-    base.save(content, format="JPEG", quality=90, comment=comment)
-    write_atomically(path, content.getvalue())
+def save_before(path: Path, base: Image.Image | None, refined: Image.Image, latent_change: float) -> None:
+    """Keep how far refining moved a picture, as `path`.json, and what it was before, if known, as `path`.jpg."""
+    write_atomically(path.with_suffix(".json"), json.dumps(compare(base, refined, latent_change)).encode())
+    if base:
+        content = io.BytesIO()
+        base.save(content, format="JPEG", quality=90)
+        write_atomically(path.with_suffix(".jpg"), content.getvalue())
 
 
 def read_changes(path: Path) -> dict[str, float]:
     """What `save_before` noted; nothing where it was not there, as of pictures that nobody refined."""
     try:
-        with Image.open(path, formats=("JPEG",)) as picture:
-            said = json.loads(picture.info["comment"])
-            return {name: float(said[name]) for name in ("latent_change", "edge_change")}
-    except (*BROKEN, KeyError, TypeError):
+        said = json.loads(path.with_suffix(".json").read_bytes())
+        return {name: float(said[name]) for name in ("latent_change", "edge_change") if name in said}
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
-def compare(base: Image.Image, refined: Image.Image, latent_change: float) -> dict[str, float]:
-    """What is noted of one picture: `latent_change` and `edge_change`, both relative to the base's."""
-    before, after = _edges(base), _edges(refined)
-    edge_change = after / before - 1 if before else 0.0
-    return {"latent_change": round(latent_change, 4), "edge_change": round(edge_change, 4)}
+def compare(base: Image.Image | None, refined: Image.Image, latent_change: float) -> dict[str, float]:
+    """What is noted of one picture: `latent_change` and, if there is a base's, `edge_change`, both relative to it."""
+    changes = {"latent_change": round(latent_change, 4)}
+    if base:
+        before, after = _edges(base), _edges(refined)
+        changes["edge_change"] = round(after / before - 1 if before else 0.0, 4)
+    return changes
 
 
 def _edges(picture: Image.Image) -> float:

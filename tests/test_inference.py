@@ -37,8 +37,9 @@ class Artist(ModuleType):
             for design in batch:
                 picture = Image.new("RGB", (config.width, config.height), (design.seed, 0, 0))
                 refined = ImageChops.invert(picture) if config.refine else None
-                moved = 0.1 * design.index if config.refine and config.refiner_flow == "img2img" else None
-                finish(design, picture, refined, moved)
+                moved = 0.1 * design.index if config.refine else None
+                has_base = not config.refine or config.refiner_flow == "img2img" or config.save_base
+                finish(design, picture if has_base else None, refined, moved)
 
 
 @pytest.fixture
@@ -146,23 +147,25 @@ def test_refined_pictures_are_always_called_so(
 
 
 @pytest.mark.parametrize(
-    ("changes", "count"), [({}, 4), ({"save_base": True}, 4), ({"refine": False, "save_base": True}, 0)]
+    ("changes", "moved", "bases"),
+    [
+        ({}, 4, 4),
+        ({"save_base": True}, 4, 4),
+        ({"refine": False, "save_base": True}, 0, 0),
+        ({"refiner_flow": "ensemble"}, 4, 0),
+        ({"refiner_flow": "ensemble", "save_base": True}, 4, 4),
+    ],
 )
 def test_the_page_has_the_base_of_refined_pictures_and_how_far_they_moved(
-    changes: dict[str, Any], count: int, tmp_path: Path, artist: Artist, make: Make
+    changes: dict[str, Any], moved: int, bases: int, tmp_path: Path, artist: Artist, make: Make
 ) -> None:
     inference.run(make(**changes))
     page = (tmp_path / "out" / "gallery.html").read_text(encoding="utf-8")
-    assert page.count("data-base=") == page.count("Refining moved it") == count
+    assert (page.count("data-base="), page.count("Refining moved it")) == (bases, moved)
     rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]
-    assert [row["refining"]["latent_change"] for row in rows if "refining" in row] == [0.0, 0.1, 0.2, 0.3][:count]
+    assert [row["refining"]["latent_change"] for row in rows if "refining" in row] == [0.0, 0.1, 0.2, 0.3][:moved]
+    assert sum("edge_change" in row.get("refining", {}) for row in rows) == bases
     assert not (tmp_path / "out" / inference.UNFINISHED).exists()
-
-
-def test_a_noisy_base_of_the_ensemble_is_no_measure(tmp_path: Path, artist: Artist, make: Make) -> None:
-    inference.run(make(refiner_flow="ensemble", save_base=True))
-    rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]
-    assert all("refining" not in row for row in rows)
 
 
 def test_latents_of_another_recipe_are_left_alone(tmp_path: Path, artist: Artist, make: Make) -> None:

@@ -23,19 +23,23 @@ def test_equal_pictures_have_moved_nowhere() -> None:
 
 def test_what_a_picture_was_before_is_kept_with_how_far_it_moved(tmp_path: Path) -> None:
     base, refined = lace(), lace().filter(ImageFilter.GaussianBlur(1))
-    refining.save_before(tmp_path / "a.jpg", base, refined, 0.25)
-    assert refining.read_changes(tmp_path / "a.jpg") == refining.compare(base, refined, 0.25)
-    with Image.open(tmp_path / "a.jpg") as kept:
+    refining.save_before(tmp_path / "000", base, refined, 0.25)
+    assert refining.read_changes(tmp_path / "000") == refining.compare(base, refined, 0.25)
+    with Image.open(tmp_path / "000.jpg") as kept:
         assert kept.size == base.size
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no picture"])
+def test_without_a_picture_of_before_the_latents_tell(tmp_path: Path) -> None:
+    refining.save_before(tmp_path / "000", None, lace(), 0.25)
+    assert refining.read_changes(tmp_path / "000") == {"latent_change": 0.25}
+    assert [path.name for path in tmp_path.iterdir()] == ["000.json"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no JSON", b"\xff", b"[1]", b'{"latent_change": "far"}'])
 def test_no_changes_where_nothing_was_kept(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
-        (tmp_path / "a.jpg").write_bytes(content)
-    assert refining.read_changes(tmp_path / "a.jpg") == {}
-    lace().save(tmp_path / "other.jpg")
-    assert refining.read_changes(tmp_path / "other.jpg") == {}
+        (tmp_path / "000.json").write_bytes(content)
+    assert refining.read_changes(tmp_path / "000") == {}
 
 
 def test_softer_is_below_zero_and_sharper_above() -> None:
