@@ -52,16 +52,7 @@ def make_fast(unet: UNet2DConditionModel) -> None:
     """
     if unet.device.type != "cuda" or unet.config.time_cond_proj_dim is not None:  # distilled: reads guidance too
         return
-    across = []
-    for name, module in unet.named_modules():
-        if name.endswith(".attn1"):
-            module.set_processor(_SelfAttention(module))
-        elif name.endswith(".attn2"):
-            across.append(module)
-    of_text, first = _joined([layer for module in across for layer in (module.to_k, module.to_v)]), 0
-    for module in across:
-        module.set_processor(_CrossAttention(first, module.inner_dim))
-        first += 2 * module.inner_dim
+    of_text = _join_products(unet)
     use_kernels_if_possible(unet)
     unet.forward = _Forward(unet, of_text)
 
@@ -111,6 +102,21 @@ class _Forward:
         conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
         keys_and_values = F.linear(text, self.of_text)
         return self.plain(sample, timestep, keys_and_values, added_cond_kwargs=conditions, return_dict=False)[0]
+
+
+def _join_products(unet: UNet2DConditionModel) -> Tensor:
+    """Give attention fewer, larger products; returns the weight of the one that stands first, see `_CrossAttention`."""
+    across = []
+    for name, module in unet.named_modules():
+        if name.endswith(".attn1"):
+            module.set_processor(_SelfAttention(module))
+        elif name.endswith(".attn2"):
+            across.append(module)
+    first = 0
+    for module in across:
+        module.set_processor(_CrossAttention(first, module.inner_dim))
+        first += 2 * module.inner_dim
+    return _joined([layer for module in across for layer in (module.to_k, module.to_v)])
 
 
 def _without_blank(embeddings: Tensor) -> Tensor:

@@ -36,6 +36,27 @@ def test_on_a_cpu_nothing_is_changed(settings: Make) -> None:
     assert unet.forward == before
 
 
+@pytest.mark.parametrize("blank", [0, 1, 2, 3])
+@torch.no_grad()
+def test_larger_products_are_the_same_in_sum(settings: Make, blank: int) -> None:
+    unet = models.load_unet(settings().pretrained_model, None, torch.device("cpu"), torch.float32)
+    given = inputs(4, torch.device("cpu"), torch.float32)
+    given["encoder_hidden_states"][:blank] = 0
+    [expected] = unet(**given)
+    of_text = fast_unet._join_products(unet)
+    text = fast_unet._without_blank(given["encoder_hidden_states"])
+    assert len(text) == 4 - blank
+    [got] = unet(**given | {"encoder_hidden_states": text @ of_text.T})
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_text_between_blank_ones_is_read_with_them() -> None:
+    embeddings = torch.zeros(4, 2, 3)
+    assert len(fast_unet._without_blank(embeddings)) == 4
+    embeddings[2, 1, 0] = -1
+    assert torch.equal(fast_unet._without_blank(embeddings), embeddings[2:])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-3), (torch.bfloat16, 3e-2), (torch.float16, 1e-2)])
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
+from diffusers.models.upsampling import Upsample2D
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for GPUs")
@@ -77,6 +78,27 @@ def test_sum_and_layer_norm() -> None:
         values_and_slopes(lambda a, b: gpu_kernels._AddNorm.apply(a, b, norm), one, other),
         values_and_slopes(lambda a, b: (a + b, norm(a + b)), one, other),
     )
+
+
+def test_sum_with_bias() -> None:
+    torch.manual_seed(0)
+    one, other = made_up(2, 12, 5, 3), made_up(2, 12, 5, 3)
+    bias = torch.randn(12).to(DEVICE)
+    close(
+        values_and_slopes(lambda a, b: gpu_kernels._AddBiased.apply(a, b, bias), one, other),
+        values_and_slopes(lambda a, b: a + b + bias[:, None, None], one, other),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(4, 6), (1, 1), (1, 3)])
+@torch.no_grad()
+def test_doubled_pixels(size: tuple[int, int], dtype: torch.dtype) -> None:
+    module = Upsample2D(8, use_conv=True).to(DEVICE, dtype)
+    pictures = torch.randn(2, 8, *size, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)
+    doubled = gpu_kernels._upsample(module, module.forward, pictures)
+    torch.testing.assert_close(doubled, module(pictures), rtol=1e-2, atol=1e-2)
+    assert torch.equal(gpu_kernels._upsample(module, module.forward, pictures, (3, 3)), module(pictures, (3, 3)))
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter would take hours")
