@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 gc.freeze()  # what was imported stays: it need not be looked through each time that a model is freed
 
-MOST_AT_ONCE = 4  # more make a picture no faster: 28.5 ms a step for each of 4 at 1024² on an H100, 31 for one alone
+MOST_AT_ONCE = 4  # more make a picture no faster: 27.5 ms a step for each of 4 at 1024² on an H100, 30 for one alone
 # Of a GPU's memory in 16 bits: the UNet with what else is needed, and a picture with guidance by a million of pixels.
 _UNET_BYTES, _PICTURE_BYTES = 7 * 2**30, 2**29
 
