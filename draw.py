@@ -5,32 +5,29 @@ The denoising is diffusers' own pipelines', each given the one model it needs an
 
 import gc
 import logging
-import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial, wraps
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+import decode
 import embeddings
 import fast_unet
 import hub
 import lora_weights
 import models
 from batches import stream_seed
-from config import LOSS_NOT_FINITE, Config, UserError
+from config import Config, UserError
 from data_utils import write_atomically
 from gallery import Design
 
@@ -42,10 +39,7 @@ MOST_AT_ONCE = 4  # more make a picture no faster: 27.5 ms a step for each of 4 
 # Of a GPU's memory in 16 bits: the UNet with what else is needed, and a picture with guidance by a million of pixels.
 _UNET_BYTES, _PICTURE_BYTES = 7 * 2**30, 2**29
 
-# Takes a design, its picture by the base and by the refiner, and how far refining moved its latents, if there are such.
-Finish = Callable[[Design, Image.Image | None, Image.Image | None, float | None], object]
 Latents = list[Tensor]  # (n, 4, h, w) for each batch; (2, n, 4, h, w) of the base, see `base_latents`
-Decoded = Callable[[], Image.Image]
 
 
 def pictures_at_once(config: Config) -> int:
@@ -60,7 +54,7 @@ def pictures_at_once(config: Config) -> int:
 
 
 def draw_pictures(
-    config: Config, lora: Path | None, batches: Sequence[Sequence[Design]], kept: Path, finish: Finish
+    config: Config, lora: Path | None, batches: Sequence[Sequence[Design]], kept: Path, finish: decode.Finish
 ) -> None:
     """Draw all batches, phase by phase, and hand each picture to `finish`.
 
@@ -95,7 +89,7 @@ def draw_pictures(
     if config.refine:
         hub.read_ahead(config.refiner_model, ["unet"], config.variant)
     files = [kept / f"base_{name}" for name in names]
-    base = _phase("drawing", base_steps(config), files, partial(load, config.pretrained_model, lora), draw)
+    base = _phase("drawing", base_steps(config, scheduler), files, partial(load, config.pretrained_model, lora), draw)
     vae = models.load_vae(config, device, dtype, drawing=True)
     refined: Latents = []
     if config.refine:
@@ -105,10 +99,12 @@ def draw_pictures(
             return refined_latents(unet, vae, scheduler, conditions, base[number][0], seeds[number], config, on_step)
 
         files = [kept / f"refined_{name}" for name in names]
-        refined = _phase("refining", refiner_steps(config), files, partial(load, config.refiner_model), refine)
+        refined = _phase(
+            "refining", refiner_steps(config, scheduler), files, partial(load, config.refiner_model), refine
+        )
 
     fast_unet.make_decoder_fast(vae)
-    _decode_all(vae, batches, [latents[1] for latents in base], refined, config, finish)
+    decode.decode_all(vae, batches, [latents[1] for latents in base], refined, config, finish)
     if memory := models.peak_memory(device):
         logger.info(memory)
 
@@ -152,46 +148,6 @@ def _read(file: Path) -> Tensor | None:
         return load_file(file)["made"]
     except (FileNotFoundError, SafetensorError, KeyError):
         return None
-
-
-def _decode_all(
-    vae: AutoencoderKL,
-    batches: Sequence[Sequence[Design]],
-    base: Latents,
-    refined: Latents,
-    config: Config,
-    finish: Finish,
-) -> None:
-    """Pictures go to `finish` on threads, while the next ones are decoded.
-
-    The ensemble's base has no finished picture, and what it would be at the hand-over is decoded only if wanted.
-    """
-    show_base = not refined or config.refiner_flow == "img2img" or config.save_base
-    count = min(16, os.cpu_count() or 1)
-    waiting: deque[Future[None]] = deque()
-    with tqdm(total=sum(map(len, batches)), desc="saving", unit="picture") as bar, ThreadPoolExecutor(count) as pool:
-
-        def hand_over(design: Design, base: Decoded | None, refined: Decoded | None, moved: float | None) -> None:
-            finish(design, base and base(), refined and refined(), moved)
-            bar.update()
-
-        for number, batch in enumerate(batches):
-            before, after = _rows(base[number], vae), _rows(refined[number], vae) if refined else repeat(None)
-            moved = _distances(base[number], refined[number]) if refined else repeat(None)
-            for design, one, other, distance in zip(batch, before, after, moved, strict=False):
-                unrefined = _decode(vae, one) if show_base else None
-                picture = _decode(vae, other) if other is not None else None
-                if len(waiting) == count:
-                    waiting.popleft().result()
-                waiting.append(pool.submit(hand_over, design, unrefined, picture, distance))
-        for finished in waiting:
-            finished.result()
-
-
-def _distances(before: Tensor, after: Tensor) -> list[float]:
-    """How far apart latents (n, 4, h, w) are, by the length of the first."""
-    before, after = before.float().flatten(1), after.float().flatten(1)
-    return ((after - before).norm(dim=1) / before.norm(dim=1)).tolist()
 
 
 def free(device: torch.device) -> None:
@@ -316,57 +272,20 @@ def refined_latents(
     return refined
 
 
-def base_steps(config: Config) -> int:
-    """About how many steps the base makes; where the ensemble's cut falls exactly depends on the timesteps."""
-    ensemble = config.refine and config.refiner_flow == "ensemble"
-    return round(config.num_inference_steps * (config.refiner_start if ensemble else 1))
+def base_steps(config: Config, scheduler: Any) -> int:
+    """How many steps the base makes; the ensemble's cut is at a timestep, wherever among the steps that is."""
+    if not (config.refine and config.refiner_flow == "ensemble"):
+        return config.num_inference_steps
+    scheduler.set_timesteps(config.num_inference_steps)
+    of_all = scheduler.config.num_train_timesteps
+    return int((scheduler.timesteps >= round(of_all - config.refiner_start * of_all)).sum())
 
 
-def refiner_steps(config: Config) -> int:
-    """About how many steps the refiner makes."""
+def refiner_steps(config: Config, scheduler: Any) -> int:
+    """How many steps the refiner makes."""
     if config.refiner_flow == "ensemble":
-        return config.num_inference_steps - base_steps(config)
+        return config.num_inference_steps - base_steps(config, scheduler)
     return int(config.num_inference_steps * config.refiner_strength)
-
-
-def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-    """Latents (n, 4, h, w) to pictures, one by one: decoding takes more memory than anything else.
-
-    Raises:
-        UserError: the picture would be black, since it is not of finite numbers (exit 5).
-    """
-    return [_decode(vae, single)() for single in _rows(latents, vae)]
-
-
-def _rows(latents: Tensor, vae: AutoencoderKL) -> Sequence[Tensor]:
-    """Latents (n, 4, h, w) one by one, where the VAE is. All are copied at once: it means to wait for the GPU."""
-    _check(latents.isfinite().all(), "latents")
-    return latents.to(vae.device, vae.dtype).split(1)
-
-
-@torch.no_grad()
-def _decode(vae: AutoencoderKL, latents: Tensor) -> Decoded:
-    """Have latents (1, 4, h, w) decoded, without waiting for a GPU; what is returned waits, and gives the picture."""
-    pixels = vae.decode(latents / vae.config.scaling_factor).sample[0]
-    levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
-    on_gpu = vae.device.type == "cuda"
-    levels, finite = (value.to("cpu", non_blocking=on_gpu) for value in (levels, pixels.isfinite().all()))
-    arrived = torch.cuda.current_stream().record_event() if on_gpu else None
-
-    def picture() -> Image.Image:
-        if arrived:
-            arrived.synchronize()
-        _check(finite, "VAE's output")
-        height, width, _ = levels.shape
-        return Image.frombytes("RGB", (width, height), levels.numpy().tobytes())
-
-    return picture
-
-
-def _check(finite: Tensor, name: str) -> None:
-    if not finite:
-        advice = "set mixed_precision: bf16 or no, leave pretrained_vae empty, or try lora_scale=0"
-        raise UserError(f"the {name} is not of finite numbers, so that pictures are black: {advice}", LOSS_NOT_FINITE)
 
 
 def _after_step(on_step: Callable[[], object]) -> Callable[..., dict[str, Any]]:

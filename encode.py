@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 import batches
 import cache
 import class_pictures
+import decode
 import draw
 import image_files
 import latents
@@ -142,7 +143,7 @@ def _draw_class(
         seed = batches.stream_seed(config.seed, "class", number)
         drawn = draw.base_latents(unet, scheduler, conditions.rows([0], unet), [seed], config)[0]
         content = io.BytesIO()
-        draw.decode(vae, drawn)[0].save(content, format="PNG")
+        decode.decode(vae, drawn)[0].save(content, format="PNG")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content.getvalue())  # one by one, so that a stop costs one
     del unet, vae

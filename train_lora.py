@@ -28,6 +28,7 @@ from torch import Tensor
 import batches
 import checkpoint
 import data_utils
+import decode
 import draw
 import gallery
 import lora_weights
@@ -325,7 +326,7 @@ def _drawn(run: Run, at_once: int) -> list[Image.Image]:
             latents = draw.base_latents(run.unet, scheduler, embeddings.rows([0] * len(some), run.unet), some, config)[
                 0
             ]
-        pictures += draw.decode(vae, latents)
+        pictures += decode.decode(vae, latents)
     return pictures
 
 

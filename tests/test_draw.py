@@ -17,6 +17,7 @@ from diffusers import (
 )
 from PIL import Image, ImageChops
 
+import decode
 import draw
 import lora_weights
 import models
@@ -149,8 +150,8 @@ def test_refiner_noise_is_not_the_noise_the_picture_began_as() -> None:
     assert not torch.allclose(begun, refined)
 
 
-@pytest.mark.parametrize("flow", ["img2img", "ensemble"])
-def test_announced_steps_are_made(settings: Make, flow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("flow", "steps"), [("img2img", 10), ("ensemble", 10), ("ensemble", 15)])
+def test_announced_steps_are_made(settings: Make, flow: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict[str, float] = {}
 
     class Counting(draw.tqdm):
@@ -158,8 +159,9 @@ def test_announced_steps_are_made(settings: Make, flow: str, monkeypatch: pytest
             made[self.desc] = self.n - (self.total or 0)
             super().close()
 
-    monkeypatch.setattr(draw, "tqdm", Counting)
-    drawn(settings(refiner_flow=flow, num_inference_steps=10), None, [1, 2])
+    for module in (draw, decode):
+        monkeypatch.setattr(module, "tqdm", Counting)
+    drawn(settings(refiner_flow=flow, num_inference_steps=steps), None, [1, 2])
     assert made == {"drawing": 0, "refining": 0, "saving": 0}
 
 
@@ -185,4 +187,4 @@ def test_pictures_are_never_black_without_a_word(settings: Make, where: str) -> 
     else:
         with torch.no_grad():
             vae.decoder.conv_out.bias.fill_(torch.nan)
-    refused(lambda: draw.decode(vae, latents), f"{where}.*not of finite numbers", LOSS_NOT_FINITE)
+    refused(lambda: decode.decode(vae, latents), f"{where}.*not of finite numbers", LOSS_NOT_FINITE)

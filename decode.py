@@ -1,0 +1,100 @@
+"""Latents to pictures, which are handed on by threads while the VAE decodes the next ones."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from config import LOSS_NOT_FINITE, Config, UserError
+from gallery import Design
+
+# Takes a design, its picture by the base and by the refiner, and how far refining moved its latents, if there are such.
+Finish = Callable[[Design, Image.Image | None, Image.Image | None, float | None], object]
+Decoded = Callable[[], Image.Image]
+
+
+def decode_all(
+    vae: AutoencoderKL,
+    batches: Sequence[Sequence[Design]],
+    base: Sequence[Tensor],
+    refined: Sequence[Tensor],
+    config: Config,
+    finish: Finish,
+) -> None:
+    """Pictures go to `finish` on threads, while the next ones are decoded.
+
+    The ensemble's base has no finished picture, and what it would be at the hand-over is decoded only if wanted.
+    """
+    show_base = not refined or config.refiner_flow == "img2img" or config.save_base
+    count = min(16, os.cpu_count() or 1)
+    waiting: deque[Future[None]] = deque()
+    with tqdm(total=sum(map(len, batches)), desc="saving", unit="picture") as bar, ThreadPoolExecutor(count) as pool:
+
+        def hand_over(design: Design, base: Decoded | None, refined: Decoded | None, moved: float | None) -> None:
+            finish(design, base and base(), refined and refined(), moved)
+            bar.update()
+
+        for number, batch in enumerate(batches):
+            before, after = _rows(base[number], vae), _rows(refined[number], vae) if refined else repeat(None)
+            moved = _distances(base[number], refined[number]) if refined else repeat(None)
+            for design, one, other, distance in zip(batch, before, after, moved, strict=False):
+                unrefined = _decode(vae, one) if show_base else None
+                picture = _decode(vae, other) if other is not None else None
+                if len(waiting) == count:
+                    waiting.popleft().result()
+                waiting.append(pool.submit(hand_over, design, unrefined, picture, distance))
+        for finished in waiting:
+            finished.result()
+
+
+def _distances(before: Tensor, after: Tensor) -> list[float]:
+    """How far apart latents (n, 4, h, w) are, by the length of the first."""
+    before, after = before.float().flatten(1), after.float().flatten(1)
+    return ((after - before).norm(dim=1) / before.norm(dim=1)).tolist()
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+    """Latents (n, 4, h, w) to pictures, one by one: decoding takes more memory than anything else.
+
+    Raises:
+        UserError: the picture would be black, since it is not of finite numbers (exit 5).
+    """
+    return [_decode(vae, single)() for single in _rows(latents, vae)]
+
+
+def _rows(latents: Tensor, vae: AutoencoderKL) -> Sequence[Tensor]:
+    """Latents (n, 4, h, w) one by one, where the VAE is. All are copied at once: it means to wait for the GPU."""
+    _check(latents.isfinite().all(), "latents")
+    return latents.to(vae.device, vae.dtype).split(1)
+
+
+@torch.no_grad()
+def _decode(vae: AutoencoderKL, latents: Tensor) -> Decoded:
+    """Have latents (1, 4, h, w) decoded, without waiting for a GPU; what is returned waits, and gives the picture."""
+    pixels = vae.decode(latents / vae.config.scaling_factor).sample[0]
+    levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    on_gpu = vae.device.type == "cuda"
+    levels, finite = (value.to("cpu", non_blocking=on_gpu) for value in (levels, pixels.isfinite().all()))
+    arrived = torch.cuda.current_stream().record_event() if on_gpu else None
+
+    def picture() -> Image.Image:
+        if arrived:
+            arrived.synchronize()
+        _check(finite, "VAE's output")
+        height, width, _ = levels.shape
+        return Image.frombytes("RGB", (width, height), levels.numpy().tobytes())
+
+    return picture
+
+
+def _check(finite: Tensor, name: str) -> None:
+    if not finite:
+        advice = "set mixed_precision: bf16 or no, leave pretrained_vae empty, or try lora_scale=0"
+        raise UserError(f"the {name} is not of finite numbers, so that pictures are black: {advice}", LOSS_NOT_FINITE)
