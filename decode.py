@@ -2,9 +2,8 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import repeat
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,7 +14,8 @@ from tqdm.auto import tqdm
 from config import LOSS_NOT_FINITE, Config, UserError
 from gallery import Design
 
-# Takes a design, its picture by the base and by the refiner, and how far refining moved its latents, if there are such.
+# Takes a design, its picture by the base and by the refiner, and how far refining moved its latents, if there are such;
+# on several threads at once.
 Finish = Callable[[Design, Image.Image | None, Image.Image | None, float | None], object]
 Decoded = Callable[[], Image.Image]
 
@@ -37,19 +37,21 @@ def decode_all(
     waiting: deque[Future[None]] = deque()
     with tqdm(total=sum(map(len, batches)), desc="saving", unit="picture") as bar, ThreadPoolExecutor(count) as pool:
 
-        def hand_over(design: Design, base: Decoded | None, refined: Decoded | None, moved: float | None) -> None:
-            finish(design, base and base(), refined and refined(), moved)
+        def done(design: Design, before: Decoded | None, after: Decoded | None, moved: float | None) -> None:
+            finish(design, before and before(), after and after(), moved)
             bar.update()
 
         for number, batch in enumerate(batches):
-            before, after = _rows(base[number], vae), _rows(refined[number], vae) if refined else repeat(None)
-            moved = _distances(base[number], refined[number]) if refined else repeat(None)
-            for design, one, other, distance in zip(batch, before, after, moved, strict=False):
-                unrefined = _decode(vae, one) if show_base else None
-                picture = _decode(vae, other) if other is not None else None
+            nothing = [None] * len(batch)
+            rows_before = _rows(base[number], vae) if show_base else nothing
+            rows_after = _rows(refined[number], vae) if refined else nothing
+            moved = _distances(base[number], refined[number]) if refined else nothing
+            for design, one, other, distance in zip(batch, rows_before, rows_after, moved, strict=True):
+                before = None if one is None else _decode(vae, one)
+                after = None if other is None else _decode(vae, other)
                 if len(waiting) == count:
                     waiting.popleft().result()
-                waiting.append(pool.submit(hand_over, design, unrefined, picture, distance))
+                waiting.append(pool.submit(done, design, before, after, distance))
         for finished in waiting:
             finished.result()
 
@@ -69,10 +71,12 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
     return [_decode(vae, single)() for single in _rows(latents, vae)]
 
 
-def _rows(latents: Tensor, vae: AutoencoderKL) -> Sequence[Tensor]:
+def _rows(latents: Tensor, vae: AutoencoderKL) -> Iterator[Tensor]:
     """Latents (n, 4, h, w) one by one, where the VAE is. All are copied at once: it means to wait for the GPU."""
-    _check(latents.isfinite().all(), "latents")
-    return latents.to(vae.device, vae.dtype).split(1)
+    finite = latents.isfinite().flatten(1).all(dim=1)
+    for row, is_finite in zip(latents.to(vae.device, vae.dtype).split(1), finite.tolist(), strict=True):
+        _check(is_finite, "latents")
+        yield row
 
 
 @torch.no_grad()
@@ -87,14 +91,14 @@ def _decode(vae: AutoencoderKL, latents: Tensor) -> Decoded:
     def picture() -> Image.Image:
         if arrived:
             arrived.synchronize()
-        _check(finite, "VAE's output")
+        _check(bool(finite), "VAE's output")
         height, width, _ = levels.shape
         return Image.frombytes("RGB", (width, height), levels.numpy().tobytes())
 
     return picture
 
 
-def _check(finite: Tensor, name: str) -> None:
+def _check(finite: bool, name: str) -> None:
     if not finite:
         advice = "set mixed_precision: bf16 or no, leave pretrained_vae empty, or try lora_scale=0"
         raise UserError(f"the {name} is not of finite numbers, so that pictures are black: {advice}", LOSS_NOT_FINITE)

@@ -33,8 +33,6 @@ from gallery import Design
 
 logger = logging.getLogger(__name__)
 
-gc.freeze()  # what was imported stays: it need not be looked through each time that a model is freed
-
 MOST_AT_ONCE = 4  # more make a picture no faster: 27.5 ms a step for each of 4 at 1024² on an H100, 30 for one alone
 # Of a GPU's memory in 16 bits: the UNet with what else is needed, and a picture with guidance by a million of pixels.
 _UNET_BYTES, _PICTURE_BYTES = 7 * 2**30, 2**29
@@ -56,7 +54,7 @@ def pictures_at_once(config: Config) -> int:
 def draw_pictures(
     config: Config, lora: Path | None, batches: Sequence[Sequence[Design]], kept: Path, finish: decode.Finish
 ) -> None:
-    """Draw all batches, phase by phase, and hand each picture to `finish`.
+    """Draw all batches, phase by phase, and hand each picture to `finish`, on several threads and in any order.
 
     Args:
         kept: folder for the latents of each phase; a run that was interrupted goes on from what is there.
@@ -83,13 +81,17 @@ def draw_pictures(
             fast_unet.make_fast(unet)
         return unet
 
+    def load_base() -> UNet2DConditionModel:
+        unet = load(config.pretrained_model, lora)
+        if config.refine:
+            hub.read_ahead(config.refiner_model, ["unet"], config.variant)
+        return unet
+
     def draw(unet: UNet2DConditionModel, number: int, on_step: Callable[[], object]) -> Tensor:
         return base_latents(unet, scheduler, for_base.rows(rows[number], unet), seeds[number], config, on_step)
 
-    if config.refine:
-        hub.read_ahead(config.refiner_model, ["unet"], config.variant)
     files = [kept / f"base_{name}" for name in names]
-    base = _phase("drawing", base_steps(config, scheduler), files, partial(load, config.pretrained_model, lora), draw)
+    base = _phase("drawing", base_steps(config, scheduler), files, load_base, draw)
     vae = models.load_vae(config, device, dtype, drawing=True)
     refined: Latents = []
     if config.refine:
@@ -126,6 +128,8 @@ def _phase(
         with tqdm(total=len(files) * steps, initial=done, desc=name, unit="step") as bar, ThreadPoolExecutor(1) as pool:
             for number in missing:
                 made = make(unet, number, bar.update)
+                if made.device.type != "cuda":  # others may be used by one thread only
+                    made = made.cpu()
                 if writing:
                     writing[-1].result()  # a full disk is told now
                 writing.append(pool.submit(_keep, made, files[number]))  # while the next ones are made
@@ -159,7 +163,12 @@ def free(device: torch.device) -> None:
 
 def make_scheduler(name: str, config: Any) -> Any:
     """A sampler by diffusers' class name, over the model's own noise schedule."""
-    return getattr(diffusers, name).from_config(config)
+    # Of these solvers there are kinds that predict noise: not what people know by their names, nor what has an x0.
+    kinds: dict[str, dict[str, Any]] = {
+        "DPMSolverMultistepScheduler": {"algorithm_type": "dpmsolver++"},
+        "UniPCMultistepScheduler": {"predict_x0": True},
+    }
+    return getattr(diffusers, name).from_config(config, **kinds.get(name, {}))
 
 
 def base_generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -183,6 +192,9 @@ def base_latents(
     """Latents of a batch, (2, n, 4, height / 8, width / 8): as they go on from here, and as finished as can be told.
 
     The two are the same, but in the ensemble's flow: the refiner wants them noisy.
+
+    Raises:
+        UserError: the ensemble leaves no step for the base.
     """
     pipeline = StableDiffusionXLPipeline(
         vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
@@ -202,6 +214,8 @@ def base_latents(
             output_type="latent",
             callback_on_step_end=_after_step(on_step),
         ).images
+    if not finished:
+        raise UserError("no step is left for the base: set refiner_start or num_inference_steps higher")
     return torch.stack([latents, finished[-1].to(latents) if hand_over else latents])
 
 

@@ -1,4 +1,4 @@
-"""A frozen model as fast as its GPU allows: `gpu_kernels.py` where they run, and for drawing a CUDA graph of the UNet.
+"""A frozen model as fast as its GPU allows: `gpu_kernels.py` where they run, and for drawing CUDA graphs.
 
 On a CPU nothing is changed, and drawing there is diffusers' own, number for number.
 """

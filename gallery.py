@@ -98,15 +98,14 @@ def page(title: str, cards: Sequence[Card], recipe: dict[str, Any], made: dict[P
 
 def embedded(path: Path) -> Attributes:
     """A picture as the attributes of an <img> that needs no file."""
-    with Image.open(path) as picture:
-        size = picture.size
-    if path.suffix == ".jpg" and max(size) <= SHOWN:
-        content = path.read_bytes()
-    else:
-        small, buffer = _shrink(open_finished(path), SHOWN), io.BytesIO()
-        small.save(buffer, format="JPEG", quality=88)
-        size, content = small.size, buffer.getvalue()
-    return {"src": f"data:image/jpeg;base64,{base64.b64encode(content).decode()}", "width": size[0], "height": size[1]}
+    with Image.open(path, formats=("PNG", "JPEG")) as picture:
+        as_it_is = picture.format == "JPEG" and max(picture.size) <= SHOWN and "comment" not in picture.info
+        small = _shrink(picture.convert("RGB"), SHOWN)
+    content = io.BytesIO(path.read_bytes() if as_it_is else b"")
+    if not as_it_is:
+        small.save(content, format="JPEG", quality=88, comment=b"")
+    source = "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+    return {"src": source, "width": small.width, "height": small.height}
 
 
 def _csp_hash(content: str) -> str:

@@ -30,6 +30,7 @@ def use_kernels(model: UNet2DConditionModel | AutoencoderKL) -> None:
     """Let a frozen UNet or VAE on a GPU calculate by these, in channels-last layout: SDXL's, or one of its family.
 
     Its parameters may change: what is added anyway takes convolutions' biases along, since each is a pass of its own.
+    From then on the model must stay where it is, in its number format.
     """
     model.to(memory_format=torch.channels_last)
     for module in list(model.modules()):
@@ -43,7 +44,7 @@ def use_kernels(model: UNet2DConditionModel | AutoencoderKL) -> None:
             first = _move_bias(module.conv1, module.time_emb_proj)
             second = _move_bias(module.conv2, module.conv_shortcut)
             module.forward = partial(_resnet, module, first, second)
-        if isinstance(module, Upsample2D) and module.use_conv:
+        if isinstance(module, Upsample2D) and _only_doubles(module):
             module.forward = partial(_upsample, module, module.forward)
         if isinstance(module, Transformer2DModel) and module.use_linear_projection:
             module.forward = partial(_transformer, module)
@@ -64,6 +65,11 @@ def _is_plain(block: Any) -> bool:
     extras = (block.upsample, block.downsample, block.dropout.p)
     # "group" is what a VAE's decoder calls a norm that knows no timestep.
     return not any(extras) and block.time_embedding_norm in ("default", "group") and block.output_scale_factor == 1
+
+
+def _only_doubles(module: Any) -> bool:
+    plain = module.use_conv and module.interpolate and not module.use_conv_transpose and module.norm is None
+    return plain and module.name == "conv" and module.channels % 4 == 0
 
 
 def _move_bias(source: Any, target: Any) -> Tensor | None:

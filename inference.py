@@ -4,6 +4,7 @@ Here everything is planned, checked and written; `draw.py` does the drawing. Not
 picture has to be drawn.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -202,10 +203,12 @@ class _Manifest:
 
 def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> dict[Path, gallery.Attributes]:
     """Draw the batches of which a picture is missing, and return what the page shows of them."""
-    hub.read_ahead(config.pretrained_model, ["text_encoder", "text_encoder_2", "unet"], config.variant)
+    folder = manifest.folder
+    if not (folder / UNFINISHED).exists():  # else it may be that the base has done its part
+        hub.read_ahead(config.pretrained_model, ["text_encoder", "text_encoder_2", "unet"], config.variant)
     import draw  # brings torch, which takes seconds
 
-    folder = manifest.folder
+    gc.freeze()  # what was imported stays: it need not be looked through each time that a model is freed
     planned = manifest.batches(draw.pictures_at_once(config))
     batches = [batch for batch in planned if not all(_is_drawn(folder, one, config) for one in batch)]
     batch_of = {design: batch for batch in batches for design in batch}

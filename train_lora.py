@@ -323,9 +323,8 @@ def _drawn(run: Run, at_once: int) -> list[Image.Image]:
     for start in range(0, len(seeds), at_once):
         some = seeds[start : start + at_once]
         with run.learner.autocast():
-            latents = draw.base_latents(run.unet, scheduler, embeddings.rows([0] * len(some), run.unet), some, config)[
-                0
-            ]
+            conditions = embeddings.rows([0] * len(some), run.unet)
+            latents, _ = draw.base_latents(run.unet, scheduler, conditions, some, config)
         pictures += decode.decode(vae, latents)
     return pictures
 

@@ -1,5 +1,6 @@
 """Drawing against diffusers' pipelines driven by hand, with the LoRA loaded the plain way."""
 
+import errno
 import json
 import shutil
 import tempfile
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
 )
 from PIL import Image, ImageChops
 
@@ -64,8 +68,18 @@ def difference(one: Image.Image, two: Image.Image) -> int:
     return max(high for _, high in extrema)
 
 
-@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
-@pytest.mark.parametrize("flow", ["img2img", "ensemble"])
+@pytest.mark.parametrize(
+    ("flow", "scheduler"),
+    [
+        ("img2img", EulerDiscreteScheduler),
+        ("img2img", DPMSolverMultistepScheduler),
+        ("ensemble", EulerDiscreteScheduler),
+        ("ensemble", EulerAncestralDiscreteScheduler),
+        ("ensemble", DPMSolverMultistepScheduler),
+        ("ensemble", UniPCMultistepScheduler),
+        ("ensemble", DDIMScheduler),
+    ],
+)
 def test_pictures_equal_hand_driven_pipelines(settings: Make, lora: Path, flow: str, scheduler: Any) -> None:
     config = settings(
         refiner_flow=flow, scheduler=scheduler.__name__, negative_prompt=NEGATIVE, save_base=True,
@@ -102,8 +116,10 @@ def test_pictures_equal_hand_driven_pipelines(settings: Make, lora: Path, flow: 
     if flow == "ensemble":  # what would be left without the noise that the base saw last
         noise, timestep, noisy = seen[2]
         kept = base.scheduler.alphas_cumprod[int(timestep)]  # of the picture's variance
-        shrunk = 1.0 if scheduler is EulerDiscreteScheduler else kept**0.5
+        shrunk = 1.0 if scheduler.__name__.startswith("Euler") else kept**0.5
         latents = noisy / shrunk - ((1 - kept) / kept) ** 0.5 * noise
+        if scheduler is DDIMScheduler:  # what it does where the model does not say otherwise
+            latents = latents.clamp(-1, 1)
     with torch.no_grad():
         pixels = base.vae.decode(latents / base.vae.config.scaling_factor).sample
     unrefined = base.image_processor.postprocess(pixels)[0]
@@ -165,6 +181,19 @@ def test_announced_steps_are_made(settings: Make, flow: str, steps: int, monkeyp
     assert made == {"drawing": 0, "refining": 0, "saving": 0}
 
 
+@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_a_base_without_a_step_is_refused(settings: Make, scheduler: str) -> None:
+    config = settings(refiner_flow="ensemble", num_inference_steps=8, refiner_start=0.1, scheduler=scheduler)
+    refused(lambda: drawn(config, None, [1]), "no step is left for the base")
+
+
+def test_a_solver_is_of_the_kind_that_its_name_stands_for(tiny: Path) -> None:
+    said = EulerDiscreteScheduler.from_pretrained(tiny / "base" / "scheduler").config
+    said = {**said, "algorithm_type": "dpmsolver", "predict_x0": False}
+    assert draw.make_scheduler("DPMSolverMultistepScheduler", said).config.algorithm_type == "dpmsolver++"
+    assert draw.make_scheduler("UniPCMultistepScheduler", said).config.predict_x0
+
+
 def test_nothing_is_called_refined_that_is_not(settings: Make, tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny / "base", tmp_path / "base")
     scheduler = tmp_path / "base" / "scheduler" / "scheduler_config.json"
@@ -188,3 +217,34 @@ def test_pictures_are_never_black_without_a_word(settings: Make, where: str) -> 
         with torch.no_grad():
             vae.decoder.conv_out.bias.fill_(torch.nan)
     refused(lambda: decode.decode(vae, latents), f"{where}.*not of finite numbers", LOSS_NOT_FINITE)
+
+
+def decoded(vae: Any, latents: torch.Tensor, finish: Any) -> None:
+    """`latents` of one batch, through `decode_all`."""
+    designs = [Design(index, "lace", index) for index in range(len(latents))]
+    decode.decode_all(vae, [designs], [latents], [], Config(refine=False), finish)
+
+
+@pytest.mark.parametrize("where", ["latents", "VAE"])
+def test_a_picture_that_would_be_black_takes_no_other_along(
+    settings: Make, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = models.load_vae(settings(), torch.device("cpu"), torch.float32)
+    latents, done = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    if where == "latents":
+        latents[2, 0, 0, 0] = torch.nan
+    else:
+        plain, numbers = vae.decoder.forward, iter(range(4))
+        monkeypatch.setattr(vae.decoder, "forward", lambda *given: plain(*given) / (next(numbers) != 2))
+    refused(lambda: decoded(vae, latents, lambda one, *_: done.append(one.index)), f"{where}.*not of", LOSS_NOT_FINITE)
+    assert {0, 1} <= set(done)
+    assert 2 not in done
+
+
+def test_what_goes_wrong_with_a_picture_on_a_thread_is_told(settings: Make) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    vae = models.load_vae(settings(), torch.device("cpu"), torch.float32)
+    with pytest.raises(OSError, match="no space"):
+        decoded(vae, torch.zeros(1, 4, 8, 8), full)

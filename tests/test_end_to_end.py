@@ -100,10 +100,8 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(
     assert "one of 2 processes" in two.stderr
     expected, learnt = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
     assert max(weight.abs().max() for name, weight in expected.items() if "lora_B" in name or "lora.up" in name) > 0.01
-    for (
-        name,
-        weight,
-    ) in expected.items():  # as wholes: Adam makes as much of a tiny gradient's rounding
+    # As wholes: Adam makes as much of the rounding of a tiny gradient as of any other.
+    for name, weight in expected.items():
         assert (learnt[name] - weight).norm() < 0.01 * weight.norm(), name
     rows = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("one", "two")]
     for single, double in zip(*rows, strict=True):

@@ -206,3 +206,17 @@ def test_the_page_shows_the_settings(read: Reader) -> None:
 def test_a_page_without_a_picture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing"):
         gallery.page("x", [Card(DESIGN, tmp_path / "missing.png")], RECIPE)
+
+
+@pytest.mark.parametrize(("side", "comment", "as_it_is"), [(64, b"", True), (64, b"recipe", False), (1100, b"", False)])
+def test_a_small_jpeg_is_shown_as_it_is_but_without_a_recipe(
+    tmp_path: Path, side: int, comment: bytes, as_it_is: bool
+) -> None:
+    path = tmp_path / "a.jpg"
+    gradient(side, side).save(path, quality=90, comment=comment)
+    shown = base64.b64decode(str(gallery.embedded(path)["src"]).partition(",")[2])
+    assert (shown == path.read_bytes()) == as_it_is
+    assert b"recipe" not in shown
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(OSError, match="truncated"):
+        gallery.embedded(path)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -226,3 +227,32 @@ def test_its_parts_are_those_of_the_model_it_was_made_of(
     for folder, single in zip(*loaded, strict=True):
         assert folder.keys() == single.keys()
         assert all(torch.equal(folder[name], single[name]) for name in folder)
+
+
+@pytest.mark.parametrize("one_file", [False, True])
+def test_reading_ahead_reads_all_weights_and_hurts_nothing(
+    tiny: Path, tmp_path: Path, one_file: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    started: list[threading.Thread] = []
+    thread, real = threading.Thread, open
+
+    def noting(path: Any, *options: Any, **named: Any) -> Any:
+        read.append(Path(path).parent.name)
+        return real(path, *options, **named)
+
+    def starting(**named: Any) -> threading.Thread:
+        started.append(thread(**named))
+        return started[-1]
+
+    monkeypatch.setattr(hub, "open", noting, raising=False)
+    monkeypatch.setattr(threading, "Thread", starting)
+    source = tiny / "base"
+    if one_file:
+        source = tmp_path / "model.safetensors"
+        source.write_bytes(b"x" * 100)
+    hub.read_ahead(str(source), ["text_encoder", "unet"], "fp16")
+    started[0].join()
+    assert read == ([tmp_path.name] if one_file else ["text_encoder", "unet"])
+    hub.read_ahead(str(tmp_path / "missing"), ["unet"], None)
+    started[1].join()
