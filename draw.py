@@ -196,11 +196,7 @@ def base_latents(
     Raises:
         UserError: the ensemble leaves no step for the base.
     """
-    pipeline = StableDiffusionXLPipeline(
-        vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-        unet=unet, scheduler=scheduler, add_watermarker=False,
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = _pipeline(StableDiffusionXLPipeline, unet, scheduler)
     hand_over = config.refiner_start if config.refine and config.refiner_flow == "ensemble" else None
     with _noting_finished(scheduler) as finished:
         latents = pipeline(
@@ -217,6 +213,16 @@ def base_latents(
     if not finished:
         raise UserError("no step is left for the base: set refiner_start or num_inference_steps higher")
     return torch.stack([latents, finished[-1].to(latents) if hand_over else latents])
+
+
+def _pipeline(kind: Any, unet: UNet2DConditionModel, scheduler: Any, vae: Any = None, **options: Any) -> Any:
+    """A pipeline of diffusers' without the parts that have done their work already, and without a bar."""
+    pipeline = kind(
+        vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+        unet=unet, scheduler=scheduler, add_watermarker=False, **options,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @contextmanager
@@ -259,11 +265,7 @@ def refined_latents(
         made.append(1)
         on_step()
 
-    pipeline = StableDiffusionXLImg2ImgPipeline(
-        vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-        unet=unet, scheduler=scheduler, requires_aesthetics_score=True, add_watermarker=False,
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, unet, scheduler, vae, requires_aesthetics_score=True)
     flow = {"strength": config.refiner_strength}
     if config.refiner_flow == "ensemble":
         flow = {"denoising_start": config.refiner_start}

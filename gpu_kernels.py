@@ -96,7 +96,10 @@ def _resnet(
 
 
 def _upsample(self: Any, plain: Any, hidden_states: Tensor, output_size: Any = None, *_: Any) -> Tensor:
-    """Upsample2D's forward, for drawing: each pixel four times, copied by eight bytes at once."""
+    """Upsample2D's forward, for drawing: each pixel four times, copied by eight bytes at once.
+
+    Where a side is of one pixel, its channels need not be side by side in what PyTorch calls contiguous.
+    """
     if torch.is_grad_enabled() or output_size is not None or 1 in hidden_states.shape[-2:]:
         return plain(hidden_states, output_size)
     bytes8 = hidden_states.permute(0, 2, 3, 1).contiguous().view(torch.int64)[:, :, None, :, None]
@@ -359,20 +362,9 @@ def _moments(x, shift, notes, pixels, channels, groups, PIXELS: tl.constexpr, CH
 
 @triton.jit(do_not_specialize=["pixels"])
 def _normalize(  # type: ignore[no-untyped-def]
-    x,
-    shift,
-    sums,
-    weight,
-    bias,
-    out,
-    pixels,
-    channels,
-    groups,
-    eps,
-    SILU: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
+    x, shift, sums, weight, bias, out, pixels, channels, groups, eps,
+    SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     channel, real, row, group, place, inside = _tile(pixels, channels, groups, PIXELS, CHANNELS)
     mean, rstd = _mean_and_rstd(sums, group, real, pixels * (channels // groups), eps)
     value = (_load(x, shift, row, real, place, inside) - mean) * rstd
