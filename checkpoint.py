@@ -54,6 +54,7 @@ def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: in
         for unfinished in (temporary, local):
             shutil.rmtree(unfinished, ignore_errors=True)
     if reason := verify(folder):
+        folder.stat()  # a disk that is gone says so itself
         raise OSError(errno.EIO, f"it did not read back as it was written: {reason}", str(folder))
     sweep(output_dir)
     others = [path for path, _ in checkpoints(output_dir) if path != folder]  # newer ones may be there, damaged

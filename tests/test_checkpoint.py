@@ -173,6 +173,20 @@ def test_a_folder_that_vanished_is_not_made_anew(tmp_path: Path) -> None:
     assert names(tmp_path) == {"elsewhere"}
 
 
+def test_a_folder_that_vanishes_while_it_is_read_back_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify = checkpoint.verify
+
+    def unmount(folder: Path) -> str:
+        (tmp_path / "drive").rename(tmp_path / "elsewhere")
+        return verify(folder)
+
+    (tmp_path / "drive").mkdir()
+    monkeypatch.setattr(checkpoint, "verify", unmount)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.publish(tmp_path / "drive", 4, write, keep=2)
+    assert verify(tmp_path / "elsewhere" / "checkpoint-4") == ""
+
+
 def test_what_a_drive_changes_on_the_way_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def copy(source: Path, target: Path) -> None:
         Path(target).write_bytes(Path(source).read_bytes())
