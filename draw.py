@@ -60,14 +60,16 @@ def draw_pictures(
         kept: folder for the latents of each phase; a run that was interrupted goes on from what is there.
 
     Raises:
-        UserError: a model or the LoRA cannot be loaded, or the device cannot do what is asked for.
+        UserError: base or refiner would make no step, a model or the LoRA cannot be loaded, or the device cannot do
+            what is asked for.
     """
     device = models.pick_device()
     dtype = models.pick_dtype(config.mixed_precision, device)
     logger.info("drawing on %s in %s", device, str(dtype).removeprefix("torch."))
+    scheduler = make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
+    base_steps, refiner_steps = planned_steps(config, scheduler)
     prompts = list(dict.fromkeys(design.prompt for batch in batches for design in batch))
     for_base, for_refiner = embeddings.for_both(config, prompts, lora, device, dtype)
-    scheduler = make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
     rows = [[prompts.index(design.prompt) for design in batch] for batch in batches]
     seeds = [[design.seed for design in batch] for batch in batches]
     names = [f"{batch[0].index:03d}.safetensors" for batch in batches]
@@ -91,7 +93,7 @@ def draw_pictures(
         return base_latents(unet, scheduler, for_base.rows(rows[number], unet), seeds[number], config, on_step)
 
     files = [kept / f"base_{name}" for name in names]
-    base = _phase("drawing", base_steps(config, scheduler), files, load_base, draw)
+    base = _phase("drawing", base_steps, files, load_base, draw)
     vae = models.load_vae(config, device, dtype, drawing=True)
     refined: Latents = []
     if config.refine:
@@ -101,9 +103,7 @@ def draw_pictures(
             return refined_latents(unet, vae, scheduler, conditions, base[number][0], seeds[number], config, on_step)
 
         files = [kept / f"refined_{name}" for name in names]
-        refined = _phase(
-            "refining", refiner_steps(config, scheduler), files, partial(load, config.refiner_model), refine
-        )
+        refined = _phase("refining", refiner_steps, files, partial(load, config.refiner_model), refine)
 
     fast_unet.make_decoder_fast(vae)
     decode.decode_all(vae, batches, [latents[1] for latents in base], refined, config, finish)
@@ -171,6 +171,24 @@ def make_scheduler(name: str, config: Any) -> Any:
     return getattr(diffusers, name).from_config(config, **kinds.get(name, {}))
 
 
+def planned_steps(config: Config, scheduler: Any) -> tuple[int, int]:
+    """How many steps base and refiner make; the ensemble's cut is at a timestep, wherever among the steps that is.
+
+    Raises:
+        UserError: the cut leaves one of them none.
+    """
+    steps = config.num_inference_steps
+    if not (config.refine and config.refiner_flow == "ensemble"):
+        return steps, int(steps * config.refiner_strength)
+    scheduler.set_timesteps(steps)
+    of_all = scheduler.config.num_train_timesteps
+    base = int((scheduler.timesteps >= round(of_all - config.refiner_start * of_all)).sum())
+    if base in (0, steps):
+        left_out, where = ("refiner", "lower") if base else ("base", "higher")
+        raise UserError(f"no step is left for the {left_out}: set refiner_start {where}, or num_inference_steps higher")
+    return base, steps - base
+
+
 def base_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One generator for each picture, on the CPU so that every machine draws the same noise."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -192,9 +210,6 @@ def base_latents(
     """Latents of a batch, (2, n, 4, height / 8, width / 8): as they go on from here, and as finished as can be told.
 
     The two are the same, but in the ensemble's flow: the refiner wants them noisy.
-
-    Raises:
-        UserError: the ensemble leaves no step for the base.
     """
     pipeline = _pipeline(StableDiffusionXLPipeline, unet, scheduler)
     hand_over = config.refiner_start if config.refine and config.refiner_flow == "ensemble" else None
@@ -210,8 +225,6 @@ def base_latents(
             output_type="latent",
             callback_on_step_end=_after_step(on_step),
         ).images
-    if not finished:
-        raise UserError("no step is left for the base: set refiner_start or num_inference_steps higher")
     return torch.stack([latents, finished[-1].to(latents) if hand_over else latents])
 
 
@@ -254,22 +267,12 @@ def refined_latents(
     config: Config,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Base latents through the refiner, in either flow. The VAE is asked for its configuration only.
-
-    Raises:
-        UserError: there is no step left for the refiner, so that nothing would be refined.
-    """
-    made: list[int] = []
-
-    def count() -> None:
-        made.append(1)
-        on_step()
-
+    """Base latents through the refiner, in either flow. The VAE is asked for its configuration only."""
     pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, unet, scheduler, vae, requires_aesthetics_score=True)
     flow = {"strength": config.refiner_strength}
     if config.refiner_flow == "ensemble":
         flow = {"denoising_start": config.refiner_start}
-    refined = pipeline(
+    return pipeline(
         **embeddings,
         **flow,
         image=latents.to(unet.device, unet.dtype),
@@ -281,27 +284,8 @@ def refined_latents(
         target_size=(config.height, config.width),
         generator=refiner_generators(seeds),
         output_type="latent",
-        callback_on_step_end=_after_step(count),
+        callback_on_step_end=_after_step(on_step),
     ).images
-    if not made:
-        raise UserError("no step is left for the refiner: set num_inference_steps higher, or refiner_start lower")
-    return refined
-
-
-def base_steps(config: Config, scheduler: Any) -> int:
-    """How many steps the base makes; the ensemble's cut is at a timestep, wherever among the steps that is."""
-    if not (config.refine and config.refiner_flow == "ensemble"):
-        return config.num_inference_steps
-    scheduler.set_timesteps(config.num_inference_steps)
-    of_all = scheduler.config.num_train_timesteps
-    return int((scheduler.timesteps >= round(of_all - config.refiner_start * of_all)).sum())
-
-
-def refiner_steps(config: Config, scheduler: Any) -> int:
-    """How many steps the refiner makes."""
-    if config.refiner_flow == "ensemble":
-        return config.num_inference_steps - base_steps(config, scheduler)
-    return int(config.num_inference_steps * config.refiner_strength)
 
 
 def _after_step(on_step: Callable[[], object]) -> Callable[..., dict[str, Any]]:

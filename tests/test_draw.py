@@ -182,7 +182,10 @@ def test_announced_steps_are_made(settings: Make, flow: str, steps: int, monkeyp
 
 
 @pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "UniPCMultistepScheduler"])
-def test_a_base_without_a_step_is_refused(settings: Make, scheduler: str) -> None:
+def test_a_base_without_a_step_is_refused_before_anything_is_loaded(
+    settings: Make, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draw.embeddings, "for_both", None)
     config = settings(refiner_flow="ensemble", num_inference_steps=8, refiner_start=0.1, scheduler=scheduler)
     refused(lambda: drawn(config, None, [1]), "no step is left for the base")
 
