@@ -191,41 +191,46 @@ def merge_lora(networks: Networks, path: Path, scale: float) -> None:
     try:
         weights = read_lora(path)
         for name, network in networks.items():
-            if name == "unet":
-                _merge_unet(network, weights, scale)
-            else:
-                _merge_text_encoder(network, name, weights, scale)
+            _merge(network, name, weights, scale)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         advice = "check lora_path and pretrained_model"
         raise UserError(f"{path} is not a LoRA for this model ({reason}): {advice}") from error
 
 
-def _merge_unet(unet: Any, weights: dict[str, Tensor], scale: float) -> None:
-    own = {key: value for key, value in weights.items() if key.startswith(("unet.", "lora_unet_"))}
-    state, alphas = StableDiffusionXLPipeline.lora_state_dict(own, unet_config=unet.config)
-    unet.load_lora_adapter(state, network_alphas=alphas, prefix="unet", adapter_name="lora")
-    if not getattr(unet, "peft_config", None):
-        raise ValueError("it has no weights for the UNet")
-    unet.fuse_lora(lora_scale=scale)
-    unet.unload_lora()
-
-
 @torch.no_grad()
-def _merge_text_encoder(encoder: torch.nn.Module, name: str, weights: dict[str, Tensor], scale: float) -> None:
-    # Not diffusers' loader: with Colab's versions it does not find the encoder's layers, see `lora_state`.
-    left = {key for key in weights if key.startswith((f"{name}.", f"{_KOHYA_PREFIX[name]}_"))}
-    for path, module in encoder.named_modules():
-        layer = f"{name}.{path}" if path.startswith("text_model.") else f"{name}.text_model.{path}"
-        theirs = kohya_name(layer)
+def _merge(network: Any, name: str, weights: dict[str, Tensor], scale: float) -> None:
+    own = {key: value for key, value in weights.items() if key.startswith((f"{name}.", f"{_KOHYA_PREFIX[name]}_"))}
+    if name == "unet" and not own:
+        raise ValueError("it has no weights for the UNet")
+    layers_per_block = getattr(network.config, "layers_per_block", _LAYERS_PER_BLOCK)
+    products, left = [], set(own)
+    for path, layer in network.named_modules():
+        ours = f"{name}.{path}" if name == "unet" or path.startswith("text_model.") else f"{name}.text_model.{path}"
+        theirs = kohya_name(ours, layers_per_block)
         for down, up, alpha in (
-            (f"{layer}.lora_A.weight", f"{layer}.lora_B.weight", ""),
+            (f"{ours}.lora_A.weight", f"{ours}.lora_B.weight", ""),
             (f"{theirs}.lora_down.weight", f"{theirs}.lora_up.weight", f"{theirs}.alpha"),
         ):
-            if down in left:
-                strength = float(weights[alpha]) / len(weights[down]) if alpha in weights else 1.0
-                weight: Any = module.weight
-                weight += (scale * strength * (weights[up] @ weights[down])).to(weight)
+            if down in own and isinstance(layer, torch.nn.Linear):
+                strength = float(own[alpha]) / len(own[down]) if alpha in own else 1.0
+                products.append((layer.weight, scale * strength, own[up], own[down]))
                 left -= {down, up, alpha}
-    if left:
+    if not left:
+        for weight, strength, *factors in products:
+            up_matrix, down_matrix = (factor.to(weight.device) for factor in factors)
+            weight += (strength * (up_matrix @ down_matrix)).to(weight.dtype)
+    elif name == "unet":
+        _merge_through_peft(network, own, scale)
+    else:  # diffusers' loader does not find an encoder's layers with Colab's versions, see `lora_state`
         raise ValueError(f"it has weights for layers that the model does not have, such as {min(left)}")
+
+
+def _merge_through_peft(unet: Any, own: dict[str, Tensor], scale: float) -> None:
+    """Convolutions, DoRA, other programs' names and what else diffusers understands; takes seconds."""
+    if any(key.endswith(".dora_scale") for key in own):  # it would be left out, and the pictures be of another style
+        raise ValueError("it is a DoRA by kohya's names")
+    state, alphas = StableDiffusionXLPipeline.lora_state_dict(own, unet_config=unet.config)
+    unet.load_lora_adapter(state, network_alphas=alphas, prefix="unet", adapter_name="lora")
+    unet.fuse_lora(lora_scale=scale)
+    unet.unload_lora()

@@ -10,6 +10,8 @@ import torch
 import transformers
 from diffusers import StableDiffusionXLPipeline
 from packaging.version import Version
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -118,6 +120,36 @@ def test_text_encoders_of_other_shapes_are_refused(saved: Any, tmp_path: Path) -
     cut = {key: value[:, :-1].contiguous() if "text_encoder." in key else value for key, value in state.items()}
     save_file(cut, tmp_path / "cut.safetensors")
     refused(lambda: lora_weights.merge_lora(encoders_of(config), tmp_path / "cut.safetensors", 1.0), "not a LoRA for")
+
+
+@pytest.mark.parametrize(
+    "kind", [{"target_modules": ["to_q", "conv1"]}, {"target_modules": ["to_q"], "use_dora": True}]
+)
+def test_what_others_train_besides_attention_is_merged_as_they_meant_it(
+    settings: Make, tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    config = settings()
+    theirs, merged = (models.load_unet(config.pretrained_model, None, CPU, torch.float32) for _ in range(2))
+    plain = run_unet(theirs)
+    torch.manual_seed(5)
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, **kind))
+    state = {f"unet.{key}": weight.contiguous() for key, weight in get_peft_model_state_dict(theirs).items()}
+    lora_weights.save_lora(tmp_path / "theirs.safetensors", state, {})
+    lora_weights.merge_lora({"unet": merged}, tmp_path / "theirs.safetensors", 1.0)
+    close(run_unet(merged), run_unet(theirs))
+    assert (run_unet(merged) - plain).abs().max() > 0.02
+
+
+def test_what_would_be_merged_only_in_part_is_refused(saved: Any, tmp_path: Path) -> None:
+    config, _ = saved
+    state = load_file(Path(config.lora_output_dir, "myspecialstyle.safetensors"))
+    name = next(key for key in state if key.startswith("lora_unet_") and key.endswith(".lora_up.weight"))
+    state[name.replace("lora_up.weight", "dora_scale")] = torch.ones(len(state[name]), 1)
+    save_file(state, tmp_path / "dora.safetensors")
+    unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
+    refused(
+        lambda: lora_weights.merge_lora({"unet": unet}, tmp_path / "dora.safetensors", 1.0), "it is a DoRA by kohya"
+    )
 
 
 def test_what_diffusers_scripts_write_is_read(saved: Any, tmp_path: Path) -> None:
