@@ -19,8 +19,9 @@ from typing import Any
 
 import class_pictures
 import hub
-from config import Config, UserError, load_config
+from config import Config, UserError
 from data_utils import write_atomically
+from settings_file import load_config
 from supervise import ADVICE, Stopped, StopSignal, explain, hold_shared, report_outcome
 
 logger = logging.getLogger("train_lora")

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 import drive
 import supervise
-from config import BAD_INPUT, UserError, describe, load_config
+from config import BAD_INPUT, UserError, describe
+from settings_file import load_config
 
 SETTINGS = """settings (in config.yaml, or key=value on the command line; empty means none):
 

@@ -12,10 +12,11 @@ import gallery
 import hub
 import inference
 import recipe
-from config import Config, UserError, dump_config, load_config
+from config import Config, UserError
 from data_utils import numbered
 from gallery import Design
 from recipe import Recipe
+from settings_file import dump_config, load_config
 
 logger = logging.getLogger(__name__)
 

@@ -42,7 +42,6 @@ _DISK_ERRORS = (
 _MEMORY_ERRORS = ("OutOfMemoryError", "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _REMIND_SECONDS = 0.5
-LAUNCHER = Path(__file__).with_name("launcher.py")
 LAUNCHER_PID = "LACE_LORA_LAUNCHER"  # in the environment of what it starts
 
 

@@ -6,10 +6,8 @@ No model is loaded here and torch is not imported: whatever can be wrong with th
 import hashlib
 import json
 import logging
-import os
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -17,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
 import checkpoint
@@ -26,15 +23,15 @@ import data_utils
 import foreign_script
 import hub
 import image_files
+import launcher
 import supervise
-from config import DISK_OR_DRIVE, Config, UserError, dump_config
+from config import DISK_OR_DRIVE, Config, UserError
 from image_files import Picture
+from settings_file import dump_config
 
 logger = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-# What accelerate runs: ours, or what takes the user's `train_script` through.
-TRAINING_SCRIPT, SCRIPT_RUNNER = (Path(__file__).with_name(name) for name in ("train_lora.py", "foreign_script.py"))
 # A run cannot go on when one of these changes: it would be learning something else.
 LEARNT_SETTINGS = (
     "pretrained_model", "revision", "resolution", "rank", "lora_alpha", "seed", "train_text_encoder", "optimizer",
@@ -51,7 +48,7 @@ def run(config: Config, dry_run: bool = False) -> None:
         UserError: whatever the user can mend, with its exit code.
     """
     if config.accelerate_config:
-        check_accelerate_config(Path(config.accelerate_config))
+        launcher.check_accelerate_config(Path(config.accelerate_config))
     if config.train_script:
         foreign_script.check(config)
     taken, annotations = look_at_pictures(config)
@@ -71,7 +68,7 @@ def run(config: Config, dry_run: bool = False) -> None:
         models = hub.fetch_models(replace(config, refine=False))
         with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
             job_file, config_file = Path(folder, "job.json"), Path(folder, "accelerate.yaml")
-            command = build_command(config, config_file, job_file)
+            command = launcher.build_command(config, config_file, job_file)
             _write_run_files(config, taken, finished)
             captions = data_utils.read_annotations(annotations.path)
             job = make_job(taken, captions, learns, resume, models)
@@ -81,7 +78,7 @@ def run(config: Config, dry_run: bool = False) -> None:
                 job["class_pictures"] = {str(path): digest for path, digest in there.items()}
                 job["class_to_draw"] = {str(path): number for path, number in missing.items()}
             job_file.write_text(json.dumps(job))
-            config_file.write_text(accelerate_settings())
+            config_file.write_text(launcher.accelerate_settings())
             supervise.share(lock, output_dir)
             print(supervise.run(command, Path(folder)))
 
@@ -230,55 +227,6 @@ def make_job(
     }
 
 
-def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list[str]:
-    """The whole launch. accelerate gets a file, the user's or ours: one cached on the machine would win over flags."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, threads // _processes_here(config.accelerate_config))
-    return [
-        sys.executable, str(supervise.LAUNCHER),
-        "--config_file", config.accelerate_config or str(accelerate_file),
-        "--num_cpu_threads_per_process", str(threads),  # its own default is one
-        "--quiet",  # the reason of a failure is told by us, once
-        str(SCRIPT_RUNNER if config.train_script else TRAINING_SCRIPT),
-        "--config", str(Path(config.lora_output_dir) / "config.yaml"),
-        "--job", str(job_file),
-    ]  # fmt: skip
-
-
-def _processes_here(accelerate_config: str | None) -> int:
-    settings = yaml.safe_load(Path(accelerate_config).read_text()) if accelerate_config else {}
-    return max(1, int(settings.get("num_processes") or 1) // int(settings.get("num_machines") or 1))
-
-
-def accelerate_settings() -> str:
-    """accelerate's file for one process on whatever this machine has; precision is train_lora.py's own matter."""
-    settings = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "NO",
-        "mixed_precision": "no",
-        "num_machines": 1,
-        "num_processes": 1,
-        "machine_rank": 0,
-        "use_cpu": False,
-    }
-    return yaml.safe_dump(settings)
-
-
-def check_accelerate_config(path: Path) -> None:
-    """
-    Raises:
-        UserError: the file is missing, or asks for DeepSpeed or FSDP.
-    """
-    try:
-        settings = yaml.safe_load(path.read_text())
-        kind = str(settings.get("distributed_type", "NO")).upper()
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"accelerate_config: {path} is not an accelerate file ({reason})") from error
-    if kind in ("DEEPSPEED", "FSDP") or settings.get("deepspeed_config") or settings.get("fsdp_config"):
-        raise UserError(f"accelerate_config: {path} asks for DeepSpeed or FSDP; a LoRA needs neither: use MULTI_GPU")
-
-
 @contextmanager
 def _own(output_dir: Path) -> Iterator[int]:
     """The output folder, made if missing and locked for this run; it goes again where nothing was written into it."""
@@ -342,7 +290,7 @@ def _print_plan(config: Config, annotations: data_utils.Annotations, resume: Pat
     print(f"  and {config.lora_name}.safetensors, the same for ComfyUI, A1111, Forge and InvokeAI")
     disk = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
     print(f"Free on that disk: {shutil.disk_usage(disk).free / 1e9:.1f} GB")
-    print("Would run:", shlex.join(build_command(config, Path("accelerate.yaml"), Path("job.json"))))
+    print("Would run:", shlex.join(launcher.build_command(config, Path("accelerate.yaml"), Path("job.json"))))
 
 
 def _lora_file(config: Config) -> Path:

@@ -33,11 +33,13 @@ import draw
 import gallery
 import lora_weights
 import models
-from config import Config, UserError, load_config
+from config import Config, UserError
 from encode import Captions, Preview, encode
 from learner import Learner, is_out_of_memory
 from logbook import READ_EVERY, Late, Logbook
+from loss import training_loss
 from optimizer import make_optimizer, optimizer_state, rate_factor_at, restore_optimizer, update_weights
+from settings_file import load_config
 from supervise import Stopped, StopSignal, hold_shared, report_outcome
 
 logger = logging.getLogger("train_lora")
@@ -189,38 +191,6 @@ def _loss(
     config: Config, captions: Captions, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, batch: batches.Batch
 ) -> Tensor:
     return training_loss(unet, captions.read(batch), noise_scheduler, config.snr_gamma)
-
-
-def training_loss(
-    unet: UNet2DConditionModel, batch: batches.Batch, noise_scheduler: DDPMScheduler, snr_gamma: float | None
-) -> Tensor:
-    """SDXL's denoising loss of a batch: mean squared error in fp32, weighted by picture, averaged to a scalar."""
-    noisy = noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-    prediction = unet(
-        noisy.to(unet.dtype),
-        batch.timesteps,
-        batch.prompt_embeds.to(unet.dtype),
-        added_cond_kwargs={"text_embeds": batch.pooled_prompt_embeds.to(unet.dtype), "time_ids": batch.time_ids},
-        return_dict=False,
-    )[0]
-    target = batch.noise
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        target = noise_scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
-    error = (prediction.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
-    return (error * batch.weights * loss_weights(batch.timesteps, noise_scheduler, snr_gamma)).mean()
-
-
-def loss_weights(timesteps: Tensor, noise_scheduler: DDPMScheduler, snr_gamma: float | None) -> Tensor:
-    """Min-SNR weights (n,): min(SNR, gamma) over SNR, or over SNR + 1 for v-prediction; ones without gamma.
-
-    Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", section 3.4.
-    """
-    if snr_gamma is None:
-        return torch.ones(timesteps.shape, device=timesteps.device)
-    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    velocity = noise_scheduler.config.prediction_type == "v_prediction"
-    return snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
 
 
 def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, Late]:

@@ -29,9 +29,9 @@ import batches
 import latents
 import lora_weights
 import models
-import train_lora
 from config import Config
 from demo import build_model
+from loss import training_loss
 
 RESOLUTION, RANK, SEED = 256, 4, 1
 INSTANCE_PROMPT, CLASS_PROMPT = "a photo of <myspecialstyle>", "a photo of a painting"
@@ -180,7 +180,7 @@ def our_step(case: Case, model: Path, pictures: list[Path], drawn: Step) -> Step
     unet = models.load_unet(str(model), None, cpu, torch.float32)
     with watched_step() as seen:
         lora_weights.add_lora({"unet": unet}, config)
-        train_lora.training_loss(unet.train(), batch, models.load_noise_scheduler(config), case.snr_gamma).backward()
+        training_loss(unet.train(), batch, models.load_noise_scheduler(config), case.snr_gamma).backward()
     keep(seen, posterior_mean=mean[rows], posterior_deviation=std[rows])
     return {name: seen[name] for name in seen if name not in (*DRAWN, "LoRA")}
 

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 import data_utils
 import gallery
 import inference
-from config import load_config
 from demo import measure
+from settings_file import load_config
 
 HERE = Path(__file__).resolve().parent
 SHOWN, SIDE, GAP, TITLE = 6, 192, 6, 30  # pictures in a row, and pixels

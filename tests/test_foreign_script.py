@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import foreign_script
-from config import Config, dump_config
+from config import Config
 from pictures import Make, jpg, main_py, names, refused, truncated_jpg
+from settings_file import dump_config
 
 FLAGS = (
     "pretrained_model_name_or_path", "variant", "instance_data_dir", "instance_prompt", "output_dir", "resolution",

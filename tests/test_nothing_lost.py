@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 
 import checkpoint
 import inference
+import launcher
 import lora_weights
 import supervise
-from config import DISK_OR_DRIVE, Config, UserError, dump_config
+from config import DISK_OR_DRIVE, Config, UserError
 from pictures import ROOT, Make, main_py, names, refused
+from settings_file import dump_config
 from test_train_lora import StopAt, train_here
 
 KILLS = int(os.environ.get("KILLS", "3"))  # `make torture` asks for 100
@@ -172,8 +174,8 @@ def stop_and_look(whom: str, number: signal.Signals, config: Config, start: Star
     if whom == "group":
         os.killpg(process.pid, number)
     else:
-        launcher = next(child for child in process.children() if str(supervise.LAUNCHER) in child.cmdline())
-        os.kill(process.pid if whom == "main" else launcher.pid, number)
+        between = next(child for child in process.children() if str(launcher.LAUNCHER) in child.cmdline())
+        os.kill(process.pid if whom == "main" else between.pid, number)
     assert process.wait(30) == 128 + number
     _, left = psutil.wait_procs(family, timeout=5)
     assert not left
@@ -210,7 +212,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
     assert second.returncode == 2
     assert f"another run is at work in {tmp_path / 'lora'}" in second.stderr
     of_both = [one for one in process.children(recursive=True) if "train_lora.py" in str(one.cmdline())]
-    [training] = [one for one in of_both if str(supervise.LAUNCHER) not in one.cmdline()]
+    [training] = [one for one in of_both if str(launcher.LAUNCHER) not in one.cmdline()]
     training.suspend()  # main is killed, and the training has not noticed yet
     process.kill()
     process.wait(10)

@@ -14,8 +14,9 @@ from PIL import Image
 import checkpoint
 import data_utils
 import image_files
-from config import Config, UserError, dump_config, load_config
+from config import Config, UserError
 from pictures import as_file, gradient, names, refused
+from settings_file import dump_config, load_config
 
 # `make torture` asks for many more.
 EXAMPLES = int(os.environ.get("EXAMPLES", "60"))

@@ -12,11 +12,13 @@ from safetensors.numpy import save_file
 
 import checkpoint
 import data_utils
+import launcher
 import pictures
 import supervise
 import train
-from config import Config, UserError, load_config
+from config import Config, UserError
 from pictures import Make, gradient, jpg, jpgs, names, snapshot, truncated_jpg
+from settings_file import load_config
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -110,13 +112,13 @@ def test_the_users_files_are_not_touched(tmp_path: Path, launch: Launch, make: M
 
 
 def test_the_command_is_one_that_accelerate_accepts(launch: Launch, make: Make, tmp_path: Path) -> None:
-    launcher = pytest.importorskip("accelerate.commands.launch")
+    theirs = pytest.importorskip("accelerate.commands.launch")
     train.run(make(lora_output_dir=str(tmp_path / "mit Leerzeichen ü")))
     [command] = launch.commands
-    assert command[1] == str(supervise.LAUNCHER)
-    parsed = launcher.launch_command_parser().parse_args(command[2:])
-    assert Path(parsed.training_script) == train.TRAINING_SCRIPT
-    assert train.TRAINING_SCRIPT.exists()
+    assert command[1] == str(launcher.LAUNCHER)
+    parsed = theirs.launch_command_parser().parse_args(command[2:])
+    assert Path(parsed.training_script) == launcher.TRAINING_SCRIPT
+    assert launcher.TRAINING_SCRIPT.exists()
     assert parsed.training_script_args[:2] == ["--config", str(tmp_path / "mit Leerzeichen ü" / "config.yaml")]
     assert Path(parsed.config_file).name == "accelerate.yaml"
     assert parsed.num_cpu_threads_per_process >= 1
@@ -130,7 +132,7 @@ def test_a_file_of_the_users_own_goes_to_accelerate(tmp_path: Path, launch: Laun
     config = make(accelerate_config=str(tmp_path / "mine.yaml"))
     train.run(config)
     assert launch.accelerate == [{"distributed_type": "MULTI_GPU", "num_processes": 2}]
-    command = train.build_command(config, Path("ours.yaml"), Path("job.json"))
+    command = launcher.build_command(config, Path("ours.yaml"), Path("job.json"))
     assert command[command.index("--config_file") + 1] == str(tmp_path / "mine.yaml")
 
 
@@ -181,7 +183,7 @@ def test_a_dry_run_writes_nothing(
     assert f"Would {'read' if state == 'by hand' else 'write'} {tmp_path}/photos/annotations.txt" in said
     assert "Free on that disk" in said
     [command] = [line.removeprefix("Would run: ") for line in said.splitlines() if line.startswith("Would run: ")]
-    assert str(train.TRAINING_SCRIPT) in shlex.split(command)
+    assert str(launcher.TRAINING_SCRIPT) in shlex.split(command)
 
 
 def test_a_dry_run_writes_the_report_it_was_asked_for(tmp_path: Path, make: Make) -> None:

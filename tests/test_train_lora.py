@@ -36,6 +36,7 @@ from encode import Captions, encode
 from latents import Latents, to_tensor
 from learner import Learner
 from logbook import Logbook
+from loss import loss_weights, training_loss
 from optimizer import make_optimizer
 from pictures import Make, contents, gradient, jpg, refused, snapshot
 from supervise import Stopped
@@ -76,7 +77,7 @@ class Echo(torch.nn.Module):
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_loss_equals_the_formula(prediction_type: str, gamma: float | None) -> None:
     batch, schedule = random_batch(4), noise_schedule(prediction_type)
-    loss = train_lora.training_loss(Echo(), batch, schedule, gamma)
+    loss = training_loss(Echo(), batch, schedule, gamma)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas_cumprod = torch.cumprod(1 - betas, 0)[batch.timesteps]
     expected = 0.0
@@ -95,7 +96,7 @@ def test_snr_weights_equal_diffusers() -> None:
     schedule, timesteps = noise_schedule(), torch.arange(0, 1000, 7)
     snr = compute_snr(schedule, timesteps)
     expected = torch.stack([snr, torch.full_like(snr, 5.0)], dim=1).min(dim=1)[0] / snr
-    torch.testing.assert_close(train_lora.loss_weights(timesteps, schedule, 5.0), expected)
+    torch.testing.assert_close(loss_weights(timesteps, schedule, 5.0), expected)
 
 
 def make_run(config: Config, data: batches.Encoded | None = None) -> train_lora.Run:
@@ -172,7 +173,7 @@ def test_cached_latents_give_the_loss_of_encoding_in_the_step(settings: Make, ph
     data, _, _ = encode(config, job_of(captions), Accelerator(), torch.float32)
     run = make_run(config, data)
     batch = batches.step_batch(data, config.seed, 3, 2, 1000)
-    cached = train_lora.training_loss(run.unet, batch, run.noise_scheduler, None)
+    cached = training_loss(run.unet, batch, run.noise_scheduler, None)
 
     # The same two pictures, found by their time ids and captions, encoded here and now.
     chosen = [int((data.prompt_embeds == embeds).flatten(1).all(1).nonzero()[0]) for embeds in batch.prompt_embeds]
@@ -184,7 +185,7 @@ def test_cached_latents_give_the_loss_of_encoding_in_the_step(settings: Make, ph
     torch.randint(1, (2,), generator=stream)  # the draw of mirrored versions comes first
     sampled = (posterior.mean + posterior.std * torch.randn(2, 4, 8, 8, generator=stream)) * vae.config.scaling_factor
     uncached = replace(batch, latents=sampled, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
-    direct = train_lora.training_loss(run.unet, uncached, run.noise_scheduler, None)
+    direct = training_loss(run.unet, uncached, run.noise_scheduler, None)
     torch.testing.assert_close(cached, direct, rtol=1e-4, atol=1e-5)
 
 
@@ -348,7 +349,7 @@ def test_text_encoders_learn_what_the_whole_gradient_says(settings: Make, photos
         weight.data = torch.randn(weight.shape) * 0.1
     assert {name.partition(".")[0] for name in lora} == {"text_encoder", "text_encoder_2"}
     batch = batches.step_batch(data, config.seed, 0, 4, 1000)
-    train_lora.training_loss(run.unet, read.read(batch), run.noise_scheduler, None).backward()
+    training_loss(run.unet, read.read(batch), run.noise_scheduler, None).backward()
     got = {name: weight.grad.clone() for name, weight in lora.items() if weight.grad is not None}
 
     for weight in lora.values():
@@ -361,7 +362,7 @@ def test_text_encoders_learn_what_the_whole_gradient_says(settings: Make, photos
     )
     embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
     direct = replace(batch, prompt_embeds=embeds, pooled_prompt_embeds=second.text_embeds)
-    train_lora.training_loss(run.unet, direct, run.noise_scheduler, None).backward()
+    training_loss(run.unet, direct, run.noise_scheduler, None).backward()
     # SDXL reads the layer before the last of the first encoder: nothing comes back to that one.
     settings_of_first: Any = read.encoders["text_encoder"].config
     last = f"text_encoder.encoder.layers.{settings_of_first.num_hidden_layers - 1}."
@@ -447,8 +448,8 @@ def test_prior_preservation_adds_the_class_loss_by_its_weight(settings: Make) ->
     batch, schedule = random_batch(4), noise_schedule()
     weighted = replace(batch, weights=torch.tensor([2.0, 1.0, 2.0, 1.0]))
     parts = [replace(batch, **{k: v[rows] for k, v in vars(batch).items()}) for rows in ([0, 2], [1, 3])]
-    mine, other = (train_lora.training_loss(Echo(), part, schedule, 5.0) for part in parts)
-    torch.testing.assert_close(train_lora.training_loss(Echo(), weighted, schedule, 5.0), mine + 0.5 * other)
+    mine, other = (training_loss(Echo(), part, schedule, 5.0) for part in parts)
+    torch.testing.assert_close(training_loss(Echo(), weighted, schedule, 5.0), mine + 0.5 * other)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_dropout": 0.1}])
