@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 # What a drawn picture looks like: other settings get other files.
 DRAWN_BY = ("class_prompt", "pretrained_model", "revision", "width", "height", "num_inference_steps", "guidance_scale",
             "scheduler", "negative_prompt", "seed")  # fmt: skip
-_DRAWN = re.compile(r"class_([0-9a-f]{8})_\d{4,}\.png")
+_DRAWN = re.compile(r"class_[0-9a-f]{8}_\d{4,}\.png")
 
 
 def folder_of(config: Config) -> Path:
@@ -37,8 +37,8 @@ def pictures_there(config: Config) -> dict[Path, str]:
         raise UserError(f"class_data_dir: {folder} is no folder: make it, or leave the key empty")
     if not folder.is_dir():
         return {}
-    found = named_as_pictures(folder, IMAGE_EXTENSIONS)
-    own = [path for path in found if not (drawn := _DRAWN.fullmatch(path.name)) or drawn[1] == digest]
+    found = sorted(named_as_pictures(folder, IMAGE_EXTENSIONS), key=_is_drawn)  # the user's own come first
+    own = [path for path in found if not _is_drawn(path) or digest in path.name]
     pictures = image_files.check_pictures(own, 1, kinds())
     for picture in pictures:
         if not picture.taken:
@@ -62,9 +62,19 @@ def pictures_to_draw(config: Config, there: Collection[Path]) -> dict[Path, int]
     return missing
 
 
+def identity(config: Config, there: dict[Path, str]) -> list[str]:
+    """What says which pictures of the class are learnt: the user's own by content, drawn ones by how they are drawn."""
+    own = sorted(content for path, content in there.items() if not _is_drawn(path))
+    return [*own, *[_digest(config)] * (config.num_class_images - len(own))]
+
+
 def kinds() -> tuple[str, ...]:
     """The decoders that class pictures may take: they may be of any kind that is known."""
     return image_files.formats(IMAGE_EXTENSIONS)
+
+
+def _is_drawn(path: Path) -> bool:
+    return bool(_DRAWN.fullmatch(path.name))
 
 
 def _digest(config: Config) -> str:

@@ -52,7 +52,8 @@ def run(config: Config, dry_run: bool = False) -> None:
     if config.train_script:
         foreign_script.check(config)
     taken, annotations = look_at_pictures(config)
-    learns = what_is_learnt(config, taken, annotations.captions)
+    of_class = class_pictures.pictures_there(config) if config.with_prior_preservation else {}
+    learns = what_is_learnt(config, taken, annotations.captions, of_class)
     output_dir = Path(config.lora_output_dir)
     with nullcontext(0) if dry_run else _own(output_dir) as lock:
         finished = finished_step(config, learns)
@@ -63,7 +64,7 @@ def run(config: Config, dry_run: bool = False) -> None:
         if finished is not None and resume is None and not config.train_script:
             raise UserError(f"{_lora_file(config)} is finished, and no checkpoint is left to go on from: {ANEW}")
         if dry_run:
-            _print_plan(config, annotations, resume)
+            _print_plan(config, annotations, of_class, resume)
             return
         models = hub.fetch_models(replace(config, refine=False))
         with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
@@ -73,9 +74,8 @@ def run(config: Config, dry_run: bool = False) -> None:
             captions = data_utils.read_annotations(annotations.path)
             job = make_job(taken, captions, learns, resume, models)
             if config.with_prior_preservation:
-                there = class_pictures.pictures_there(config)
-                missing = class_pictures.pictures_to_draw(config, there)
-                job["class_pictures"] = {str(path): digest for path, digest in there.items()}
+                missing = class_pictures.pictures_to_draw(config, of_class)
+                job["class_pictures"] = {str(path): digest for path, digest in of_class.items()}
                 job["class_to_draw"] = {str(path): number for path, number in missing.items()}
             job_file.write_text(json.dumps(job))
             config_file.write_text(launcher.accelerate_settings())
@@ -134,7 +134,9 @@ def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_ut
     return taken
 
 
-def what_is_learnt(config: Config, pictures: Sequence[Picture], captions: dict[Path, str]) -> dict[str, Any]:
+def what_is_learnt(
+    config: Config, pictures: Sequence[Picture], captions: dict[Path, str], of_class: dict[Path, str]
+) -> dict[str, Any]:
     """All that must stay the same when a run goes on, by name; pictures and captions by the hash of their contents."""
     learns: dict[str, Any] = {name: getattr(config, name) for name in LEARNT_SETTINGS}
     learns["lora_alpha"] = config.alpha
@@ -142,6 +144,8 @@ def what_is_learnt(config: Config, pictures: Sequence[Picture], captions: dict[P
         learns["class_prompt"] = config.class_prompt
     if config.train_script:
         learns["train_script"] = True
+    elif config.with_prior_preservation:  # the script draws its own
+        learns["class_pictures"] = _digest(class_pictures.identity(config, of_class))
     learns["pictures"] = _digest(sorted(picture.sha256 for picture in pictures))
     learns["captions"] = _digest(sorted([picture.sha256, captions[picture.path]] for picture in pictures))
     return learns
@@ -276,16 +280,16 @@ def _writing(output_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _print_plan(config: Config, annotations: data_utils.Annotations, resume: Path | None) -> None:
+def _print_plan(
+    config: Config, annotations: data_utils.Annotations, of_class: dict[Path, str], resume: Path | None
+) -> None:
     """What a real run would do; nothing is written."""
     output_dir = Path(config.lora_output_dir)
     print(f"Would go on from {resume}" if resume else "Would begin at step 0", f"up to step {config.max_train_steps}")
     print("Would read" if annotations.by_user else "Would write", annotations.path)
     if config.with_prior_preservation:
-        there = len(class_pictures.pictures_there(config))
-        print(
-            f"Would learn {there} class pictures that are there, and draw {config.num_class_images - there} more first"
-        )
+        missing = config.num_class_images - len(of_class)
+        print(f"Would learn {len(of_class)} class pictures that are there, and draw {missing} more first")
     print(f"Would write {output_dir}/config.yaml, checkpoints, metrics.csv, loss.png, {LORA_FILE}")
     print(f"  and {config.lora_name}.safetensors, the same for ComfyUI, A1111, Forge and InvokeAI")
     disk = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())

@@ -147,3 +147,8 @@ def test_class_pictures_are_drawn_once_and_the_users_files_kept(settings: Make, 
     assert "going on from" in done.stderr
     assert snapshot(tmp_path / "lora" / "class_images") == drawn
     assert (tmp_path / "lora" / "myspecialstyle-earlier.safetensors").read_bytes() == b"mine"
+    for change in ("guidance_scale=3", "num_class_images=1"):  # other pictures of the class
+        refused = main_py(*command, "max_train_steps=6", change)
+        assert refused.returncode == 2
+        assert "has learnt something else; changed: class_pictures" in refused.stderr
+    assert snapshot(tmp_path / "lora" / "class_images") == drawn

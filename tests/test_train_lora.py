@@ -430,6 +430,31 @@ def test_missing_class_pictures_are_drawn_by_the_base_and_kept(settings: Make, t
     assert list(more.values()) == [3, 4]
 
 
+def test_pictures_of_the_class_are_known_by_content_and_drawn_ones_by_their_settings(
+    settings: Make, tmp_path: Path
+) -> None:
+    folder = tmp_path / "nets"
+    folder.mkdir()
+    config = settings(class_data_dir=str(folder), num_class_images=3, class_prompt="a net")
+
+    def identity(**changes: Any) -> list[str]:
+        changed = replace(config, **changes)
+        return class_pictures.identity(changed, class_pictures.pictures_there(changed))
+
+    jpg(folder / "mine.jpg", gradient())
+    before = identity()
+    for path in class_pictures.pictures_to_draw(config, class_pictures.pictures_there(config)):
+        gradient().save(path)
+    assert identity() == before  # drawn or to be drawn
+    (folder / "mine.jpg").rename(folder / "renamed.jpg")
+    assert identity() == before
+    assert identity(seed=7) != before
+    assert identity(num_class_images=4) != before
+    jpg(folder / "renamed.jpg", gradient(turn=1))
+    assert identity() != before
+    assert identity(seed=7, num_class_images=1) == identity(num_class_images=1)  # none is drawn
+
+
 def test_class_pictures_have_time_ids_and_captions_of_their_own(settings: Make, photos: Path, tmp_path: Path) -> None:
     own = jpg(tmp_path / "net.jpg", gradient(200, 120))
     config = settings(with_prior_preservation=True, num_class_images=1, class_prompt="a net")
