@@ -116,6 +116,7 @@ def explain(error: Exception, advice: str) -> tuple[str, int] | None:
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         cure = "make room, or see that the folder is there, then run the same command again"
         name = error.filename2 or error.filename or "a file"  # of a copy, where it was to go
+        name = os.fsdecode(name) if isinstance(name, bytes) else name  # TensorBoard's
         return f"{name} could not be written or read ({error.strerror}): {cure}", DISK_OR_DRIVE
     return None
 

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -52,6 +53,7 @@ def main() -> int:
     arguments = parser.parse_args()
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
+    threading.excepthook = _leave_disks_to_others
 
     def work(stop: StopSignal) -> str:
         job = json.loads(arguments.job.read_text())
@@ -60,6 +62,12 @@ def main() -> int:
         return train(config, job, stop)
 
     return report_outcome(work, arguments.job.parent)
+
+
+def _leave_disks_to_others(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands its error on to whoever logs, so that a lost Drive need not be a traceback too."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 @dataclass

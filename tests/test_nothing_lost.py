@@ -323,6 +323,18 @@ def test_a_folder_that_vanishes_is_a_disk_error_and_is_not_made_anew(
     assert checkpoint.newest(tmp_path / "elsewhere") == (tmp_path / "elsewhere" / "checkpoint-2", [])
 
 
+def test_a_lost_drive_is_one_sentence_and_no_traceback(settings: Make, start: Start, tmp_path: Path) -> None:
+    process = start(settings(max_train_steps=100_000, checkpointing_steps=100_000, report_to="tensorboard"))
+    assert wait_for(lambda: any((tmp_path / "lora").glob("logs/*")), process)
+    (tmp_path / "lora").rename(tmp_path / "elsewhere")
+    assert process.wait(300) == 4
+    said = (tmp_path / "said.txt").read_text()
+    assert said.splitlines()[-1].startswith(f"error: {tmp_path}/lora/logs/events")
+    assert "could not be written or read (No such file or directory): make room, or see" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert not (tmp_path / "lora").exists()
+
+
 CANARY = "hf_" + "Canary" * 6
 
 
