@@ -1,5 +1,6 @@
 """The LoRA on UNet and text encoders: saved, loaded and merged without a change; the file for kohya's programs."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import lora_weights
 import models
 from config import Config
+from original_names import unet_name
 from pictures import Make, refused
 from test_models import CPU, PROMPTS, run_unet, trained_unet
 
@@ -123,33 +125,106 @@ def test_text_encoders_of_other_shapes_are_refused(saved: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "kind", [{"target_modules": ["to_q", "conv1"]}, {"target_modules": ["to_q"], "use_dora": True}]
+    "kind",
+    [
+        {"target_modules": ["to_q", "conv1"], "lora_alpha": 8},
+        {"target_modules": ["to_q", "to_k"], "use_rslora": True},
+        {"target_modules": ["to_q"], "use_dora": True},
+        {"target_modules": ["to_q", "conv2", "proj_in"], "use_dora": True, "lora_alpha": 2},
+        {"target_modules": ["to_k", "to_v"], "alpha_pattern": {"to_k": 1}, "rank_pattern": {"attn2.to_v": 2}},
+    ],
 )
-def test_what_others_train_besides_attention_is_merged_as_they_meant_it(
-    settings: Make, tmp_path: Path, kind: dict[str, Any]
-) -> None:
+def test_what_others_train_is_merged_as_they_meant_it(settings: Make, tmp_path: Path, kind: dict[str, Any]) -> None:
     config = settings()
     theirs, merged = (models.load_unet(config.pretrained_model, None, CPU, torch.float32) for _ in range(2))
     plain = run_unet(theirs)
     torch.manual_seed(5)
-    theirs.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, **kind))
-    state = {f"unet.{key}": weight.contiguous() for key, weight in get_peft_model_state_dict(theirs).items()}
-    lora_weights.save_lora(tmp_path / "theirs.safetensors", state, {})
-    lora_weights.merge_lora({"unet": merged}, tmp_path / "theirs.safetensors", 1.0)
+    theirs.add_adapter(LoraConfig(**{"r": 4, "lora_alpha": 4, "init_lora_weights": False} | kind))
+    StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(theirs),
+        unet_lora_adapter_metadata=theirs.peft_config["default"].to_dict(),
+    )
+    lora_weights.merge_lora({"unet": merged}, tmp_path / lora_weights.LORA_FILE, 1.0)
     close(run_unet(merged), run_unet(theirs))
     assert (run_unet(merged) - plain).abs().max() > 0.02
 
 
-def test_what_would_be_merged_only_in_part_is_refused(saved: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", ["as SDXL's own code", "as diffusers"])
+def test_every_layer_of_a_kohya_file_counts_by_its_own_alpha_and_rank(
+    settings: Make, tmp_path: Path, named: str
+) -> None:
+    config = settings()
+    plain, merged = (models.load_unet(config.pretrained_model, None, CPU, torch.float32) for _ in range(2))
+    layers = plain.config.layers_per_block
+    state, expected = {}, {}
+    torch.manual_seed(6)
+    for index, (path, layer) in enumerate(plain.named_modules()):
+        if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            continue
+        name = unet_name(f"{path}.weight", layers, plain.state_dict()) if "SDXL" in named else f"{path}.weight"
+        name = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
+        rank, alpha = 1 + index % 3, [None, 0.5, 4.0][index % 4 % 3]
+        up, down = torch.randn(len(layer.weight), rank), torch.randn(rank, *layer.weight.shape[1:])
+        state[f"{name}.lora_up.weight"] = up[..., None, None].clone() if layer.weight.dim() == 4 else up
+        state[f"{name}.lora_down.weight"] = down
+        if alpha is not None:
+            state[f"{name}.alpha"] = torch.tensor(alpha)
+        change = torch.einsum("or,r...->o...", up, down) * ((alpha or rank) / rank)
+        expected[path] = layer.weight + 0.5 * change
+    save_file(state, tmp_path / "theirs.safetensors")
+    lora_weights.merge_lora({"unet": merged}, tmp_path / "theirs.safetensors", 0.5)
+    found = dict(merged.named_modules())
+    for path, weight in expected.items():
+        close(found[path].weight, weight)
+
+
+def test_a_projection_of_the_text_encoder_is_merged(settings: Make, tmp_path: Path) -> None:
+    networks = encoders_of(settings())
+    weight: Any = networks["text_encoder_2"].get_parameter("text_projection.weight")
+    before, (rows, columns) = weight.clone(), weight.shape
+    state = {
+        "lora_te2_text_projection.lora_up.weight": torch.ones(rows, 1),
+        "lora_te2_text_projection.lora_down.weight": torch.ones(1, columns),
+        "unet.conv_in.lora_A.weight": torch.zeros(1),
+    }
+    save_file(state, tmp_path / "theirs.safetensors")
+    lora_weights.merge_lora(networks, tmp_path / "theirs.safetensors", 1.0)
+    close(weight, before + 1)
+
+
+@pytest.mark.parametrize("change", ["dora_scale", "another layer", "no down", "lora_te_x", "up of another size"])
+def test_what_would_be_merged_only_in_part_is_refused(saved: Any, tmp_path: Path, change: str) -> None:
     config, _ = saved
     state = load_file(Path(config.lora_output_dir, "myspecialstyle.safetensors"))
-    name = next(key for key in state if key.startswith("lora_unet_") and key.endswith(".lora_up.weight"))
-    state[name.replace("lora_up.weight", "dora_scale")] = torch.ones(len(state[name]), 1)
-    save_file(state, tmp_path / "dora.safetensors")
+    up = next(key for key in state if key.startswith("lora_unet_") and key.endswith(".lora_up.weight"))
+    if change == "dora_scale":
+        state[up.replace("lora_up.weight", "dora_scale")] = torch.ones(len(state[up]), 1)
+    elif change == "another layer":
+        state[up.replace("_blocks_", "_blocks_9")] = state[up].clone()
+    elif change == "no down":
+        del state[up.replace("lora_up", "lora_down")]
+    elif change == "lora_te_x":
+        state["lora_te_x.lora_up.weight"] = torch.ones(4, 4)
+    else:
+        state[up] = state[up][:1].clone()
+    save_file(state, tmp_path / "part.safetensors")
     unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
-    refused(
-        lambda: lora_weights.merge_lora({"unet": unet}, tmp_path / "dora.safetensors", 1.0), "it is a DoRA by kohya"
-    )
+    refused(lambda: lora_weights.merge_lora({"unet": unet}, tmp_path / "part.safetensors", 1.0), "is not a LoRA for")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(errno.EIO, "no disk", "x")])
+def test_memory_and_disks_are_not_blamed_on_the_lora(
+    saved: Any, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = saved
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(lora_weights, "_add", fail)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        lora_weights.merge_lora(encoders_of(config), Path(config.lora_output_dir, lora_weights.LORA_FILE), 1.0)
 
 
 def test_what_diffusers_scripts_write_is_read(saved: Any, tmp_path: Path) -> None:
