@@ -61,10 +61,11 @@ class Captured:
     def _on_own_stream(self, inputs: list[Tensor]) -> Tensor:
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            output = self.function(*inputs)
-        current.wait_stream(stream)
-        return output
+        try:
+            with torch.cuda.stream(stream):
+                return self.function(*inputs)
+        finally:  # without memory too: nobody may write to what is still being read
+            current.wait_stream(stream)
 
     def _capture(self, places: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         gc.collect()  # a graph that is no longer used must not be destroyed while another one is captured

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import image_files
 from config import IMAGE_EXTENSIONS, Config, UserError
@@ -38,8 +39,8 @@ def pictures_there(config: Config) -> dict[Path, str]:
     if not folder.is_dir():
         return {}
     found = sorted(named_as_pictures(folder, IMAGE_EXTENSIONS), key=_is_drawn)  # the user's own come first
-    own = [path for path in found if not _is_drawn(path) or digest in path.name]
-    pictures = image_files.check_pictures(own, 1, kinds())
+    fit = [path for path in found if not _is_drawn(path) or path.name.startswith(f"class_{digest}_")]
+    pictures = image_files.check_pictures(fit, 1, kinds())
     for picture in pictures:
         if not picture.taken:
             logger.warning("class picture %s is passed over: %s", picture.path, picture.reason)
@@ -62,10 +63,13 @@ def pictures_to_draw(config: Config, there: Collection[Path]) -> dict[Path, int]
     return missing
 
 
-def identity(config: Config, there: dict[Path, str]) -> list[str]:
-    """What says which pictures of the class are learnt: the user's own by content, drawn ones by how they are drawn."""
-    own = sorted(content for path, content in there.items() if not _is_drawn(path))
-    return [*own, *[_digest(config)] * (config.num_class_images - len(own))]
+def what_is_learnt(config: Config, there: dict[Path, str]) -> dict[str, Any]:
+    """What says which pictures of the class are learnt: the user's own by content, drawn ones by their settings."""
+    of_the_users = sorted(content for path, content in there.items() if not _is_drawn(path))
+    learns: dict[str, Any] = {"num_class_images": config.num_class_images, "class_pictures": of_the_users}
+    if len(of_the_users) < config.num_class_images:
+        learns |= {name: getattr(config, name) for name in DRAWN_BY}
+    return learns
 
 
 def kinds() -> tuple[str, ...]:

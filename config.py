@@ -150,7 +150,7 @@ class Config:
     num_images: int = setting(24, "how many pictures to draw, spread over the prompts", least=1, most=100_000)
     width: int = setting(1024, "width of a picture in pixels", least=64, multiple_of=8)
     height: int = setting(1024, "height of a picture in pixels", least=64, multiple_of=8)
-    num_inference_steps: int = setting(30, "denoising steps", least=1, most=1000)
+    num_inference_steps: int = setting(30, "denoising steps", least=1, most=499)
     guidance_scale: float = setting(5.0, "how strictly the prompt is followed; 1 is off", least=1)
     scheduler: Literal[
         "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler",

@@ -31,29 +31,39 @@ def decode_all(
     """Pictures go to `finish` on threads, while the next ones are decoded.
 
     The ensemble's base has no finished picture, and what it would be at the hand-over is decoded only if wanted.
+
+    Raises:
+        UserError: a picture would be black (exit 5); all others are handed on before.
     """
     show_base = not refined or config.refiner_flow == "img2img" or config.save_base
     count = min(16, os.cpu_count() or 1)
     waiting: deque[Future[None]] = deque()
+    black: list[UserError] = []
     with tqdm(total=sum(map(len, batches)), desc="saving", unit="picture") as bar, ThreadPoolExecutor(count) as pool:
 
         def done(design: Design, before: Decoded | None, after: Decoded | None, moved: float | None) -> None:
             finish(design, before and before(), after and after(), moved)
             bar.update()
 
+        def wait_for(finished: Future[None]) -> None:
+            try:
+                finished.result()
+            except UserError as error:  # the others are drawn all the same
+                black.append(error)
+
         for number, batch in enumerate(batches):
             nothing = [None] * len(batch)
-            rows_before = _rows(base[number], vae) if show_base else nothing
-            rows_after = _rows(refined[number], vae) if refined else nothing
+            before = _decoded(vae, base[number]) if show_base else nothing
+            after = _decoded(vae, refined[number]) if refined else nothing
             moved = _distances(base[number], refined[number]) if refined else nothing
-            for design, one, other, distance in zip(batch, rows_before, rows_after, moved, strict=True):
-                before = None if one is None else _decode(vae, one)
-                after = None if other is None else _decode(vae, other)
+            for each in zip(batch, before, after, moved, strict=True):
                 if len(waiting) == count:
-                    waiting.popleft().result()
-                waiting.append(pool.submit(done, design, before, after, distance))
+                    wait_for(waiting.popleft())
+                waiting.append(pool.submit(done, *each))
         for finished in waiting:
-            finished.result()
+            wait_for(finished)
+    for error in black:
+        raise error
 
 
 def _distances(before: Tensor, after: Tensor) -> list[float]:
@@ -68,19 +78,18 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
     Raises:
         UserError: the picture would be black, since it is not of finite numbers (exit 5).
     """
-    return [_decode(vae, single)() for single in _rows(latents, vae)]
+    return [picture() for picture in _decoded(vae, latents)]
 
 
-def _rows(latents: Tensor, vae: AutoencoderKL) -> Iterator[Tensor]:
-    """Latents (n, 4, h, w) one by one, where the VAE is. All are copied at once: it means to wait for the GPU."""
+def _decoded(vae: AutoencoderKL, latents: Tensor) -> Iterator[Decoded]:
+    """Each of latents (n, 4, h, w), as it is asked for. All are copied at once: that means to wait for the GPU."""
     finite = latents.isfinite().flatten(1).all(dim=1)
     for row, is_finite in zip(latents.to(vae.device, vae.dtype).split(1), finite.tolist(), strict=True):
-        _check(is_finite, "latents")
-        yield row
+        yield _decode(vae, row, is_finite)
 
 
 @torch.no_grad()
-def _decode(vae: AutoencoderKL, latents: Tensor) -> Decoded:
+def _decode(vae: AutoencoderKL, latents: Tensor, latents_finite: bool) -> Decoded:
     """Have latents (1, 4, h, w) decoded, without waiting for a GPU; what is returned waits, and gives the picture."""
     pixels = vae.decode(latents / vae.config.scaling_factor).sample[0]
     levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
@@ -91,6 +100,7 @@ def _decode(vae: AutoencoderKL, latents: Tensor) -> Decoded:
     def picture() -> Image.Image:
         if arrived:
             arrived.synchronize()
+        _check(latents_finite, "latents")
         _check(bool(finite), "VAE's output")
         height, width, _ = levels.shape
         return Image.frombytes("RGB", (width, height), levels.numpy().tobytes())

@@ -64,6 +64,14 @@ def draw_pictures(
             what is asked for.
     """
     device = models.pick_device()
+    _draw_in_phases(config, lora, batches, kept, finish, device)
+    free(device)  # in a notebook, other work comes after
+
+
+def _draw_in_phases(
+    config: Config, lora: Path | None, batches: Sequence[Sequence[Design]], kept: Path, finish: decode.Finish,
+    device: torch.device,
+) -> None:  # fmt: skip
     dtype = models.pick_dtype(config.mixed_precision, device)
     logger.info("drawing on %s in %s", device, str(dtype).removeprefix("torch."))
     scheduler = make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
@@ -163,8 +171,10 @@ def free(device: torch.device) -> None:
 
 def make_scheduler(name: str, config: Any) -> Any:
     """A sampler by diffusers' class name, over the model's own noise schedule."""
-    # Of these solvers there are kinds that predict noise: not what people know by their names, nor what has an x0.
+    # Of these solvers there are kinds that predict noise: not what people know by their names, nor what has an x0. And
+    # latents reach beyond the -1 to 1 that DDIM was written for.
     kinds: dict[str, dict[str, Any]] = {
+        "DDIMScheduler": {"clip_sample": False, "set_alpha_to_one": False},
         "DPMSolverMultistepScheduler": {"algorithm_type": "dpmsolver++"},
         "UniPCMultistepScheduler": {"predict_x0": True},
     }

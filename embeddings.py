@@ -1,6 +1,5 @@
 """What prompts are to SDXL's two UNets."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +12,6 @@ from torch import Tensor
 import lora_weights
 import models
 from config import Config
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,7 @@ def for_both(
     """
     tokenizers = models.load_tokenizers(config.pretrained_model)
     text_encoders = models.load_text_encoders(config, device, dtype)
-    for prompt in prompts:
-        if models.too_long(prompt, tokenizers[0]):
-            logger.warning("SDXL reads the first 77 tokens of a prompt only; this one is longer: %.60s…", prompt)
+    models.warn_of_long([*prompts, config.negative_prompt or "", config.refiner_prompt or ""], tokenizers[0])
     second = partial(models.encode_prompts, tokenizers=tokenizers[1:], text_encoders=text_encoders[1:])
     zeros = models.zeros_for_empty_prompt(config.refiner_model, default=False) if config.refine else False
     refiner = embed([config.refiner_prompt or prompt for prompt in prompts], config.negative_prompt, second, zeros)

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,8 +26,6 @@ from config import Config
 from data_utils import write_atomically
 from embeddings import Embeddings
 from embeddings import embed as embed_prompts
-
-logger = logging.getLogger("train_lora")
 
 
 @dataclass
@@ -67,9 +64,7 @@ def encode(
     different = list(dict.fromkeys(texts))
 
     tokenizers = models.load_tokenizers(config.pretrained_model)
-    for caption in different:
-        if models.too_long(caption, tokenizers[0]):
-            logger.warning("SDXL reads the first 77 tokens of a caption only; this one is longer: %.60s…", caption)
+    models.warn_of_long([*different, config.validation_prompt or ""], tokenizers[0])
     text_encoders = models.load_text_encoders(config, device, dtype)
     encode_prompts = partial(models.encode_prompts, tokenizers=tokenizers, text_encoders=text_encoders)
     zeros = models.zeros_for_empty_prompt(config.pretrained_model, default=True)

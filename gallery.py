@@ -14,6 +14,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from config import UserError
+from image_files import BROKEN
+
 CONTACT_SHEET, PAGE, MANIFEST = "contact_sheet.png", "gallery.html", "manifest.json"
 SIDE, SHOWN = 384, 1024  # pixels of a picture's longer side, at most, on the contact sheet and on the page
 PNG_LEVEL = 1  # lace at 1024² takes 3 % more bytes than by zlib's usual 6, and a third of the time
@@ -45,9 +48,19 @@ class Card:
 
 
 def open_finished(path: Path) -> Image.Image:
-    """A picture of this program's own, decoded."""
-    with Image.open(path, formats=("PNG", "JPEG")) as picture:
-        return picture.convert("RGB")
+    """A picture of this program's own, decoded.
+
+    Raises:
+        UserError: it is there, but not whole.
+    """
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as picture:
+            return picture.convert("RGB")
+    except BROKEN as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the disk
+        advice = "once it is out of the way, the command that drew it makes it again"
+        raise UserError(f"{path} is not a whole picture: {advice}") from error
 
 
 def thumbnail(path: Path) -> Image.Image:
@@ -98,9 +111,9 @@ def page(title: str, cards: Sequence[Card], recipe: dict[str, Any], made: dict[P
 
 def embedded(path: Path) -> Attributes:
     """A picture as the attributes of an <img> that needs no file."""
-    with Image.open(path, formats=("PNG", "JPEG")) as picture:
+    small = _shrink(open_finished(path), SHOWN)
+    with Image.open(path) as picture:
         as_it_is = picture.format == "JPEG" and max(picture.size) <= SHOWN and "comment" not in picture.info
-        small = _shrink(picture.convert("RGB"), SHOWN)
     content = io.BytesIO(path.read_bytes() if as_it_is else b"")
     if not as_it_is:
         small.save(content, format="JPEG", quality=88, comment=b"")

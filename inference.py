@@ -61,21 +61,26 @@ def run(config: Config, dry_run: bool = False) -> Path:
     lora = find_lora(config)
     recipe = settings_of(config, lora) | {"prompts": prompts}
     folder = choose_folder(Path(config.output_dir), recipe)
-    missing = [design for design in designs if not _is_drawn(folder, design, config)]
+
+    def missing() -> list[Design]:
+        return [design for design in designs if not _is_drawn(folder, design, config)]
+
     if dry_run:
-        _print_plan(config, prompts, lora, folder, len(missing))
+        _print_plan(config, prompts, lora, folder, len(missing()))
         return folder
     try:
-        if not missing and (folder / gallery.PAGE).exists():
+        if not missing() and (folder / gallery.PAGE).exists():
             print("Finished already; other settings get a folder of their own.")
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             with supervise.sole_use(folder):
+                if choose_folder(Path(config.output_dir), recipe) != folder:
+                    raise UserError(f"another run has just drawn into {folder}: run the same command again")
                 checkpoint.sweep(folder)
                 manifest = _Manifest(folder, recipe, designs, config)
                 shown = {}
-                if missing:
+                if missing():
                     shown = _draw(replace(config, **hub.fetch_models(config)), lora, manifest)
                 _publish(manifest, shown)
                 shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
@@ -144,7 +149,8 @@ def choose_folder(wanted: Path, recipe: dict[str, Any]) -> Path:
 
 
 def _holds_pictures(folder: Path) -> bool:
-    ours = ("refined_output_*", "base_output_*", gallery.MANIFEST, gallery.PAGE, gallery.CONTACT_SHEET)
+    # Not the manifest alone, of a run that was refused.
+    ours = ("refined_output_*", "base_output_*", gallery.PAGE, gallery.CONTACT_SHEET, f"{UNFINISHED}/*/*.safetensors")
     return any(any(folder.glob(pattern)) for pattern in ours)
 
 
@@ -171,8 +177,13 @@ class _Manifest:
     def __init__(self, folder: Path, recipe: dict[str, Any], designs: Sequence[Design], config: Config) -> None:
         self.folder, self.recipe, self.designs, self.config = folder, recipe, designs, config
         self.path = folder / gallery.MANIFEST
-        old = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        self.batch_size: int | None = config.inference_batch_size or old.get("batch_size")
+        self.batch_size: int | None = config.inference_batch_size or self._batch_size_before()
+
+    def _batch_size_before(self) -> int | None:
+        if _recipe_of(self.folder) != json.loads(json.dumps(self.recipe)):
+            return None
+        size = json.loads(self.path.read_text(encoding="utf-8")).get("batch_size")
+        return size if isinstance(size, int) and size > 0 else None
 
     def _row(self, design: Design) -> dict[str, Any]:
         files = _files(self.folder, design, self.config).items()
@@ -208,7 +219,8 @@ def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> dict[Path, 
         hub.read_ahead(config.pretrained_model, ["text_encoder", "text_encoder_2", "unet"], config.variant)
     import draw  # brings torch, which takes seconds
 
-    gc.freeze()  # what was imported stays: it need not be looked through each time that a model is freed
+    if not gc.get_freeze_count():
+        gc.freeze()  # what was imported stays: it need not be looked through each time that a model is freed
     planned = manifest.batches(draw.pictures_at_once(config))
     batches = [batch for batch in planned if not all(_is_drawn(folder, one, config) for one in batch)]
     batch_of = {design: batch for batch in batches for design in batch}
@@ -248,7 +260,7 @@ def _publish(manifest: _Manifest, shown: dict[Path, gallery.Attributes]) -> None
     with ThreadPoolExecutor() as pool:  # Pillow works without Python's lock
         small = list(pool.map(gallery.thumbnail, [card.file for card in cards]))
         sheet = pool.submit(gallery.contact_sheet, small)
-        page = gallery.page(folder.name, cards, manifest.recipe, shown)
+        page = gallery.page(folder.name, cards, recipes.without_folders(manifest.recipe), shown)
     write_atomically(folder / gallery.CONTACT_SHEET, sheet.result())
     write_atomically(folder / gallery.PAGE, page.encode())
 

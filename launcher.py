@@ -63,7 +63,8 @@ def check_accelerate_config(path: Path) -> None:
     try:
         settings = yaml.safe_load(path.read_text())
         kind = str(settings.get("distributed_type", "NO")).upper()
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        _processes_here(str(path))
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"accelerate_config: {path} is not an accelerate file ({reason})") from error
     if kind in ("DEEPSPEED", "FSDP") or settings.get("deepspeed_config") or settings.get("fsdp_config"):

@@ -6,6 +6,7 @@ Nothing here loads more than it is asked for, so that no two big models need be 
 import ctypes
 import logging
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -258,6 +259,12 @@ def encode_tokens(tokens: list[Tensor], text_encoders: list[torch.nn.Module]) ->
         output = text_encoder(token_ids.to(device), output_hidden_states=True)
         hidden_states.append(output.hidden_states[-2])
     return torch.cat(hidden_states, dim=-1), output.text_embeds
+
+
+def warn_of_long(texts: Iterable[str], tokenizer: CLIPTokenizer) -> None:
+    for text in texts:
+        if too_long(text, tokenizer):
+            logger.warning("SDXL reads the first 77 tokens of a text only; this one is longer: %.60s…", text)
 
 
 def too_long(prompt: str, tokenizer: CLIPTokenizer) -> bool:

@@ -132,7 +132,7 @@ def _scalar(node: yaml.Node, wanted: Any) -> Any:
             return int(text.replace("_", ""))
         if wanted is float and tag in ("int", "float", "str") and math.isfinite(float(text)):
             return float(text)
-    except ValueError:
+    except (ValueError, KeyError):
         pass
     raise ValueError(f"is {shown!r}, not {_name(wanted)}")
 

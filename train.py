@@ -52,14 +52,16 @@ def run(config: Config, dry_run: bool = False) -> None:
     if config.train_script:
         foreign_script.check(config)
     taken, annotations = look_at_pictures(config)
-    of_class = class_pictures.pictures_there(config) if config.with_prior_preservation else {}
-    learns = what_is_learnt(config, taken, annotations.captions, of_class)
+    learns = what_is_learnt(config, taken, annotations.captions)
     output_dir = Path(config.lora_output_dir)
     with nullcontext(0) if dry_run else _own(output_dir) as lock:
         finished = finished_step(config, learns)
         if finished is not None and finished >= config.max_train_steps and config.resume_from_checkpoint:
             print(f"Finished already: {_lora_file(config)} has {finished} steps. Set max_train_steps higher to go on.")
             return
+        of_class = class_pictures.pictures_there(config) if config.with_prior_preservation else {}
+        if config.with_prior_preservation and not config.train_script:  # which draws its own
+            learns |= class_pictures.what_is_learnt(config, of_class)
         resume = where_to_go_on(config, learns)
         if finished is not None and resume is None and not config.train_script:
             raise UserError(f"{_lora_file(config)} is finished, and no checkpoint is left to go on from: {ANEW}")
@@ -134,9 +136,7 @@ def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_ut
     return taken
 
 
-def what_is_learnt(
-    config: Config, pictures: Sequence[Picture], captions: dict[Path, str], of_class: dict[Path, str]
-) -> dict[str, Any]:
+def what_is_learnt(config: Config, pictures: Sequence[Picture], captions: dict[Path, str]) -> dict[str, Any]:
     """All that must stay the same when a run goes on, by name; pictures and captions by the hash of their contents."""
     learns: dict[str, Any] = {name: getattr(config, name) for name in LEARNT_SETTINGS}
     learns["lora_alpha"] = config.alpha
@@ -144,8 +144,6 @@ def what_is_learnt(
         learns["class_prompt"] = config.class_prompt
     if config.train_script:
         learns["train_script"] = True
-    elif config.with_prior_preservation:  # the script draws its own
-        learns["class_pictures"] = _digest(class_pictures.identity(config, of_class))
     learns["pictures"] = _digest(sorted(picture.sha256 for picture in pictures))
     learns["captions"] = _digest(sorted([picture.sha256, captions[picture.path]] for picture in pictures))
     return learns
@@ -206,7 +204,7 @@ def _must_match(learnt: dict[str, Any], learns: dict[str, Any], place: Path) -> 
     # A setting that an older version did not have was what is its default now.
     learnt = {name: Config.__dataclass_fields__[name].default for name in LEARNT_SETTINGS} | learnt
     changes = [
-        f"{name} (was {learnt.get(name)}, is {value})" if name in LEARNT_SETTINGS else name
+        f"{name} (was {learnt.get(name)}, is {value})" if name in Config.__dataclass_fields__ else name
         for name, value in learns.items()
         if learnt.get(name) != value
     ]

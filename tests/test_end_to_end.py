@@ -147,8 +147,9 @@ def test_class_pictures_are_drawn_once_and_the_users_files_kept(settings: Make, 
     assert "going on from" in done.stderr
     assert snapshot(tmp_path / "lora" / "class_images") == drawn
     assert (tmp_path / "lora" / "myspecialstyle-earlier.safetensors").read_bytes() == b"mine"
-    for change in ("guidance_scale=3", "num_class_images=1"):  # other pictures of the class
-        refused = main_py(*command, "max_train_steps=6", change)
+    for key, other in (("guidance_scale", 3), ("num_class_images", 1)):  # other pictures of the class
+        refused = main_py(*command, "max_train_steps=6", f"{key}={other}")
         assert refused.returncode == 2
-        assert "has learnt something else; changed: class_pictures" in refused.stderr
+        assert f"has learnt something else; changed: {key} (was " in refused.stderr
+        assert "Finished already" in main_py(*command, "max_train_steps=4", f"{key}={other}").stdout
     assert snapshot(tmp_path / "lora" / "class_images") == drawn

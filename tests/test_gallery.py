@@ -14,7 +14,7 @@ from PIL import Image, ImageChops, ImageStat
 
 import gallery
 from gallery import Card, Design
-from pictures import gradient, jpg
+from pictures import gradient, jpg, refused
 
 PROMPT = 'weiße Spitze 🧵, "scalloped" <myspecialstyle> & net'
 RECIPE = {"seed": 7, "negative_prompt": "blur <b>", "prompts": [PROMPT, "edge"], "refine": True, "lora_sha256": None}
@@ -218,5 +218,4 @@ def test_a_small_jpeg_is_shown_as_it_is_but_without_a_recipe(
     assert (shown == path.read_bytes()) == as_it_is
     assert b"recipe" not in shown
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(OSError, match="truncated"):
-        gallery.embedded(path)
+    refused(lambda: gallery.embedded(path), "a.jpg is not a whole picture")

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageChops
 
 import inference
-from config import Config
+import supervise
+from config import Config, UserError
 from pictures import Make, gradient, jpg, names, refused, snapshot
 
 
@@ -253,6 +254,60 @@ def test_pictures_without_a_manifest_are_not_overwritten(tmp_path: Path, artist:
     before = snapshot(tmp_path / "out")
     inference.run(make())
     assert snapshot(tmp_path / "out") == before
+
+
+def test_a_run_that_was_refused_leaves_its_folder_to_the_next(tmp_path: Path, artist: Artist, make: Make) -> None:
+    artist.stop_after, artist.error, artist.at_once = 0, UserError("no step is left for the base"), 3
+    refused(lambda: inference.run(make(refiner_start=0.01)), "no step is left")
+    artist.stop_after, artist.at_once = 1000, 2
+    assert inference.run(make()) == tmp_path / "out"
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["batch_size"] == 2  # not the other recipe's
+
+
+@pytest.mark.parametrize("size", ["many", 0, None])
+def test_a_manifest_with_a_foolish_size_of_batches(size: Any, tmp_path: Path, artist: Artist, make: Make) -> None:
+    path = inference.run(make()) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"batch_size": size}))
+    (tmp_path / "out" / "refined_output_001.png").unlink()
+    inference.run(make())
+    assert (tmp_path / "out" / "refined_output_001.png").exists()
+
+
+def test_a_finished_picture_that_is_not_whole_is_one_sentence(tmp_path: Path, artist: Artist, make: Make) -> None:
+    inference.run(make())
+    path = tmp_path / "out" / "refined_output_002.png"
+    path.write_bytes(path.read_bytes()[:100])
+    (tmp_path / "out" / "gallery.html").unlink()
+    refused(lambda: inference.run(make()), "refined_output_002.png is not a whole picture")
+    path.unlink()
+    inference.run(make())
+    assert (tmp_path / "out" / "gallery.html").exists()
+
+
+def test_the_page_names_no_folders_of_the_users(tmp_path: Path, artist: Artist, make: Make) -> None:
+    page = (inference.run(make()) / "gallery.html").read_text()
+    assert str(tmp_path) not in page
+    assert str(tmp_path) in (tmp_path / "out" / "manifest.json").read_text()
+
+
+def test_another_run_that_takes_the_folder_meanwhile_is_noticed(
+    tmp_path: Path, artist: Artist, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sole_use = supervise.sole_use
+
+    def late(folder: Path) -> Any:
+        monkeypatch.setattr(supervise, "sole_use", sole_use)
+        inference.run(make(seed=3))
+        return sole_use(folder)
+
+    monkeypatch.setattr(supervise, "sole_use", late)
+    refused(lambda: inference.run(make()), "another run has just drawn")
+    assert {row["seed"] for row in json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]} == {
+        3,
+        4,
+        5,
+        6,
+    }
 
 
 def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path: Path, artist: Artist, make: Make) -> None:

@@ -437,22 +437,22 @@ def test_pictures_of_the_class_are_known_by_content_and_drawn_ones_by_their_sett
     folder.mkdir()
     config = settings(class_data_dir=str(folder), num_class_images=3, class_prompt="a net")
 
-    def identity(**changes: Any) -> list[str]:
+    def learnt(**changes: Any) -> dict[str, Any]:
         changed = replace(config, **changes)
-        return class_pictures.identity(changed, class_pictures.pictures_there(changed))
+        return class_pictures.what_is_learnt(changed, class_pictures.pictures_there(changed))
 
     jpg(folder / "mine.jpg", gradient())
-    before = identity()
+    before = learnt()
     for path in class_pictures.pictures_to_draw(config, class_pictures.pictures_there(config)):
         gradient().save(path)
-    assert identity() == before  # drawn or to be drawn
+    assert learnt() == before  # drawn or to be drawn
     (folder / "mine.jpg").rename(folder / "renamed.jpg")
-    assert identity() == before
-    assert identity(seed=7) != before
-    assert identity(num_class_images=4) != before
+    assert learnt() == before
+    assert learnt(seed=7) == before | {"seed": 7}
+    assert learnt(num_class_images=4) == before | {"num_class_images": 4}
+    assert learnt(seed=7, num_class_images=1) == learnt(num_class_images=1)  # none is drawn
     jpg(folder / "renamed.jpg", gradient(turn=1))
-    assert identity() != before
-    assert identity(seed=7, num_class_images=1) == identity(num_class_images=1)  # none is drawn
+    assert learnt() != before
 
 
 def test_class_pictures_have_time_ids_and_captions_of_their_own(settings: Make, photos: Path, tmp_path: Path) -> None:
