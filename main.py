@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about torchvision, which nothing here needs
+    # On a CPU that another program uses too, PyTorch's threads wait for each other in vain: not so long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         config = load_config(options.config, options.overrides)
         drive.ensure_mounted(config)

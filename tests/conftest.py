@@ -10,7 +10,7 @@ from PIL import Image
 from config import Config
 from pictures import Make
 
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", GOMP_SPINCOUNT="10000")  # the last as main.py
 # What is compared bit by bit is compared on the CPU; `make test-gpu` asks for the rest. Before anything imports torch.
 if not os.environ.get("TEST_GPU"):
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}

@@ -165,6 +165,8 @@ def test_files_that_say_nothing_new(tmp_path: Path, text: str) -> None:
         ("lora_dropout: 1.5", ["lora_dropout", "at most 0.99"]),
         ("refine: maybe", ["refine", "'maybe'", "true or false"]),
         ("refine: 1", ["refine", "'1'", "true or false"]),
+        ("refine: !!bool maybe", ["refine", "'maybe'", "true or false"]),
+        ("num_inference_steps: 500", ["num_inference_steps", "at most 499"]),
         ("mixed_precision: fp8", ["mixed_precision", "'fp8'", "fp16, bf16"]),
         ("scheduler: DPM", ["scheduler", "DPMSolverMultistepScheduler"]),
         ("instance_prompt: {a: b}", ["instance_prompt", "a text"]),

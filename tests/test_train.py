@@ -145,6 +145,8 @@ def test_a_file_of_the_users_own_goes_to_accelerate(tmp_path: Path, launch: Laun
         ("deepspeed_config: {zero_stage: 2}\n", "DeepSpeed or FSDP"),
         ("just words", "not an accelerate file"),
         ("a: [", "not an accelerate file"),
+        ("num_processes: two\n", "not an accelerate file"),
+        ("num_processes: [2]\n", "not an accelerate file"),
         (None, "not an accelerate file"),
     ],
 )
