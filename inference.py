@@ -102,7 +102,8 @@ def read_prompts(config: Config) -> list[str]:
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts_file: {path} cannot be read as UTF-8 text ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"prompts_file: {path} cannot be read ({reason})") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"prompts_file: {path} is empty; write a prompt on each line")

@@ -12,10 +12,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import drive
-import supervise
 from config import BAD_INPUT, UserError, describe
-from settings_file import load_config
+
+INSTALL = "{} is not installed: source .venv/bin/activate after make install, or pip install -r requirements.txt"
+try:
+    import drive
+    import supervise
+    from settings_file import load_config
+except ModuleNotFoundError as missing:
+    print(f"error: {INSTALL.format(missing.name)}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
 
 SETTINGS = """settings (in config.yaml, or key=value on the command line; empty means none):
 
@@ -65,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {explained[0]}", file=sys.stderr)
         return explained[1]
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
+        print(f"error: {INSTALL.format(error.name)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt as stop:
         print("stopped; the same command makes what is missing", file=sys.stderr)

@@ -22,6 +22,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     hints = get_type_hints(Config)
     values: dict[str, Any] = {}
     problems: list[str] = []
+    overrides = list(overrides)
     for place, key, node in [*_file_entries(Path(path)), *_override_entries(overrides, hints)]:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1)
@@ -38,7 +39,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         return Config(**values)
     except UserError as error:
-        raise UserError("\n".join(f"{path}: {line}" for line in str(error).split("\n"))) from None
+        place = f"{path} and command line" if overrides else f"{path}"
+        raise UserError("\n".join(f"{place}: {line}" for line in str(error).split("\n"))) from None
 
 
 def dump_config(config: Config) -> str:

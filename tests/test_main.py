@@ -125,7 +125,14 @@ def test_a_missing_package_is_said_in_a_sentence(
     (tmp_path / "config.yaml").write_text("images_dir: photos\n")
     monkeypatch.setitem(sys.modules, "train", None)  # importing it fails as a package that is not installed does
     assert main.main(["--mode", "train", "--config", str(tmp_path / "config.yaml")]) == 2
-    assert "train is not installed: pip install -r requirements.txt" in capsys.readouterr().err
+    assert "train is not installed: source .venv/bin/activate" in capsys.readouterr().err
+
+
+def test_without_any_package_it_is_a_sentence_too() -> None:
+    command = [sys.executable, "-S", str(ROOT / "main.py"), "--help"]  # no site-packages, as outside of .venv
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: \w+ is not installed: .*pip install -r requirements.txt\n", done.stderr)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
