@@ -62,8 +62,8 @@ def decode_all(
                 waiting.append(pool.submit(done, *each))
         for finished in waiting:
             wait_for(finished)
-    for error in black:
-        raise error
+    if black:
+        raise black[0]
 
 
 def _distances(before: Tensor, after: Tensor) -> list[float]:

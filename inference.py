@@ -144,7 +144,7 @@ def lora_name(config: Config, lora: Path | None) -> str:
 def choose_folder(wanted: Path, recipe: dict[str, Any]) -> Path:
     """The folder of this recipe: `wanted`, or `wanted-2`, `wanted-3` … where other pictures are there already."""
     for folder in numbered(wanted.parent, wanted.name):
-        if not _holds_pictures(folder) or _recipe_of(folder) == json.loads(json.dumps(recipe)):
+        if not _holds_pictures(folder) or _is_of(folder, recipe):
             return folder
     raise AssertionError("names do not end")
 
@@ -155,11 +155,13 @@ def _holds_pictures(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in ours)
 
 
-def _recipe_of(folder: Path) -> Any:
+def _is_of(folder: Path, recipe: dict[str, Any]) -> bool:
+    """Whether the folder's manifest tells of this recipe."""
     try:
-        return with_defaults(json.loads((folder / gallery.MANIFEST).read_text(encoding="utf-8"))["recipe"])
+        noted = with_defaults(json.loads((folder / gallery.MANIFEST).read_text(encoding="utf-8"))["recipe"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return False
+    return bool(noted == json.loads(json.dumps(recipe)))
 
 
 def _files(folder: Path, design: Design, config: Config) -> dict[bool, Path]:
@@ -181,7 +183,7 @@ class _Manifest:
         self.batch_size: int | None = config.inference_batch_size or self._batch_size_before()
 
     def _batch_size_before(self) -> int | None:
-        if _recipe_of(self.folder) != json.loads(json.dumps(self.recipe)):
+        if not _is_of(self.folder, self.recipe):
             return None
         size = json.loads(self.path.read_text(encoding="utf-8")).get("batch_size")
         return size if isinstance(size, int) and size > 0 else None

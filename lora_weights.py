@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,8 @@ def read_lora(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         noted = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
         keys = list(file.keys())
-        weights = {_our_name(key): file.get_tensor(key).float() for key in keys}
+        as_it_is = {key: file.get_tensor(key).float() for key in keys}
+    weights = {_our_name(key): weight for key, weight in convert_unet_state_dict_to_peft(as_it_is).items()}
     for key in [key for key in weights if key.endswith(".lora_A.weight")]:
         layer, rank = key.removesuffix(".lora_A.weight"), len(weights[key])
         alpha = _noted_alpha(noted, layer, rank)
@@ -205,7 +206,6 @@ def read_lora(path: Path) -> dict[str, Tensor]:
 
 
 def _our_name(key: str) -> str:
-    [key] = convert_unet_state_dict_to_peft({key: None})
     key = key.replace(".lora_linear_layer.down.", ".lora_A.").replace(".lora_linear_layer.up.", ".lora_B.")
     key = key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
     return re.sub(r"^(text_encoder(?:_2)?)\.encoder\.", r"\1.text_model.encoder.", key)
@@ -235,7 +235,7 @@ def merge_lora(networks: Networks, path: Path, scale: float) -> None:
     try:
         weights = read_lora(path)
         of = {name: (f"{name}.", f"{prefix}_") for name, prefix in _KOHYA_PREFIX.items()}
-        _refuse(key for key in weights if not key.startswith(sum(of.values(), ())))
+        _refuse([key for key in weights if not key.startswith(sum(of.values(), ()))])
         if not any(key.startswith(of["unet"]) for key in weights):
             raise ValueError("it has no weights for the UNet")
         for name, network in networks.items():
@@ -248,9 +248,9 @@ def merge_lora(networks: Networks, path: Path, scale: float) -> None:
         raise UserError(f"{path} is not a LoRA for this model ({reason}): {advice}") from error
 
 
-def _refuse(left: Iterable[str]) -> None:
-    for key in sorted(left):
-        raise ValueError(f"it has weights of another model, or of another kind than LoRA, such as {key}")
+def _refuse(left: Collection[str]) -> None:
+    if left:
+        raise ValueError(f"it has weights of another model, or of another kind than LoRA, such as {min(left)}")
 
 
 @torch.no_grad()
