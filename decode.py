@@ -1,15 +1,15 @@
-"""Latents to pictures, which are handed on by threads while the VAE decodes the next ones."""
+"""Latents to pictures, which are handed on by threads while the device is at work on the next ones."""
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from config import LOSS_NOT_FINITE, Config, UserError
 from gallery import Design
@@ -18,48 +18,46 @@ from gallery import Design
 # on several threads at once.
 Finish = Callable[[Design, Image.Image | None, Image.Image | None, float | None], object]
 Decoded = Callable[[], Image.Image]
+# Takes a batch, its latents (n, 4, h, w) as the base has finished them, and the refiner's, if it has refined them.
+Save = Callable[[Sequence[Design], Tensor, Tensor | None], None]
 
 
-def decode_all(
-    vae: AutoencoderKL,
-    batches: Sequence[Sequence[Design]],
-    base: Sequence[Tensor],
-    refined: Sequence[Tensor],
-    config: Config,
-    finish: Finish,
-) -> None:
-    """Pictures go to `finish` on threads, while the next ones are decoded.
+@contextmanager
+def saving(vae: AutoencoderKL, config: Config, finish: Finish) -> Iterator[Save]:
+    """Gives what decodes batches and hands their pictures to `finish`, on threads; at the end all are finished.
 
     The ensemble's base has no finished picture, and what it would be at the hand-over is decoded only if wanted.
 
     Raises:
         UserError: a picture would be black (exit 5); all others are handed on before.
     """
-    show_base = not refined or config.refiner_flow == "img2img" or config.save_base
+    show_base = not config.refine or config.refiner_flow == "img2img" or config.save_base
     count = min(16, os.cpu_count() or 1)
     waiting: deque[Future[None]] = deque()
     black: list[UserError] = []
-    with tqdm(total=sum(map(len, batches)), desc="saving", unit="picture") as bar, ThreadPoolExecutor(count) as pool:
 
-        def done(design: Design, before: Decoded | None, after: Decoded | None, moved: float | None) -> None:
-            finish(design, before and before(), after and after(), moved)
-            bar.update()
+    def done(design: Design, before: Decoded | None, after: Decoded | None, moved: float | None) -> None:
+        finish(design, before and before(), after and after(), moved)
 
-        def wait_for(finished: Future[None]) -> None:
-            try:
-                finished.result()
-            except UserError as error:  # the others are drawn all the same
-                black.append(error)
+    def wait_for(finished: Future[None]) -> None:
+        try:
+            finished.result()
+        except UserError as error:  # the others are drawn all the same
+            black.append(error)
 
-        for number, batch in enumerate(batches):
+    with ThreadPoolExecutor(count) as pool:
+
+        def save(batch: Sequence[Design], base: Tensor, refined: Tensor | None) -> None:
             nothing = [None] * len(batch)
-            before = _decoded(vae, base[number]) if show_base else nothing
-            after = _decoded(vae, refined[number]) if refined else nothing
-            moved = _distances(base[number], refined[number]) if refined else nothing
+            before = _decoded(vae, base) if show_base else nothing
+            after = nothing if refined is None else _decoded(vae, refined)
+            moved = nothing if refined is None else _distances(base, refined)
             for each in zip(batch, before, after, moved, strict=True):
                 if len(waiting) == count:
                     wait_for(waiting.popleft())
                 waiting.append(pool.submit(done, *each))
+
+        yield save
         for finished in waiting:
             wait_for(finished)
     if black:

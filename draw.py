@@ -5,8 +5,8 @@ The denoising is diffusers' own pipelines', each given the one model it needs an
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -36,19 +36,22 @@ logger = logging.getLogger(__name__)
 MOST_AT_ONCE = 4  # more make a picture no faster: 27.5 ms a step for each of 4 at 1024² on an H100, 30 for one alone
 # Of a GPU's memory in 16 bits: the UNet with what else is needed, and a picture with guidance by a million of pixels.
 _UNET_BYTES, _PICTURE_BYTES = 7 * 2**30, 2**29
-
-Latents = list[Tensor]  # (n, 4, h, w) for each batch; (2, n, 4, h, w) of the base, see `base_latents`
+_ROOM = 16  # where so many pictures would fit, the VAE may work beside the last UNet: not on a T4, but on an L4
 
 
 def pictures_at_once(config: Config) -> int:
     """The size of batches that pays and fits on this machine's device."""
+    return max(1, min(MOST_AT_ONCE, int(_fitting(config))))
+
+
+def _fitting(config: Config) -> float:
+    """How many pictures would fit beside a UNet on this machine's device; 1 where it is not a GPU."""
     device = models.pick_device()
     if device.type != "cuda":
-        return 1
+        return 1.0
     free, _ = torch.cuda.mem_get_info()
     by_format = models.pick_dtype(config.mixed_precision, device).itemsize / 2
-    fit = (free / by_format - _UNET_BYTES) // (_PICTURE_BYTES * config.width * config.height / 1e6)
-    return max(1, min(MOST_AT_ONCE, int(fit)))
+    return (free / by_format - _UNET_BYTES) / (_PICTURE_BYTES * config.width * config.height / 1e6)
 
 
 def draw_pictures(
@@ -77,46 +80,60 @@ def _draw_in_phases(
     scheduler = make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
     base_steps, refiner_steps = planned_steps(config, scheduler)
     prompts = list(dict.fromkeys(design.prompt for batch in batches for design in batch))
-    for_base, for_refiner = embeddings.for_both(config, prompts, lora, device, dtype)
     rows = [[prompts.index(design.prompt) for design in batch] for batch in batches]
     seeds = [[design.seed for design in batch] for batch in batches]
-    names = [f"{batch[0].index:03d}.safetensors" for batch in batches]
+    base_files, refined_files = (
+        [kept / f"{kind}_{batch[0].index:03d}.safetensors" for batch in batches] for kind in ("base", "refined")
+    )
+    roomy = _fitting(config) >= _ROOM
+    both = embeddings.for_both(config, prompts, lora, device, dtype)
+    for_base, for_refiner = (one.to(device, dtype) for one in both)
     free(device)
 
-    def load(source: str, lora: Path | None = None) -> UNet2DConditionModel:
-        unet = models.load_unet(source, config.variant, device, dtype, config.attention)
-        if lora:
-            lora_weights.merge_lora({"unet": unet}, lora, config.lora_scale)
-        if config.attention != "xformers":
-            fast_unet.make_fast(unet)
-        return unet
-
     def load_base() -> UNet2DConditionModel:
-        unet = load(config.pretrained_model, lora)
+        unet = _load_unet(config, config.pretrained_model, device, dtype, lora)
         if config.refine:
             hub.read_ahead(config.refiner_model, ["unet"], config.variant)
         return unet
 
     def draw(unet: UNet2DConditionModel, number: int, on_step: Callable[[], object]) -> Tensor:
-        return base_latents(unet, scheduler, for_base.rows(rows[number], unet), seeds[number], config, on_step)
+        return base_latents(unet, scheduler, for_base.rows(rows[number]), seeds[number], config, on_step)
 
-    files = [kept / f"base_{name}" for name in names]
-    base = _phase("drawing", base_steps, files, load_base, draw)
-    vae = models.load_vae(config, device, dtype, drawing=True)
-    refined: Latents = []
+    def refine(unet: UNet2DConditionModel, number: int, on_step: Callable[[], object]) -> Tensor:
+        conditions = for_refiner.rows(rows[number])
+        return refined_latents(unet, vae, scheduler, conditions, begun[number], seeds[number], config, on_step)
+
+    base: Iterable[Tensor] = _phase("drawing", base_steps, base_files, load_base, draw)
+    refined: Iterable[Tensor | None] = [None] * len(batches)
     if config.refine:
-
-        def refine(unet: UNet2DConditionModel, number: int, on_step: Callable[[], object]) -> Tensor:
-            conditions = for_refiner.rows(rows[number], unet)
-            return refined_latents(unet, vae, scheduler, conditions, base[number][0], seeds[number], config, on_step)
-
-        files = [kept / f"refined_{name}" for name in names]
-        refined = _phase("refining", refiner_steps, files, partial(load, config.refiner_model), refine)
-
+        base = list(base)  # its UNet goes before the refiner's comes
+        begun = [latents[0].to(device) for latents in base]  # all now: later, copying would wait for the GPU's work
+        load_refiner = partial(_load_unet, config, config.refiner_model, device, dtype)
+        refined = _phase("refining", refiner_steps, refined_files, load_refiner, refine)
+    vae = models.load_vae(config, device, dtype, drawing=True)
+    if not roomy:
+        base, refined = list(base), list(refined)
     fast_unet.make_decoder_fast(vae)
-    decode.decode_all(vae, batches, [latents[1] for latents in base], refined, config, finish)
+    with (
+        decode.saving(vae, config, finish) as save,
+        tqdm(total=sum(map(len, batches)), desc="saving", unit="picture", disable=roomy) as bar,  # beside another one
+    ):
+        for batch, before, after in zip(batches, base, refined, strict=True):
+            save(batch, before[1], after)
+            bar.update(len(batch))
     if memory := models.peak_memory(device):
         logger.info(memory)
+
+
+def _load_unet(
+    config: Config, source: str, device: torch.device, dtype: torch.dtype, lora: Path | None = None
+) -> UNet2DConditionModel:
+    unet = models.load_unet(source, config.variant, device, dtype, config.attention)
+    if lora:
+        lora_weights.merge_lora({"unet": unet}, lora, config.lora_scale)
+    if config.attention != "xformers":
+        fast_unet.make_fast(unet)
+    return unet
 
 
 def _phase(
@@ -125,28 +142,34 @@ def _phase(
     files: Sequence[Path],
     load: Callable[[], UNet2DConditionModel],
     make: Callable[[UNet2DConditionModel, int, Callable[[], object]], Tensor],
-) -> Latents:
-    """The latents of one phase, on the CPU, each from its file if an earlier run has made it; its UNet is freed."""
-    latents = [_read(file) for file in files]
-    missing = [number for number, value in enumerate(latents) if value is None]
-    if missing:
-        unet = load()
-        done = (len(files) - len(missing)) * steps
-        writing: list[Future[Tensor]] = []
-        with tqdm(total=len(files) * steps, initial=done, desc=name, unit="step") as bar, ThreadPoolExecutor(1) as pool:
-            for number in missing:
+) -> Iterator[Tensor]:
+    """The latents of each batch, on the CPU, from its file if an earlier run has made it; at the end the UNet is freed.
+
+    They are given, and written to their files, while the next ones are made.
+    """
+    before = [_read(file) for file in files]
+    missing = sum(value is None for value in before)
+    if not missing:
+        yield from (value for value in before if value is not None)
+        return
+    unet = load()
+    done = (len(files) - missing) * steps
+    ready: list[Callable[[], Tensor]] = []
+    with tqdm(total=len(files) * steps, initial=done, desc=name, unit="step") as bar, ThreadPoolExecutor(1) as pool:
+        for number, (file, value) in enumerate(zip(files, before, strict=True)):
+            if value is None:
                 made = make(unet, number, bar.update)
                 if made.device.type != "cuda":  # others may be used by one thread only
                     made = made.cpu()
-                if writing:
-                    writing[-1].result()  # a full disk is told now
-                writing.append(pool.submit(_keep, made, files[number]))  # while the next ones are made
-            for number, written in zip(missing, writing, strict=True):
-                latents[number] = written.result()
-        device = unet.device
-        del unet
-        free(device)
-    return [value for value in latents if value is not None]
+                ready.append(pool.submit(_keep, made, file).result)
+            else:
+                ready.append(value.cpu)
+            if number:
+                yield ready[-2]()  # a full disk is told now
+        yield ready[-1]()
+    device = unet.device
+    del unet
+    free(device)
 
 
 def _keep(latents: Tensor, file: Path) -> Tensor:

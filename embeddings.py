@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 import lora_weights
@@ -16,16 +15,24 @@ from config import Config
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What one prompt and one negative prompt are to a UNet; rows are pictures of a batch."""
+    """What n prompts and one negative prompt are to a UNet."""
 
     prompt_embeds: Tensor  # (n, 77, c)
     pooled_prompt_embeds: Tensor  # (n, p)
-    negative_prompt_embeds: Tensor  # (n, 77, c)
-    negative_pooled_prompt_embeds: Tensor  # (n, p)
+    negative_prompt_embeds: Tensor  # (1, 77, c)
+    negative_pooled_prompt_embeds: Tensor  # (1, p)
 
-    def rows(self, index: Sequence[int], unet: UNet2DConditionModel) -> dict[str, Tensor]:
-        """The rows for one batch, as keyword arguments of a pipeline."""
-        return {name: value[list(index)].to(unet.device, unet.dtype) for name, value in vars(self).items()}
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Embeddings":
+        return Embeddings(**{name: value.to(device, dtype) for name, value in vars(self).items()})
+
+    def rows(self, index: Sequence[int]) -> dict[str, Tensor]:
+        """One row for each picture of a batch, as keyword arguments of a pipeline; without waiting for a GPU."""
+        return {
+            name: value.expand(len(index), *value.shape[1:])
+            if name.startswith("negative")
+            else torch.stack([value[row] for row in index])
+            for name, value in vars(self).items()
+        }
 
 
 def for_both(
@@ -57,8 +64,6 @@ def embed(
     prompt_embeds = torch.cat([embeds.cpu() for embeds, _ in encoded])
     pooled = torch.cat([pooled.cpu() for _, pooled in encoded])
     if not negative and zeros:
-        return Embeddings(prompt_embeds, pooled, torch.zeros_like(prompt_embeds), torch.zeros_like(pooled))
+        return Embeddings(prompt_embeds, pooled, torch.zeros_like(prompt_embeds[:1]), torch.zeros_like(pooled[:1]))
     embeds, negative_pooled = encode([negative or ""])
-    return Embeddings(
-        prompt_embeds, pooled, embeds.cpu().expand_as(prompt_embeds), negative_pooled.cpu().expand_as(pooled)
-    )
+    return Embeddings(prompt_embeds, pooled, embeds.cpu(), negative_pooled.cpu())

@@ -134,9 +134,10 @@ def _draw_class(
     unet = models.load_unet(config.pretrained_model, config.variant, device, dtype, config.attention)
     vae = models.load_vae(config, device, dtype)
     scheduler = draw.make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
+    row = conditions.to(device, dtype).rows([0])
     for path, number in tqdm(files.items(), desc="drawing the class", unit="picture"):
         seed = batches.stream_seed(config.seed, "class", number)
-        drawn = draw.base_latents(unet, scheduler, conditions.rows([0], unet), [seed], config)[0]
+        drawn = draw.base_latents(unet, scheduler, row, [seed], config)[0]
         content = io.BytesIO()
         decode.decode(vae, drawn)[0].save(content, format="PNG")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -293,7 +293,7 @@ def sample_pictures(run: Run) -> list[Image.Image]:
 @torch.no_grad()
 def _drawn(run: Run, at_once: int) -> list[Image.Image]:
     config = replace(run.config, width=run.config.resolution, height=run.config.resolution, refine=False)
-    embeddings = run.preview.embed()
+    embeddings = run.preview.embed().to(run.unet.device, run.unet.dtype)
     scheduler = draw.make_scheduler(config.scheduler, run.noise_scheduler.config)
     seeds = [config.seed + index for index in range(config.num_validation_images)]
     vae = run.preview.vae.to(run.accelerator.device)
@@ -301,7 +301,7 @@ def _drawn(run: Run, at_once: int) -> list[Image.Image]:
     for start in range(0, len(seeds), at_once):
         some = seeds[start : start + at_once]
         with run.learner.autocast():
-            conditions = embeddings.rows([0] * len(some), run.unet)
+            conditions = embeddings.rows([0] * len(some))
             latents, _ = draw.base_latents(run.unet, scheduler, conditions, some, config)
         pictures += decode.decode(vae, latents)
     return pictures

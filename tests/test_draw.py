@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 import tempfile
+import threading
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -174,10 +175,28 @@ def test_announced_steps_are_made(settings: Make, flow: str, steps: int, monkeyp
             made[self.desc] = self.n - (self.total or 0)
             super().close()
 
-    for module in (draw, decode):
-        monkeypatch.setattr(module, "tqdm", Counting)
+    monkeypatch.setattr(draw, "tqdm", Counting)
     drawn(settings(refiner_flow=flow, num_inference_steps=steps), None, [1, 2])
     assert made == {"drawing": 0, "refining": 0, "saving": 0}
+
+
+def test_pictures_are_saved_while_others_are_refined(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw, "_ROOM", 0)
+    refined_latents, first_is_saved = draw.refined_latents, threading.Event()
+    seen: list[bool] = []
+
+    def refine(*given: Any) -> torch.Tensor:
+        seen.append(first_is_saved.wait(30 if len(seen) == 2 else 0))
+        return refined_latents(*given)
+
+    def finish(design: Design, *_: Any) -> None:
+        if design.index == 0:
+            first_is_saved.set()
+
+    monkeypatch.setattr(draw, "refined_latents", refine)
+    with tempfile.TemporaryDirectory() as kept:
+        draw.draw_pictures(settings(), None, [[Design(index, PROMPT, 1)] for index in range(3)], Path(kept), finish)
+    assert seen == [False, False, True]
 
 
 @pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "UniPCMultistepScheduler"])
@@ -222,9 +241,10 @@ def test_pictures_are_never_black_without_a_word(settings: Make, where: str) -> 
 
 
 def decoded(vae: Any, latents: torch.Tensor, finish: Any) -> None:
-    """`latents` of one batch, through `decode_all`."""
+    """`latents` of one batch, through `decode.saving`."""
     designs = [Design(index, "lace", index) for index in range(len(latents))]
-    decode.decode_all(vae, [designs], [latents], [], Config(refine=False), finish)
+    with decode.saving(vae, Config(refine=False), finish) as save:
+        save(designs, latents, None)
 
 
 @pytest.mark.parametrize("where", ["latents", "VAE"])

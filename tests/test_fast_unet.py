@@ -140,10 +140,13 @@ def drawn_in_parts(config: Config, seeds: list[int], stop_at: int, kept: Path) -
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("stop_at", [2, 3, 5])
-def test_an_interrupted_run_makes_the_very_same_pictures(settings: Make, device: str, stop_at: int) -> None:
+@pytest.mark.parametrize(("stop_at", "roomy"), [(2, False), (3, True), (5, False), (5, True)])
+def test_an_interrupted_run_makes_the_very_same_pictures(
+    settings: Make, device: str, stop_at: int, roomy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, seeds = settings(mixed_precision="bf16" if device == "cuda" else "no"), [1, 2, 3]
     straight = drawn(config, None, seeds, prompt="lace")
+    monkeypatch.setattr(draw, "_ROOM", 0 if roomy else 10**6)
     with tempfile.TemporaryDirectory() as kept:
         parted = drawn_in_parts(config, seeds, stop_at, Path(kept))
     assert straight.keys() == parted.keys()
