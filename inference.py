@@ -9,8 +9,10 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,23 @@ def _is_drawn(folder: Path, design: Design, config: Config) -> bool:
     return all(path.exists() for path in _files(folder, design, config).values())
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """For the import of draw.py, and with it torch: what libraries define stays, and is not searched for garbage.
+
+    That takes 1.5 s of 7.7 while importing, and a quarter of a second each time that a model is freed.
+    """
+    if "torch" in sys.modules:  # in a notebook
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
 class _Manifest:
     """manifest.json as it is made: the recipe, the size of batches, and of each picture its files and its refining."""
 
@@ -215,15 +234,14 @@ class _Manifest:
         return rows
 
 
-def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> dict[Path, gallery.Attributes]:
+def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> dict[Path, gallery.Shown]:
     """Draw the batches of which a picture is missing, and return what the page shows of them."""
     folder = manifest.folder
     if not (folder / UNFINISHED).exists():  # else it may be that the base has done its part
         hub.read_ahead(config.pretrained_model, ["text_encoder", "text_encoder_2", "unet"], config.variant)
-    import draw  # brings torch, which takes seconds
+    with importing():
+        import draw  # brings torch, which takes seconds
 
-    if not gc.get_freeze_count():
-        gc.freeze()  # what was imported stays: it need not be looked through each time that a model is freed
     planned = manifest.batches(draw.pictures_at_once(config))
     batches = [batch for batch in planned if not all(_is_drawn(folder, one, config) for one in batch)]
     batch_of = {design: batch for batch in batches for design in batch}
@@ -231,7 +249,7 @@ def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> dict[Path, 
         place.mkdir(parents=True, exist_ok=True)
     settings = recipes.without_folders({name: value for name, value in manifest.recipe.items() if name != "prompts"})
     known_as = lora_name(config, lora)
-    shown: dict[Path, gallery.Attributes] = {}
+    shown: dict[Path, gallery.Shown] = {}
 
     def save(design: Design, base: Image.Image | None, refined: Image.Image | None, moved: float | None) -> None:
         pictures = {False: base, True: refined}
@@ -244,13 +262,13 @@ def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> dict[Path, 
             own = Recipe(design, is_refined, batch_of[design], settings, known_as)
             recipes.save_picture(path, picture, own)
             if is_refined == config.refine:  # now, while the GPU is at work, rather than at the end
-                shown[path] = gallery.embedded(path)
+                shown[path] = gallery.show(path, picture if path.suffix == ".png" else None)
 
     draw.draw_pictures(config, lora, batches, manifest.kept(), save)
     return shown
 
 
-def _publish(manifest: _Manifest, shown: dict[Path, gallery.Attributes]) -> None:
+def _publish(manifest: _Manifest, shown: dict[Path, gallery.Shown]) -> None:
     """Contact sheet, page and the whole manifest, over all finished pictures."""
     folder, config = manifest.folder, manifest.config
     measured = [row.get("refining", {}) for row in manifest.write()]
@@ -261,9 +279,11 @@ def _publish(manifest: _Manifest, shown: dict[Path, gallery.Attributes]) -> None
         before = next((path for path in (kept, files.get(False)) if path and path.exists()), None)
         cards.append(Card(design, files[config.refine], before if config.refine else None, **changes, warning=warning))
     with ThreadPoolExecutor() as pool:  # Pillow works without Python's lock
-        small = list(pool.map(gallery.thumbnail, [card.file for card in cards]))
-        sheet = pool.submit(gallery.contact_sheet, small)
-        page = gallery.page(folder.name, cards, recipes.without_folders(manifest.recipe), shown)
+        older = [card.file for card in cards if card.file not in shown]
+        shown = shown | dict(zip(older, pool.map(gallery.show, older), strict=True))
+        sheet = pool.submit(gallery.contact_sheet, [shown[card.file].small for card in cards])
+        embedded = {path: one.attributes for path, one in shown.items()}
+        page = gallery.page(folder.name, cards, recipes.without_folders(manifest.recipe), embedded)
     write_atomically(folder / gallery.CONTACT_SHEET, sheet.result())
     write_atomically(folder / gallery.PAGE, page.encode())
 

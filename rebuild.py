@@ -45,7 +45,8 @@ def run(config: Config, dry_run: bool = False) -> Path:
     before = gallery.open_finished(original)
     again = replace(wanted, settings=recipe.without_folders(settings), lora_name=inference.lora_name(config, lora))
     places: list[Path] = []
-    import draw  # brings torch
+    with inference.importing():
+        import draw  # brings torch
 
     def finish(design: Design, base: Image.Image | None, refined: Image.Image | None, _: float | None) -> None:
         picture = refined if wanted.refined else base

@@ -208,6 +208,15 @@ def test_a_page_without_a_picture_is_refused(tmp_path: Path) -> None:
         gallery.page("x", [Card(DESIGN, tmp_path / "missing.png")], RECIPE)
 
 
+def test_a_picture_at_hand_is_shown_as_the_file_is(tmp_path: Path) -> None:
+    picture, path = gradient(1100, 700), tmp_path / "a.png"
+    picture.save(path)
+    from_file, at_hand = gallery.show(path), gallery.show(path, picture)
+    assert from_file.attributes == at_hand.attributes
+    assert from_file.small.tobytes() == at_hand.small.tobytes()
+    assert from_file.small.size == (320, 204)
+
+
 @pytest.mark.parametrize(("side", "comment", "as_it_is"), [(64, b"", True), (64, b"recipe", False), (1100, b"", False)])
 def test_a_small_jpeg_is_shown_as_it_is_but_without_a_recipe(
     tmp_path: Path, side: int, comment: bytes, as_it_is: bool

@@ -108,6 +108,15 @@ def test_torch_is_not_loaded_before_it_is_needed(arguments: list[str], code: int
     assert done.stdout.splitlines()[-1] == f"code {code} loaded []", done.stderr
 
 
+def test_garbage_is_not_searched_for_in_what_was_imported() -> None:
+    code = (
+        "import gc, inference\nwith inference.importing():\n    import torch\n"
+        "print(gc.get_freeze_count() > 50_000, gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
 def test_a_prompt_and_a_photo_in_any_language(tmp_path: Path) -> None:
     [photo] = jpgs(tmp_path / "große Häkelei 🧵", 1)
     photo.rename(photo.with_name("spitze ü 🌸.jpg"))
