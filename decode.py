@@ -93,7 +93,9 @@ def _decode(vae: AutoencoderKL, latents: Tensor, latents_finite: bool) -> Decode
     levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
     on_gpu = vae.device.type == "cuda"
     levels, finite = (value.to("cpu", non_blocking=on_gpu) for value in (levels, pixels.isfinite().all()))
-    arrived = torch.cuda.current_stream().record_event() if on_gpu else None
+    arrived = torch.cuda.Event(blocking=True) if on_gpu else None  # a thread that waits for it leaves the CPU alone
+    if arrived:
+        arrived.record()
 
     def picture() -> Image.Image:
         if arrived:

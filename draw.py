@@ -5,9 +5,9 @@ The denoising is diffusers' own pipelines', each given the one model it needs an
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -36,22 +36,27 @@ logger = logging.getLogger(__name__)
 MOST_AT_ONCE = 4  # more make a picture no faster: 27.5 ms a step for each of 4 at 1024² on an H100, 30 for one alone
 # Of a GPU's memory in 16 bits: the UNet with what else is needed, and a picture with guidance by a million of pixels.
 _UNET_BYTES, _PICTURE_BYTES = 7 * 2**30, 2**29
-_ROOM = 16  # where so many pictures would fit, the VAE may work beside the last UNet: not on a T4, but on an L4
+_ROOM = 12  # pictures that the VAE takes the place of, at most, where it works beside a UNet
 
 
 def pictures_at_once(config: Config) -> int:
     """The size of batches that pays and fits on this machine's device."""
-    return max(1, min(MOST_AT_ONCE, int(_fitting(config))))
+    return max(1, min(MOST_AT_ONCE, _fitting(config)))
 
 
-def _fitting(config: Config) -> float:
-    """How many pictures would fit beside a UNet on this machine's device; 1 where it is not a GPU."""
+def _has_room(config: Config, batch_size: int) -> bool:
+    """Whether the VAE can work beside a UNet: at 1024² in bf16 on 22 GiB, but not on a T4."""
+    return _fitting(config) >= batch_size + _ROOM
+
+
+def _fitting(config: Config) -> int:
+    """How many pictures would fit beside a UNet in what is free of a GPU's memory now; 1 on other devices."""
     device = models.pick_device()
     if device.type != "cuda":
-        return 1.0
+        return 1
     free, _ = torch.cuda.mem_get_info()
     by_format = models.pick_dtype(config.mixed_precision, device).itemsize / 2
-    return (free / by_format - _UNET_BYTES) / (_PICTURE_BYTES * config.width * config.height / 1e6)
+    return int((free / by_format - _UNET_BYTES) // (_PICTURE_BYTES * config.width * config.height / 1e6))
 
 
 def draw_pictures(
@@ -85,7 +90,9 @@ def _draw_in_phases(
     base_files, refined_files = (
         [kept / f"{kind}_{batch[0].index:03d}.safetensors" for batch in batches] for kind in ("base", "refined")
     )
-    roomy = _fitting(config) >= _ROOM
+    last_files = refined_files if config.refine else base_files
+    # Whether pictures are saved while the last UNet is at work; asked before anything is on the GPU.
+    meanwhile = _has_room(config, len(batches[0])) and not all(file.exists() for file in last_files)
     both = embeddings.for_both(config, prompts, lora, device, dtype)
     for_base, for_refiner = (one.to(device, dtype) for one in both)
     free(device)
@@ -99,30 +106,41 @@ def _draw_in_phases(
     def draw(unet: UNet2DConditionModel, number: int, on_step: Callable[[], object]) -> Tensor:
         return base_latents(unet, scheduler, for_base.rows(rows[number]), seeds[number], config, on_step)
 
-    def refine(unet: UNet2DConditionModel, number: int, on_step: Callable[[], object]) -> Tensor:
-        conditions = for_refiner.rows(rows[number])
-        return refined_latents(unet, vae, scheduler, conditions, begun[number], seeds[number], config, on_step)
-
-    base: Iterable[Tensor] = _phase("drawing", base_steps, base_files, load_base, draw)
+    last = _phase("drawing", base_steps, base_files, load_base, draw)
+    base: Iterable[Tensor] = last if meanwhile and not config.refine else list(last)
+    vae = models.load_vae(config, device, dtype, drawing=True)
     refined: Iterable[Tensor | None] = [None] * len(batches)
     if config.refine:
-        base = list(base)  # its UNet goes before the refiner's comes
-        begun = [latents[0].to(device) for latents in base]  # all now: later, copying would wait for the GPU's work
+        begun = [unfinished.to(device, dtype) for unfinished, _ in base]  # now: later, copying waits for the GPU's work
+
+        def refine(unet: UNet2DConditionModel, number: int, on_step: Callable[[], object]) -> Tensor:
+            conditions = for_refiner.rows(rows[number])
+            return refined_latents(unet, vae, scheduler, conditions, begun[number], seeds[number], config, on_step)
+
         load_refiner = partial(_load_unet, config, config.refiner_model, device, dtype)
-        refined = _phase("refining", refiner_steps, refined_files, load_refiner, refine)
-    vae = models.load_vae(config, device, dtype, drawing=True)
-    if not roomy:
-        base, refined = list(base), list(refined)
+        last = _phase("refining", refiner_steps, refined_files, load_refiner, refine)
+        refined = last if meanwhile else list(last)
     fast_unet.make_decoder_fast(vae)
-    with (
-        decode.saving(vae, config, finish) as save,
-        tqdm(total=sum(map(len, batches)), desc="saving", unit="picture", disable=roomy) as bar,  # beside another one
-    ):
-        for batch, before, after in zip(batches, base, refined, strict=True):
-            save(batch, before[1], after)
-            bar.update(len(batch))
+    with closing(last):
+        _save_all(config, vae, batches, zip(base, refined, strict=True), finish, quiet=meanwhile)
     if memory := models.peak_memory(device):
         logger.info(memory)
+
+
+def _save_all(
+    config: Config, vae: AutoencoderKL, batches: Sequence[Sequence[Design]],
+    latents: Iterable[tuple[Tensor, Tensor | None]], finish: decode.Finish, quiet: bool,
+) -> None:  # fmt: skip
+    """Decode the latents of base and refiner and finish their pictures; `quiet` where another bar is on the screen."""
+    with tqdm(total=sum(map(len, batches)), desc="saving", unit="picture", disable=quiet) as bar:
+
+        def finish_and_tell(*picture: Any) -> None:
+            finish(*picture)
+            bar.update()
+
+        with decode.saving(vae, config, finish_and_tell) as save:
+            for batch, ((_, finished), refined) in zip(batches, latents, strict=True):
+                save(batch, finished, refined)
 
 
 def _load_unet(
@@ -142,39 +160,41 @@ def _phase(
     files: Sequence[Path],
     load: Callable[[], UNet2DConditionModel],
     make: Callable[[UNet2DConditionModel, int, Callable[[], object]], Tensor],
-) -> Iterator[Tensor]:
-    """The latents of each batch, on the CPU, from its file if an earlier run has made it; at the end the UNet is freed.
+) -> Generator[Tensor, None, None]:
+    """The latents of each batch in turn, on the CPU, from its file if an earlier run has made it.
 
-    They are given, and written to their files, while the next ones are made.
+    Each is given, and written to its file, once the next one has been ordered. At the end, or when this is closed, the
+    UNet is freed.
     """
-    before = [_read(file) for file in files]
-    missing = sum(value is None for value in before)
+    kept = [_read(file) for file in files]
+    missing = sum(value is None for value in kept)
     if not missing:
-        yield from (value for value in before if value is not None)
+        yield from (value for value in kept if value is not None)
         return
     unet = load()
-    done = (len(files) - missing) * steps
-    ready: list[Callable[[], Tensor]] = []
-    with tqdm(total=len(files) * steps, initial=done, desc=name, unit="step") as bar, ThreadPoolExecutor(1) as pool:
-        for number, (file, value) in enumerate(zip(files, before, strict=True)):
-            if value is None:
-                made = make(unet, number, bar.update)
+    device, done = unet.device, (len(files) - missing) * steps
+    try:
+        previous: Future[Tensor] | None = None
+        with tqdm(total=len(files) * steps, initial=done, desc=name, unit="step") as bar, ThreadPoolExecutor(1) as pool:
+            for number, (file, value) in enumerate(zip(files, kept, strict=True)):
+                made = make(unet, number, bar.update) if value is None else value
                 if made.device.type != "cuda":  # others may be used by one thread only
                     made = made.cpu()
-                ready.append(pool.submit(_keep, made, file).result)
-            else:
-                ready.append(value.cpu)
-            if number:
-                yield ready[-2]()  # a full disk is told now
-        yield ready[-1]()
-    device = unet.device
-    del unet
-    free(device)
+                current = pool.submit(_keep, made, file if value is None else None)
+                if previous:
+                    yield previous.result()  # a full disk is told now
+                previous = current
+            if previous:
+                yield previous.result()
+    finally:
+        del unet
+        free(device)
 
 
-def _keep(latents: Tensor, file: Path) -> Tensor:
+def _keep(latents: Tensor, file: Path | None) -> Tensor:
     latents = latents.cpu()
-    write_atomically(file, save({"made": latents}))
+    if file:
+        write_atomically(file, save({"made": latents}))
     return latents
 
 
@@ -308,7 +328,7 @@ def refined_latents(
     return pipeline(
         **embeddings,
         **flow,
-        image=latents.to(unet.device, unet.dtype),
+        image=latents,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         aesthetic_score=config.aesthetic_score,

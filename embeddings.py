@@ -28,10 +28,10 @@ class Embeddings:
     def rows(self, index: Sequence[int]) -> dict[str, Tensor]:
         """One row for each picture of a batch, as keyword arguments of a pipeline; without waiting for a GPU."""
         return {
-            name: value.expand(len(index), *value.shape[1:])
-            if name.startswith("negative")
-            else torch.stack([value[row] for row in index])
-            for name, value in vars(self).items()
+            "prompt_embeds": torch.stack([self.prompt_embeds[row] for row in index]),
+            "pooled_prompt_embeds": torch.stack([self.pooled_prompt_embeds[row] for row in index]),
+            "negative_prompt_embeds": self.negative_prompt_embeds.expand(len(index), -1, -1),
+            "negative_pooled_prompt_embeds": self.negative_pooled_prompt_embeds.expand(len(index), -1),
         }
 
 

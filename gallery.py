@@ -21,7 +21,7 @@ from image_files import BROKEN
 CONTACT_SHEET, PAGE, MANIFEST = "contact_sheet.png", "gallery.html", "manifest.json"
 SIDE, SHOWN = 320, 1024  # pixels of a picture's longer side, at most, on the contact sheet and on the page
 # Of zlib's ways: lace at 1024² takes 7 % more bytes than by the usual one, and a third of the time.
-PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}
+PNG_OPTIONS = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 Attributes = dict[str, str | int]  # of an element of HTML
 
 
@@ -73,7 +73,7 @@ def open_finished(path: Path) -> Image.Image:
         raise UserError(f"{path} is not a whole picture: {advice}") from error
 
 
-def show(path: Path, picture: Image.Image | None = None) -> Shown:
+def as_shown(path: Path, picture: Image.Image | None = None) -> Shown:
     """A finished picture for page and contact sheet; `picture` is what the file holds, if that is at hand."""
     picture = picture or open_finished(path)
     return Shown(embedded(path, picture), _shrink(picture, SIDE))
@@ -91,7 +91,7 @@ def contact_sheet(pictures: Sequence[Image.Image], side: int = SIDE, gap: int = 
         top = gap + position // columns * (side + gap) + (side - small.height) // 2
         sheet.paste(small, (left, top))
     content = io.BytesIO()
-    sheet.save(content, format="PNG", **PNG)
+    sheet.save(content, format="PNG", **PNG_OPTIONS)
     return content.getvalue()
 
 
@@ -121,10 +121,10 @@ def page(title: str, cards: Sequence[Card], recipe: dict[str, Any], made: dict[P
 
 
 def embedded(path: Path, picture: Image.Image | None = None) -> Attributes:
-    """A picture as the attributes of an <img> that needs no file; for `picture` see `show`."""
+    """A picture as the attributes of an <img> that needs no file; for `picture` see `as_shown`."""
     picture = picture or open_finished(path)
     small, content = _shrink(picture, SHOWN), io.BytesIO()
-    if small.size == picture.size and _is_plain_jpeg(path):
+    if small.size == picture.size and path.suffix == ".jpg" and not _has_comment(path):
         content.write(path.read_bytes())
     else:
         small.save(content, format="JPEG", quality=88, comment=b"")
@@ -132,9 +132,9 @@ def embedded(path: Path, picture: Image.Image | None = None) -> Attributes:
     return {"src": source, "width": small.width, "height": small.height}
 
 
-def _is_plain_jpeg(path: Path) -> bool:
-    with Image.open(path) as file:
-        return file.format == "JPEG" and "comment" not in file.info
+def _has_comment(path: Path) -> bool:
+    with Image.open(path) as picture:
+        return "comment" in picture.info
 
 
 def _csp_hash(content: str) -> str:

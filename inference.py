@@ -180,9 +180,9 @@ def _is_drawn(folder: Path, design: Design, config: Config) -> bool:
 def importing() -> Iterator[None]:
     """For the import of draw.py, and with it torch: what libraries define stays, and is not searched for garbage.
 
-    That takes 1.5 s of 7.7 while importing, and a quarter of a second each time that a model is freed.
+    The search took 1.5 s of the 7.7 of importing, and a quarter of a second each time that a model was freed.
     """
-    if "torch" in sys.modules:  # in a notebook
+    if "torch" in sys.modules or not gc.isenabled():  # another program's process, whose objects are not ours to keep
         yield
         return
     gc.disable()
@@ -262,7 +262,8 @@ def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> dict[Path, 
             own = Recipe(design, is_refined, batch_of[design], settings, known_as)
             recipes.save_picture(path, picture, own)
             if is_refined == config.refine:  # now, while the GPU is at work, rather than at the end
-                shown[path] = gallery.show(path, picture if path.suffix == ".png" else None)
+                at_hand = picture if path.suffix == ".png" else None  # a JPEG is not what it was made from
+                shown[path] = gallery.as_shown(path, at_hand)
 
     draw.draw_pictures(config, lora, batches, manifest.kept(), save)
     return shown
@@ -280,7 +281,7 @@ def _publish(manifest: _Manifest, shown: dict[Path, gallery.Shown]) -> None:
         cards.append(Card(design, files[config.refine], before if config.refine else None, **changes, warning=warning))
     with ThreadPoolExecutor() as pool:  # Pillow works without Python's lock
         older = [card.file for card in cards if card.file not in shown]
-        shown = shown | dict(zip(older, pool.map(gallery.show, older), strict=True))
+        shown = shown | dict(zip(older, pool.map(gallery.as_shown, older), strict=True))
         sheet = pool.submit(gallery.contact_sheet, [shown[card.file].small for card in cards])
         embedded = {path: one.attributes for path, one in shown.items()}
         page = gallery.page(folder.name, cards, recipes.without_folders(manifest.recipe), embedded)

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from config import UserError
 from data_utils import write_atomically
-from gallery import PNG, Design
+from gallery import PNG_OPTIONS, Design
 from image_files import BROKEN
 
 # A1111's names; another one stays as diffusers has it.
@@ -48,7 +48,7 @@ def save_picture(path: Path, picture: Image.Image, recipe: Recipe) -> None:
         text = PngImagePlugin.PngInfo()
         text.add_itxt("parameters", theirs)
         text.add_itxt(TEXT, _as_json(recipe, recipe.batch))
-        picture.save(content, format="PNG", pnginfo=text, **PNG)
+        picture.save(content, format="PNG", pnginfo=text, **PNG_OPTIONS)
     else:
         ours = (_as_json(recipe, batch).encode() for batch in (recipe.batch, [recipe.design]))
         comment = next((one for one in ours if len(one) < _MOST_BYTES), b"")

@@ -276,7 +276,7 @@ def draw_samples(run: Run, step: int) -> None:
         run.learner.train()
     path = run.folder / "samples" / f"step-{step:06d}.png"
     path.parent.mkdir(exist_ok=True)
-    data_utils.write_atomically(path, gallery.contact_sheet(pictures))
+    data_utils.write_atomically(path, gallery.contact_sheet(pictures, side=512))
 
 
 def sample_pictures(run: Run) -> list[Image.Image]:

@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 import threading
+import weakref
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,7 @@ def test_announced_steps_are_made(settings: Make, flow: str, steps: int, monkeyp
             super().close()
 
     monkeypatch.setattr(draw, "tqdm", Counting)
+    monkeypatch.setattr(draw, "_ROOM", 10**6)
     drawn(settings(refiner_flow=flow, num_inference_steps=steps), None, [1, 2])
     assert made == {"drawing": 0, "refining": 0, "saving": 0}
 
@@ -197,6 +199,92 @@ def test_pictures_are_saved_while_others_are_refined(settings: Make, monkeypatch
     with tempfile.TemporaryDirectory() as kept:
         draw.draw_pictures(settings(), None, [[Design(index, PROMPT, 1)] for index in range(3)], Path(kept), finish)
     assert seen == [False, False, True]
+
+
+@pytest.mark.parametrize("changes", [{}, {"refine": False}, {"refiner_flow": "ensemble", "save_base": True}])
+def test_pictures_are_the_same_if_saved_meanwhile(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(draw, "_ROOM", 10**6)
+    afterwards = drawn(settings(**changes), None, [1, 2, 3])
+    monkeypatch.setattr(draw, "_ROOM", 0)
+    meanwhile = drawn(settings(**changes), None, [1, 2, 3])
+    assert afterwards.keys() == meanwhile.keys()
+    assert all(difference(afterwards[key], meanwhile[key]) == 0 for key in afterwards)
+
+
+@pytest.mark.parametrize("refine", [True, False])
+def test_a_full_disk_while_others_are_refined_ends_the_phase(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, refine: bool
+) -> None:
+    load, unets, open_bars = draw._load_unet, list[Any](), set[str]()
+
+    class Bar(draw.tqdm):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            if not named.get("disable"):
+                open_bars.add(named["desc"])
+
+        def close(self) -> None:
+            super().close()
+            open_bars.discard(getattr(self, "desc", ""))  # one that is not shown has none
+
+    def noted(*given: Any) -> Any:
+        unet = load(*given)
+        unets.append(weakref.ref(unet))
+        return unet
+
+    def full(*_: Any) -> None:
+        assert open_bars
+        raise OSError(errno.ENOSPC, "no space")
+
+    for place, name, value in (
+        (draw, "_ROOM", 0), (draw, "_load_unet", noted), (draw, "tqdm", Bar), (decode.os, "cpu_count", lambda: 1),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, value)
+    batches = [[Design(index, PROMPT, 1)] for index in range(4)]
+    with tempfile.TemporaryDirectory() as kept, pytest.raises(OSError, match="no space") as told:
+        draw.draw_pictures(settings(refine=refine), None, batches, Path(kept), full)
+    assert told.tb  # what holds on to its frames, as a notebook does
+    assert not open_bars
+    assert [unet() for unet in unets] == [None] * (2 if refine else 1)
+
+
+@pytest.mark.parametrize(
+    ("free", "dtype", "side", "at_once", "meanwhile"),
+    [
+        (78.0, torch.bfloat16, 1024, 4, True),
+        (22.0, torch.bfloat16, 1024, 4, True),  # an L4
+        (22.0, torch.bfloat16, 1536, 4, False),
+        (22.0, torch.float32, 1024, 4, False),
+        (14.6, torch.float16, 1024, 4, False),  # a T4
+        (8.3, torch.float16, 1024, 2, False),
+        (7.0, torch.bfloat16, 1024, 1, False),
+    ],
+)
+def test_batches_and_room_by_memory(
+    monkeypatch: pytest.MonkeyPatch, free: float, dtype: torch.dtype, side: int, at_once: int, meanwhile: bool
+) -> None:
+    monkeypatch.setattr(models, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(models, "pick_dtype", lambda *_: dtype)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**30), 80 * 2**30))
+    config = Config(width=side, height=side)
+    assert draw.pictures_at_once(config) == at_once
+    assert draw._has_room(config, at_once) == meanwhile
+    assert not draw._has_room(config, 200)
+
+
+def test_each_picture_of_a_batch_is_of_its_own_prompt(settings: Make) -> None:
+    together: Pictures = {}
+    batch = [Design(0, PROMPT, 1), Design(1, "red dots", 2)]
+    with tempfile.TemporaryDirectory() as kept:
+        draw.draw_pictures(
+            settings(refine=False), None, [batch], Path(kept),
+            lambda design, base, *_: together.update({(design.seed, False): base}),
+        )  # fmt: skip
+    for design in batch:
+        alone = drawn(settings(refine=False), None, [design.seed], prompt=design.prompt)
+        assert difference(alone[design.seed, False], together[design.seed, False]) <= 2
 
 
 @pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "UniPCMultistepScheduler"])

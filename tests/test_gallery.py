@@ -208,13 +208,18 @@ def test_a_page_without_a_picture_is_refused(tmp_path: Path) -> None:
         gallery.page("x", [Card(DESIGN, tmp_path / "missing.png")], RECIPE)
 
 
-def test_a_picture_at_hand_is_shown_as_the_file_is(tmp_path: Path) -> None:
-    picture, path = gradient(1100, 700), tmp_path / "a.png"
+@pytest.mark.parametrize(
+    ("width", "height", "small"), [(1100, 700, (320, 204)), (1024, 1024, (320, 320)), (64, 32, (64, 32))]
+)
+def test_a_picture_at_hand_is_shown_as_the_file_is(
+    tmp_path: Path, width: int, height: int, small: tuple[int, int]
+) -> None:
+    picture, path = gradient(width, height), tmp_path / "a.png"
     picture.save(path)
-    from_file, at_hand = gallery.show(path), gallery.show(path, picture)
+    from_file, at_hand = gallery.as_shown(path), gallery.as_shown(path, picture)
     assert from_file.attributes == at_hand.attributes
     assert from_file.small.tobytes() == at_hand.small.tobytes()
-    assert from_file.small.size == (320, 204)
+    assert from_file.small.size == small
 
 
 @pytest.mark.parametrize(("side", "comment", "as_it_is"), [(64, b"", True), (64, b"recipe", False), (1100, b"", False)])
