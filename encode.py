@@ -18,7 +18,7 @@ import batches
 import cache
 import class_pictures
 import decode
-import draw
+import denoise
 import image_files
 import latents
 import models
@@ -79,7 +79,7 @@ def encode(
     else:
         embed_preview = partial(_same, embed_preview())
         del text_encoders, encode_prompts, embed
-        draw.free(device)
+        models.free(device)
 
     contents = {Path(path): job["contents"][path] for path in job["captions"]}
     encoded = _encode_pictures(config, contents, image_files.formats(config.image_extensions), accelerator, dtype)
@@ -109,7 +109,7 @@ def _encode_pictures(
     load_vae = partial(models.load_vae, config, device, dtype)
     with accelerator.local_main_process_first():  # the others find what it has kept
         encoded = latents.encode_pictures(load_vae, contents, shapes, config.random_flip, kinds, depends_on)
-    draw.free(device)
+    models.free(device)
     return encoded
 
 
@@ -133,14 +133,14 @@ def _draw_class(
     config = replace(config, refine=False)
     unet = models.load_unet(config.pretrained_model, config.variant, device, dtype, config.attention)
     vae = models.load_vae(config, device, dtype)
-    scheduler = draw.make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
+    scheduler = denoise.make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
     row = conditions.to(device, dtype).rows([0])
     for path, number in tqdm(files.items(), desc="drawing the class", unit="picture"):
         seed = batches.stream_seed(config.seed, "class", number)
-        drawn = draw.base_latents(unet, scheduler, row, [seed], config)[0]
+        drawn = denoise.base_latents(unet, scheduler, row, [seed], config)[0]
         content = io.BytesIO()
         decode.decode(vae, drawn)[0].save(content, format="PNG")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content.getvalue())  # one by one, so that a stop costs one
     del unet, vae
-    draw.free(device)
+    models.free(device)

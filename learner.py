@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import draw
+import models
 import supervise
 from batches import Batch
 from captured import Captured, CaptureError
@@ -171,7 +171,7 @@ class Learner:
     def forget_graphs(self) -> bool:
         """Give back the memory that graphs keep between steps, if there are any; the next step makes them anew."""
         had_any = self.captured is not None and self.captured.forget()
-        draw.free(self.device)
+        models.free(self.device)
         return had_any
 
     def _checkpoint(self) -> None:

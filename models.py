@@ -4,6 +4,7 @@ Nothing here loads more than it is asked for, so that no two big models need be 
 """
 
 import ctypes
+import gc
 import logging
 import sys
 from collections.abc import Iterable
@@ -270,6 +271,13 @@ def warn_of_long(texts: Iterable[str], tokenizer: CLIPTokenizer) -> None:
 def too_long(prompt: str, tokenizer: CLIPTokenizer) -> bool:
     """Whether the encoders see only the start of the prompt (77 tokens with start and end)."""
     return len(tokenizer(prompt).input_ids) > tokenizer.model_max_length
+
+
+def free(device: torch.device) -> None:
+    """Give the memory of models that are no longer referenced back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory(device: torch.device) -> str:

@@ -30,7 +30,7 @@ import batches
 import checkpoint
 import data_utils
 import decode
-import draw
+import denoise
 import gallery
 import lora_weights
 import models
@@ -294,7 +294,7 @@ def sample_pictures(run: Run) -> list[Image.Image]:
 def _drawn(run: Run, at_once: int) -> list[Image.Image]:
     config = replace(run.config, width=run.config.resolution, height=run.config.resolution, refine=False)
     embeddings = run.preview.embed().to(run.unet.device, run.unet.dtype)
-    scheduler = draw.make_scheduler(config.scheduler, run.noise_scheduler.config)
+    scheduler = denoise.make_scheduler(config.scheduler, run.noise_scheduler.config)
     seeds = [config.seed + index for index in range(config.num_validation_images)]
     vae = run.preview.vae.to(run.accelerator.device)
     pictures = []
@@ -302,7 +302,7 @@ def _drawn(run: Run, at_once: int) -> list[Image.Image]:
         some = seeds[start : start + at_once]
         with run.learner.autocast():
             conditions = embeddings.rows([0] * len(some))
-            latents, _ = draw.base_latents(run.unet, scheduler, conditions, some, config)
+            latents, _ = denoise.base_latents(run.unet, scheduler, conditions, some, config)
         pictures += decode.decode(vae, latents)
     return pictures
 

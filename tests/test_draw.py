@@ -24,6 +24,7 @@ from diffusers import (
 from PIL import Image, ImageChops
 
 import decode
+import denoise
 import draw
 import lora_weights
 import models
@@ -162,7 +163,7 @@ def test_refining_can_be_left_out(settings: Make) -> None:
 
 def test_refiner_noise_is_not_the_noise_the_picture_began_as() -> None:
     begun, refined = (
-        torch.randn(64, generator=make([5])[0]) for make in (draw.base_generators, draw.refiner_generators)
+        torch.randn(64, generator=make([5])[0]) for make in (denoise.base_generators, denoise.refiner_generators)
     )
     assert not torch.allclose(begun, refined)
 
@@ -184,7 +185,7 @@ def test_announced_steps_are_made(settings: Make, flow: str, steps: int, monkeyp
 
 def test_pictures_are_saved_while_others_are_refined(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draw, "_ROOM", 0)
-    refined_latents, first_is_saved = draw.refined_latents, threading.Event()
+    refined_latents, first_is_saved = denoise.refined_latents, threading.Event()
     seen: list[bool] = []
 
     def refine(*given: Any) -> torch.Tensor:
@@ -195,7 +196,7 @@ def test_pictures_are_saved_while_others_are_refined(settings: Make, monkeypatch
         if design.index == 0:
             first_is_saved.set()
 
-    monkeypatch.setattr(draw, "refined_latents", refine)
+    monkeypatch.setattr(denoise, "refined_latents", refine)
     with tempfile.TemporaryDirectory() as kept:
         draw.draw_pictures(settings(), None, [[Design(index, PROMPT, 1)] for index in range(3)], Path(kept), finish)
     assert seen == [False, False, True]
@@ -299,8 +300,8 @@ def test_a_base_without_a_step_is_refused_before_anything_is_loaded(
 def test_a_solver_is_of_the_kind_that_its_name_stands_for(tiny: Path) -> None:
     said = EulerDiscreteScheduler.from_pretrained(tiny / "base" / "scheduler").config
     said = {**said, "algorithm_type": "dpmsolver", "predict_x0": False}
-    assert draw.make_scheduler("DPMSolverMultistepScheduler", said).config.algorithm_type == "dpmsolver++"
-    assert draw.make_scheduler("UniPCMultistepScheduler", said).config.predict_x0
+    assert denoise.make_scheduler("DPMSolverMultistepScheduler", said).config.algorithm_type == "dpmsolver++"
+    assert denoise.make_scheduler("UniPCMultistepScheduler", said).config.predict_x0
 
 
 def test_nothing_is_called_refined_that_is_not(settings: Make, tiny: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import denoise
 import draw
 import fast_unet
 import models
@@ -111,7 +112,7 @@ def drawn_in_parts(config: Config, seeds: list[int], stop_at: int, kept: Path) -
     """As `drawn`, by a run that is stopped at its n-th batch, and one that goes on."""
     groups = [[Design(index, "lace", seed)] for index, seed in enumerate(seeds)]
     calls = 0
-    real = {name: getattr(draw, name) for name in ("base_latents", "refined_latents")}
+    real = {name: getattr(denoise, name) for name in ("base_latents", "refined_latents")}
 
     def counted(name: str):  # type: ignore[no-untyped-def]
         def call(*arguments: object, **named: object) -> torch.Tensor:
@@ -130,7 +131,7 @@ def drawn_in_parts(config: Config, seeds: list[int], stop_at: int, kept: Path) -
 
     with pytest.MonkeyPatch.context() as patch:
         for name in real:
-            patch.setattr(draw, name, counted(name))
+            patch.setattr(denoise, name, counted(name))
         with pytest.raises(KeyboardInterrupt):
             draw.draw_pictures(config, None, groups, kept, finish)
         assert len(list(kept.iterdir())) == stop_at - 1

@@ -26,7 +26,7 @@ import batches
 import checkpoint
 import class_pictures
 import data_utils
-import draw
+import denoise
 import image_files
 import lora_weights
 import models
@@ -524,14 +524,14 @@ def test_sample_pictures_without_memory_are_drawn_one_by_one_or_not_at_all(
 ) -> None:
     config = settings(max_train_steps=2, validation_steps=2, num_validation_images=3, train_batch_size=2)
     train_here(replace(config, lora_output_dir=str(tmp_path / "plenty")))
-    drawn = draw.base_latents
+    drawn = denoise.base_latents
 
     def scarce(*arguments: Any) -> torch.Tensor:
         if len(arguments[3]) > most:  # seeds
             raise torch.OutOfMemoryError("CUDA out of memory")
         return drawn(*arguments)
 
-    monkeypatch.setattr(draw, "base_latents", scarce)
+    monkeypatch.setattr(denoise, "base_latents", scarce)
     train_here(config)
     grids = [tmp_path / run / "samples" / "step-000002.png" for run in ("plenty", "lora")]
     if most:
