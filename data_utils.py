@@ -1,17 +1,18 @@
 """The folder of pictures: finding them, the annotations that training reads, the report; and writing files whole."""
 
 import hashlib
-import itertools
 import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import DISK_OR_DRIVE, IMAGE_EXTENSIONS, UserError
-from image_files import Picture
+from lace_lora.config import IMAGE_EXTENSIONS
+from lace_lora.errors import DISK_OR_DRIVE, UserError
+from lace_lora.files import write_atomically
+from lace_lora.pictures.image_files import Picture, _visible, named_as_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -35,26 +36,6 @@ def list_images(image_dir: str | Path, extensions: Collection[str] = frozenset({
         UserError: the folder is missing or cannot be read.
     """
     return [path for path in named_as_pictures(image_dir, extensions) if not path.is_dir()]
-
-
-def named_as_pictures(image_dir: str | Path, extensions: Collection[str]) -> list[Path]:
-    """Everything with a picture's name, folders too, so that `check_pictures` can say why it is passed over."""
-    wanted = {extension.lower() for extension in extensions} - {".txt"}
-    return [path for path in _visible(image_dir) if path.suffix.lower() in wanted]
-
-
-def _visible(image_dir: str | Path) -> list[Path]:
-    try:
-        with os.scandir(image_dir) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.name[0] != ".")
-    except FileNotFoundError:
-        raise UserError(
-            f"{image_dir}: there is no such folder; set images_dir to the folder of your pictures"
-        ) from None
-    except NotADirectoryError:
-        raise UserError(f"{image_dir}: is a file; set images_dir to the folder of your pictures") from None
-    except OSError as error:
-        raise UserError(f"{image_dir}: cannot be read ({error.strerror})", DISK_OR_DRIVE) from error
 
 
 def plan_annotations(
@@ -82,17 +63,25 @@ def create_annotations(
 ) -> Path:
     r"""Write `annotations.txt`, a line `<image_path>\t<prompt>` for every picture, and return its path.
 
-    A caption file beside a picture (`lace_001.txt`) takes the prompt's place. A file that is not ours, or that was
-    edited by hand, is left as it is. The file lies in `image_dir`, or in `fallback_dir` where that is read-only.
+    A caption file beside a picture (`lace_001.txt`) replaces the prompt. A file that is not ours, or that was edited by
+    hand, is left as it is. The file lies in `image_dir`, or in `fallback_dir` where that is read-only.
 
     Args:
         images: the pictures to list; all of `list_images(image_dir, extensions)` unless given.
 
     Raises:
-        UserError: see `plan_annotations`; or the file cannot be written (exit 4).
+        UserError: see `plan_annotations` and `write_annotations`.
     """
     chosen = list_images(image_dir, extensions) if images is None else images
-    plan = plan_annotations(image_dir, prompt, chosen, fallback_dir or image_dir)
+    return write_annotations(plan_annotations(image_dir, prompt, chosen, fallback_dir or image_dir))
+
+
+def write_annotations(plan: Annotations) -> Path:
+    """Write what `plan_annotations` planned, unless the file is the user's own; returns its path.
+
+    Raises:
+        UserError: the file cannot be written (exit 4).
+    """
     if plan.by_user:
         logger.info("%s was written or edited by hand: it is used as it is", plan.path)
         return plan.path
@@ -162,7 +151,7 @@ def _caption(image: Path, prompt: str) -> str:
 
 def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations: Annotations, prompt: str) -> str:
     """The dataset report, one screen however many pictures there are."""
-    taken = [picture for picture in pictures if picture.taken]
+    taken = [picture for picture in pictures if picture.used]
     lines = [f"Pictures in {image_dir}: {len(taken)} taken, {len(pictures) - len(taken)} passed over"]
     if taken:
         small, large = (pick(taken, key=lambda p: p.width * p.height) for pick in (min, max))
@@ -205,7 +194,7 @@ def other_files(image_dir: str | Path, looked_at: Collection[str]) -> dict[str, 
 
 
 def report_json(pictures: Sequence[Picture]) -> str:
-    rows = [{"path": str(p.path), "taken": p.taken, "reason": p.reason or None, "width": p.width, "height": p.height}
+    rows = [{"path": str(p.path), "taken": p.used, "reason": p.reason or None, "width": p.width, "height": p.height}
             for p in pictures]  # fmt: skip
     return json.dumps({"pictures": rows}, indent=2, ensure_ascii=False) + "\n"
 
@@ -213,23 +202,3 @@ def report_json(pictures: Sequence[Picture]) -> str:
 def _few(names: Sequence[str], separator: str, most: int = 3) -> str:
     rest = f"{separator}and {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + rest
-
-
-def numbered(folder: Path, stem: str, suffix: str = "") -> Iterator[Path]:
-    """Names to choose from, without end: `stem`, `stem-2`, `stem-3` … in `folder`, each with `suffix`."""
-    yield folder / (stem + suffix)
-    for number in itertools.count(2):
-        yield folder / f"{stem}-{number}{suffix}"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that its name never stands for half of it, whatever is killed when."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -19,29 +19,18 @@ from typing import Any
 
 from PIL import Image
 
-import checkpoint
-import gallery
-import hub
-import recipe as recipes
-import refining
-import supervise
-from config import DISK_OR_DRIVE, NO_SECRETS, Config, UserError, holds_secret
-from data_utils import numbered, write_atomically
-from gallery import Card, Design
-from recipe import Recipe
+from lace_lora import errors, files
+from lace_lora.config import LORA_FILE, PICTURE, Config
+from lace_lora.drawing import refining
+from lace_lora.errors import DISK_OR_DRIVE, NO_SECRETS, UserError, holds_secret
+from lace_lora.files import numbered, write_atomically
+from lace_lora.pictures import gallery, recipe
+from lace_lora.pictures.gallery import Card
+from lace_lora.pictures.recipe import Design, Recipe
+from lace_lora.sdxl import hub
 
 logger = logging.getLogger(__name__)
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-# Settings that say what a picture looks like; together with prompts and LoRA they are its recipe.
-RECIPE_SETTINGS = (
-    "pretrained_model", "revision", "pretrained_vae", "refiner_model", "lora_scale",
-    "num_images", "width", "height", "num_inference_steps",
-    "guidance_scale", "negative_prompt", "scheduler", "seed", "mixed_precision", "refine",
-    "refiner_flow", "refiner_strength", "refiner_start", "refiner_prompt", "aesthetic_score",
-    "negative_aesthetic_score", "image_format", "save_base",
-)  # fmt: skip
-_DEFAULTS = {name: Config.__dataclass_fields__[name].default for name in RECIPE_SETTINGS}
 # Inside the output folder: latents of each phase, until all is done, and what the page shows as before refining.
 UNFINISHED, BEFORE = ".unfinished", ".before_refining"
 ADVICE = "set inference_batch_size: 1, or a smaller width and height"
@@ -55,6 +44,10 @@ def run(config: Config, dry_run: bool = False) -> Path:
     Raises:
         UserError: whatever the user can mend, with its exit code.
     """
+    if config.rebuild:
+        from lace_lora.drawing import rebuild
+
+        return rebuild.run(config, dry_run)
     prompts = read_prompts(config)
     if len(prompts) > config.num_images:
         left_over = len(prompts) - config.num_images
@@ -76,10 +69,10 @@ def run(config: Config, dry_run: bool = False) -> Path:
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            with supervise.sole_use(folder):
+            with files.lock_for_one_run(folder):
                 if choose_folder(Path(config.output_dir), recipe) != folder:
                     raise UserError(f"another run has just drawn into {folder}: run the same command again")
-                checkpoint.sweep(folder)
+                files.remove_unfinished(folder)
                 manifest = _Manifest(folder, recipe, designs, config)
                 shown = {}
                 if missing():
@@ -87,8 +80,8 @@ def run(config: Config, dry_run: bool = False) -> Path:
                 _publish(manifest, shown)
                 shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     except (OSError, MemoryError, RuntimeError) as error:
-        if explained := supervise.explain(error, ADVICE):
-            raise UserError(*explained) from error
+        if explained := errors.explain(error, ADVICE):
+            raise explained from error
         raise
     print(f"{len(designs)} pictures: {folder}")
     print(f"contact sheet: {folder / gallery.CONTACT_SHEET}")
@@ -130,12 +123,7 @@ def find_lora(config: Config) -> Path | None:
 
 def settings_of(config: Config, lora: Path | None) -> dict[str, Any]:
     """The part of the recipe that all pictures of a run have in common."""
-    return {name: getattr(config, name) for name in RECIPE_SETTINGS} | {"lora_sha256": _sha256(lora) if lora else None}
-
-
-def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A setting that an older version did not have was what is its default now."""
-    return _DEFAULTS | recipe
+    return config.subset(PICTURE) | {"lora_sha256": _sha256(lora) if lora else None}
 
 
 def lora_name(config: Config, lora: Path | None) -> str:
@@ -160,7 +148,7 @@ def _holds_pictures(folder: Path) -> bool:
 def _is_of(folder: Path, recipe: dict[str, Any]) -> bool:
     """Whether the folder's manifest tells of this recipe."""
     try:
-        noted = with_defaults(json.loads((folder / gallery.MANIFEST).read_text(encoding="utf-8"))["recipe"])
+        noted = json.loads((folder / gallery.MANIFEST).read_text(encoding="utf-8"))["recipe"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return bool(noted == json.loads(json.dumps(recipe)))
@@ -240,14 +228,14 @@ def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> dict[Path, 
     if not (folder / UNFINISHED).exists():  # else it may be that the base has done its part
         hub.read_ahead(config.pretrained_model, ["text_encoder", "text_encoder_2", "unet"], config.variant)
     with importing():
-        import draw  # brings torch, which takes seconds
+        from lace_lora.drawing import phases  # brings torch, which takes seconds
 
-    planned = manifest.batches(draw.pictures_at_once(config))
+    planned = manifest.batches(phases.pictures_at_once(config))
     batches = [batch for batch in planned if not all(_is_drawn(folder, one, config) for one in batch)]
     batch_of = {design: batch for batch in batches for design in batch}
     for place in (manifest.kept(), folder / BEFORE):
         place.mkdir(parents=True, exist_ok=True)
-    settings = recipes.without_folders({name: value for name, value in manifest.recipe.items() if name != "prompts"})
+    settings = recipe.without_folders({name: value for name, value in manifest.recipe.items() if name != "prompts"})
     known_as = lora_name(config, lora)
     shown: dict[Path, gallery.Shown] = {}
 
@@ -260,12 +248,12 @@ def _draw(config: Config, lora: Path | None, manifest: _Manifest) -> dict[Path, 
             picture = pictures[is_refined]
             assert picture is not None
             own = Recipe(design, is_refined, batch_of[design], settings, known_as)
-            recipes.save_picture(path, picture, own)
+            recipe.save_picture(path, picture, own)
             if is_refined == config.refine:  # now, while the GPU is at work, rather than at the end
                 at_hand = picture if path.suffix == ".png" else None  # a JPEG is not what it was made from
                 shown[path] = gallery.as_shown(path, at_hand)
 
-    draw.draw_pictures(config, lora, batches, manifest.kept(), save)
+    phases.draw_pictures(config, lora, batches, manifest.kept(), save)
     return shown
 
 
@@ -284,7 +272,7 @@ def _publish(manifest: _Manifest, shown: dict[Path, gallery.Shown]) -> None:
         shown = shown | dict(zip(older, pool.map(gallery.as_shown, older), strict=True))
         sheet = pool.submit(gallery.contact_sheet, [shown[card.file].small for card in cards])
         embedded = {path: one.attributes for path, one in shown.items()}
-        page = gallery.page(folder.name, cards, recipes.without_folders(manifest.recipe), embedded)
+        page = gallery.page(folder.name, cards, recipe.without_folders(manifest.recipe), embedded)
     write_atomically(folder / gallery.CONTACT_SHEET, sheet.result())
     write_atomically(folder / gallery.PAGE, page.encode())
 

@@ -12,13 +12,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from config import BAD_INPUT, UserError, describe
+from lace_lora.errors import BAD_INPUT, UserError, explain
 
 INSTALL = "{} is not installed: source .venv/bin/activate after make install, or pip install -r requirements.txt"
 try:
-    import drive
-    import supervise
-    from settings_file import load_config
+    from lace_lora import drive
+    from lace_lora.config import describe, load_config
 except ModuleNotFoundError as missing:
     print(f"error: {INSTALL.format(missing.name)}", file=sys.stderr)
     sys.exit(BAD_INPUT)
@@ -47,15 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         drive.ensure_mounted(config)
-        # torch takes seconds to import: not before it is known what to do, and never for a typo.
         if options.mode == "train":
             import train
 
             train.run(config, options.dry_run)
-        elif config.rebuild:
-            import rebuild
-
-            rebuild.run(config, options.dry_run)
         else:
             import inference
 
@@ -65,16 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(str(error) if stopped else f"error: {error}", file=sys.stderr)
         return error.exit_code
     except (OSError, MemoryError, RuntimeError) as error:
-        explained = supervise.explain(error, "close other programs, or choose a machine with more memory")
+        explained = explain(error, "close other programs, or choose a machine with more memory")
         if explained is None:
             raise
-        print(f"error: {explained[0]}", file=sys.stderr)
-        return explained[1]
+        print(f"error: {explained}", file=sys.stderr)
+        return explained.exit_code
     except ModuleNotFoundError as error:
         print(f"error: {INSTALL.format(error.name)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt as stop:
-        print("stopped; the same command makes what is missing", file=sys.stderr)
+        print("stopped; run the same command again to draw the rest", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)  # a notebook's process lives on

@@ -1,9 +1,8 @@
-"""`main.py --mode train`: check everything, write the annotations and the job, launch accelerate, see it through.
+"""`main.py --mode train`: check everything, write the annotations and the job, launch accelerate, wait for the end.
 
-No model is loaded here and torch is not imported: whatever can be wrong with the input is said within seconds.
+No model is loaded here and torch is not imported: whatever can be wrong with the input is told within seconds.
 """
 
-import hashlib
 import json
 import logging
 import shlex
@@ -17,81 +16,76 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-import checkpoint
-import class_pictures
 import data_utils
-import foreign_script
-import hub
-import image_files
-import launcher
-import supervise
-from config import DISK_OR_DRIVE, Config, UserError
-from image_files import Picture
-from settings_file import dump_config
+from lace_lora import files, process
+from lace_lora.config import LORA_FILE, TRAINING, Config, dump_config
+from lace_lora.errors import DISK_OR_DRIVE, UserError
+from lace_lora.pictures import image_files
+from lace_lora.pictures.image_files import Picture
+from lace_lora.sdxl import hub
+from lace_lora.training import checkpoint, class_pictures, diffusers_script, launch
+from lace_lora.training.launch import Job
 
 logger = logging.getLogger(__name__)
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-# A run cannot go on when one of these changes: it would be learning something else.
-LEARNT_SETTINGS = (
-    "pretrained_model", "revision", "resolution", "rank", "lora_alpha", "seed", "train_text_encoder", "optimizer",
-    "with_prior_preservation", "pretrained_vae", "aspect_ratio_buckets",
-)  # fmt: skip
-MOST_BAD = 0.1  # share of the pictures
-ANEW = "to start anew, set lora_output_dir to a new folder"
+MOST_SKIPPED = 0.1  # share of the pictures
+START_ANEW = "to start anew, set lora_output_dir to a new folder"
 
 
 def run(config: Config, dry_run: bool = False) -> None:
     """Train the LoRA, or go on training it, or say that it is finished. `dry_run` stops before anything is written.
 
     Raises:
-        UserError: whatever the user can mend, with its exit code.
+        UserError: whatever the user can fix, with its exit code.
     """
     if config.accelerate_config:
-        launcher.check_accelerate_config(Path(config.accelerate_config))
+        launch.check_accelerate_config(Path(config.accelerate_config))
     if config.train_script:
-        foreign_script.check(config)
-    taken, annotations = look_at_pictures(config)
-    learns = what_is_learnt(config, taken, annotations.captions)
+        diffusers_script.check(config)
+    pictures, annotations = check_dataset(config)
+    fingerprint = run_fingerprint(config, pictures, annotations.captions)
     output_dir = Path(config.lora_output_dir)
-    with nullcontext(0) if dry_run else _own(output_dir) as lock:
-        finished = finished_step(config, learns)
+    with nullcontext(0) if dry_run else _locked_output_dir(output_dir) as lock:
+        finished = finished_step(config, fingerprint)
         if finished is not None and finished >= config.max_train_steps and config.resume_from_checkpoint:
-            print(f"Finished already: {_lora_file(config)} has {finished} steps. Set max_train_steps higher to go on.")
+            print(f"Finished already: {config.lora_file} has {finished} steps. Set max_train_steps higher to go on.")
             return
-        of_class = class_pictures.pictures_there(config) if config.with_prior_preservation else {}
+        class_files = class_pictures.existing(config) if config.with_prior_preservation else {}
         if config.with_prior_preservation and not config.train_script:  # which draws its own
-            learns |= class_pictures.what_is_learnt(config, of_class)
-        resume = where_to_go_on(config, learns)
+            fingerprint |= class_pictures.fingerprint(config, class_files)
+        resume = find_resume_checkpoint(config, fingerprint)
         if finished is not None and resume is None and not config.train_script:
-            raise UserError(f"{_lora_file(config)} is finished, and no checkpoint is left to go on from: {ANEW}")
+            raise UserError(f"{config.lora_file} is finished, and no checkpoint is left to go on from: {START_ANEW}")
         if dry_run:
-            _print_plan(config, annotations, of_class, resume)
+            _print_plan(config, annotations, len(class_files), resume)
             return
         models = hub.fetch_models(replace(config, refine=False))
         with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
-            job_file, config_file = Path(folder, "job.json"), Path(folder, "accelerate.yaml")
-            command = launcher.build_command(config, config_file, job_file)
-            _write_run_files(config, taken, finished)
+            job_file, accelerate_file = Path(folder, "job.json"), Path(folder, "accelerate.yaml")
+            command = launch.build_command(config, accelerate_file, job_file)
+            _write_run_files(config, annotations, finished)
             captions = data_utils.read_annotations(annotations.path)
-            job = make_job(taken, captions, learns, resume, models)
+            job = make_job(pictures, captions, fingerprint, resume, models)
             if config.with_prior_preservation:
-                missing = class_pictures.pictures_to_draw(config, of_class)
-                job["class_pictures"] = {str(path): digest for path, digest in of_class.items()}
-                job["class_to_draw"] = {str(path): number for path, number in missing.items()}
-            job_file.write_text(json.dumps(job))
-            config_file.write_text(launcher.accelerate_settings())
-            supervise.share(lock, output_dir)
-            print(supervise.run(command, Path(folder)))
+                missing = class_pictures.to_draw(config, class_files)
+                job = replace(
+                    job,
+                    class_pictures={str(path): digest for path, digest in class_files.items()},
+                    class_to_draw={str(path): number for path, number in missing.items()},
+                )
+            job.save(job_file)
+            accelerate_file.write_text(launch.accelerate_settings())
+            files.share_lock(lock, output_dir)
+            print(process.run(command, Path(folder)))
 
 
-def look_at_pictures(config: Config) -> tuple[list[Picture], data_utils.Annotations]:
+def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations]:
     """The pictures to train on and all captions, after the report on them is printed and, if wanted, written."""
     kinds = image_files.formats(config.image_extensions)
-    images = data_utils.named_as_pictures(config.images_dir, config.image_extensions)
+    images = image_files.named_as_pictures(config.images_dir, config.image_extensions)
     pictures = image_files.check_pictures(images, config.min_image_size, kinds)
     annotations = data_utils.plan_annotations(
-        config.images_dir, config.instance_prompt, [p.path for p in pictures if p.taken], config.lora_output_dir
+        config.images_dir, config.instance_prompt, [p.path for p in pictures if p.used], config.lora_output_dir
     )
     others = [path for path in annotations.captions if path not in images]
     pictures += image_files.check_pictures(others, config.min_image_size, kinds)
@@ -103,8 +97,8 @@ def look_at_pictures(config: Config) -> tuple[list[Picture], data_utils.Annotati
 
 def _write_report(path: Path, pictures: Sequence[Picture]) -> None:
     try:
-        # A file name's broken letters become JSON's own escapes.
-        data_utils.write_atomically(path, data_utils.report_json(pictures).encode(errors="backslashreplace"))
+        # A file name's undecodable bytes become JSON's own escapes.
+        files.write_atomically(path, data_utils.report_json(pictures).encode(errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"report: {path} cannot be written ({error.strerror})", DISK_OR_DRIVE) from error
 
@@ -115,131 +109,125 @@ def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_ut
     Raises:
         UserError: they are too few, or too many of all are bad.
     """
-    good = [picture for picture in pictures if picture.taken]
+    good = [picture for picture in pictures if picture.used]
     bad = len(pictures) - len(good)
-    if bad > len(pictures) * MOST_BAD and good and not config.skip_bad_images:
+    if bad > len(pictures) * MOST_SKIPPED and good and not config.skip_bad_images:
         raise UserError(
-            f"{bad} of {len(pictures)} pictures cannot be taken: mend or remove those in the list above, "
+            f"{bad} of {len(pictures)} pictures cannot be used: fix or remove those in the list above, "
             "or set skip_bad_images: true to train without them"
         )
-    taken = [picture for picture in good if picture.path in annotations.captions]
-    if len(taken) < len(good):
-        left_out = len(good) - len(taken)
+    pictures = [picture for picture in good if picture.path in annotations.captions]
+    if len(pictures) < len(good):
+        left_out = len(good) - len(pictures)
         logger.warning("%d pictures are not in %s, which is yours: they are left out", left_out, annotations.path)
-    if not taken:
+    if not pictures:
         raise UserError("no pictures to train on: see the list above, and set images_dir or image_extensions")
-    if len(taken) < config.min_images:
+    if len(pictures) < config.min_images:
         raise UserError(
-            f"{len(taken)} pictures to train on, and min_images is {config.min_images}: see the list above, "
+            f"{len(pictures)} pictures to train on, and min_images is {config.min_images}: see the list above, "
             "add pictures, or set min_images lower"
         )
-    return taken
+    return pictures
 
 
-def what_is_learnt(config: Config, pictures: Sequence[Picture], captions: dict[Path, str]) -> dict[str, Any]:
+def run_fingerprint(config: Config, pictures: Sequence[Picture], captions: dict[Path, str]) -> dict[str, Any]:
     """All that must stay the same when a run goes on, by name; pictures and captions by the hash of their contents."""
-    learns: dict[str, Any] = {name: getattr(config, name) for name in LEARNT_SETTINGS}
-    learns["lora_alpha"] = config.alpha
+    fingerprint = config.subset(TRAINING) | {"lora_alpha": config.alpha}
     if config.with_prior_preservation:
-        learns["class_prompt"] = config.class_prompt
+        fingerprint["class_prompt"] = config.class_prompt
     if config.train_script:
-        learns["train_script"] = True
-    learns["pictures"] = _digest(sorted(picture.sha256 for picture in pictures))
-    learns["captions"] = _digest(sorted([picture.sha256, captions[picture.path]] for picture in pictures))
-    return learns
+        fingerprint["train_script"] = True
+    fingerprint["pictures"] = files.json_digest(sorted(picture.sha256 for picture in pictures))
+    fingerprint["captions"] = files.json_digest(sorted([p.sha256, captions[p.path]] for p in pictures))
+    return fingerprint
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def finished_step(config: Config, learns: dict[str, Any]) -> int | None:
+def finished_step(config: Config, fingerprint: dict[str, Any]) -> int | None:
     """How many steps the LoRA in `lora_output_dir` was trained; None when there is none.
 
     Raises:
-        UserError: it is not ours, or has learnt something else: it is never overwritten.
+        UserError: it is not ours, or was trained on something else: it is never overwritten.
     """
-    path = _lora_file(config)
+    path = config.lora_file
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-        step, learnt = int(metadata["step"]), json.loads(metadata["learns"])
+        step, trained_on = int(metadata["step"]), json.loads(metadata["learns"])
     except (SafetensorError, OSError, KeyError, ValueError):
-        raise UserError(f"{path} is there already and does not come from this program: {ANEW}") from None
-    _must_match(learnt, learns, path)
+        raise UserError(f"{path} is there already and does not come from this program: {START_ANEW}") from None
+    _must_match(trained_on, fingerprint, path)
     return step
 
 
-def where_to_go_on(config: Config, learns: dict[str, Any]) -> Path | None:
-    """The checkpoint to resume from, proven whole; None begins anew.
+def find_resume_checkpoint(config: Config, fingerprint: dict[str, Any]) -> Path | None:
+    """The checkpoint to resume from, verified; None begins anew.
 
     Raises:
-        UserError: checkpoints are there but none is whole or wanted, or they have learnt something else.
+        UserError: checkpoints are there but none is complete or wanted, or they were trained on something else.
     """
     output_dir, wanted = Path(config.lora_output_dir), config.resume_from_checkpoint
     found = checkpoint.checkpoints(output_dir)
     if not wanted:
-        if found or _lora_file(config).exists():
-            raise UserError(f"{output_dir} holds an earlier run, and resume_from_checkpoint is empty: {ANEW}")
+        if found or config.lora_file.exists():
+            raise UserError(f"{output_dir} holds an earlier run, and resume_from_checkpoint is empty: {START_ANEW}")
         return None
     if wanted == "latest":
-        folder, passed_over = checkpoint.newest(output_dir)
-        for reason in passed_over:
-            logger.warning("passed over %s", reason)
+        folder, skipped = checkpoint.newest(output_dir)
+        for reason in skipped:
+            logger.warning("skipped %s", reason)
         if found and folder is None:
-            raise UserError(f"no checkpoint in {output_dir} is whole ({'; '.join(passed_over)}): {ANEW}")
+            raise UserError(f"no checkpoint in {output_dir} is complete ({'; '.join(skipped)}): {START_ANEW}")
     else:
         folder = Path(wanted)
         if reason := checkpoint.verify(folder):
             raise UserError(f"resume_from_checkpoint: {folder} cannot be used: {reason}")
     if folder is not None:
         state = json.loads((folder / "state.json").read_text())
-        _must_match(state["learns"], learns, folder)
+        _must_match(state["learns"], fingerprint, folder)
     return folder
 
 
-def _must_match(learnt: dict[str, Any], learns: dict[str, Any], place: Path) -> None:
-    # A setting that an older version did not have was what is its default now.
-    learnt = {name: Config.__dataclass_fields__[name].default for name in LEARNT_SETTINGS} | learnt
+def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], place: Path) -> None:
     changes = [
-        f"{name} (was {learnt.get(name)}, is {value})" if name in Config.__dataclass_fields__ else name
-        for name, value in learns.items()
-        if learnt.get(name) != value
+        f"{name} (was {trained_on.get(name)}, is {value})" if hasattr(Config, name) else name
+        for name, value in fingerprint.items()
+        if trained_on.get(name) != value
     ]
     if changes:
-        raise UserError(f"{place} has learnt something else; changed: {', '.join(changes)}. Set them back, or, {ANEW}")
+        raise UserError(
+            f"{place} was trained on something else; changed: {', '.join(changes)}. Set them back, or, {START_ANEW}"
+        )
 
 
 def make_job(
     pictures: Sequence[Picture],
     captions: dict[Path, str],
-    learns: dict[str, Any],
+    fingerprint: dict[str, Any],
     resume: Path | None,
     models: dict[str, Any],
-) -> dict[str, Any]:
-    """What the training process is told besides the settings, as JSON; `models` are settings, as paths."""
-    return {
-        "captions": {str(picture.path): captions[picture.path] for picture in pictures},
-        "contents": {str(picture.path): picture.sha256 for picture in pictures},
-        "learns": learns,
-        "resume": str(resume) if resume else None,
-        "models": models,
-    }
+) -> Job:
+    return Job(
+        captions={str(picture.path): captions[picture.path] for picture in pictures},
+        contents={str(picture.path): picture.sha256 for picture in pictures},
+        fingerprint=fingerprint,
+        resume=str(resume) if resume else None,
+        models=models,
+    )
 
 
 @contextmanager
-def _own(output_dir: Path) -> Iterator[int]:
+def _locked_output_dir(output_dir: Path) -> Iterator[int]:
     """The output folder, made if missing and locked for this run; it goes again where nothing was written into it."""
     is_new = not output_dir.exists()
-    with _writing(output_dir):
+    with _disk_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with supervise.sole_use(output_dir) as lock:
-            with _writing(output_dir):  # before it is decided where to go on: a checkpoint may get its name back
-                checkpoint.sweep(output_dir)
-                checkpoint.sweep(output_dir / "samples")
+        with files.lock_for_one_run(output_dir) as lock:
+            with _disk_errors(output_dir):  # before a checkpoint is chosen: one may get its name back
+                checkpoint.clean_up(output_dir)
+                files.remove_unfinished(output_dir / "samples")
             yield lock
     finally:
         if is_new:
@@ -247,27 +235,22 @@ def _own(output_dir: Path) -> Iterator[int]:
                 output_dir.rmdir()
 
 
-def _write_run_files(config: Config, taken: Sequence[Picture], finished: int | None) -> None:
-    """Annotations and the resolved settings; a finished LoRA that is to be trained further keeps a name of its own."""
+def _write_run_files(config: Config, annotations: data_utils.Annotations, finished: int | None) -> None:
+    """Annotations and the resolved settings; a finished LoRA that is to be trained further gets a name of its own."""
     output_dir = Path(config.lora_output_dir)
-    with _writing(output_dir):
-        data_utils.create_annotations(
-            config.images_dir, config.instance_prompt, images=[p.path for p in taken], fallback_dir=output_dir
-        )
-        data_utils.write_atomically(output_dir / "config.yaml", dump_config(config).encode())
-        was = f"step{finished}" if finished is not None else "earlier"  # or not of this program at all
-        for path in (
-            _lora_file(config),
-            *(output_dir / f"{config.lora_name}{end}" for end in (".safetensors", ".json")),
-        ):
+    with _disk_errors(output_dir):
+        data_utils.write_annotations(annotations)
+        files.write_atomically(output_dir / "config.yaml", dump_config(config).encode())
+        ending = f"step{finished}" if finished is not None else "earlier"  # or not of this program at all
+        kohya_files = [output_dir / f"{config.lora_name}{suffix}" for suffix in (".safetensors", ".json")]
+        for path in (config.lora_file, *kohya_files):
             if path.exists():
-                names = data_utils.numbered(output_dir, f"{path.stem}-{was}", path.suffix)
-                path.rename(next(name for name in names if not name.exists()))
+                path.rename(files.free_name(output_dir, f"{path.stem}-{ending}", path.suffix))
 
 
 @contextmanager
-def _writing(output_dir: Path) -> Iterator[None]:
-    """Turns an error of the disk into a sentence."""
+def _disk_errors(output_dir: Path) -> Iterator[None]:
+    """Turns an error of the disk into one line."""
     try:
         yield
     except OSError as error:
@@ -278,22 +261,16 @@ def _writing(output_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _print_plan(
-    config: Config, annotations: data_utils.Annotations, of_class: dict[Path, str], resume: Path | None
-) -> None:
+def _print_plan(config: Config, annotations: data_utils.Annotations, class_count: int, resume: Path | None) -> None:
     """What a real run would do; nothing is written."""
     output_dir = Path(config.lora_output_dir)
     print(f"Would go on from {resume}" if resume else "Would begin at step 0", f"up to step {config.max_train_steps}")
     print("Would read" if annotations.by_user else "Would write", annotations.path)
     if config.with_prior_preservation:
-        missing = config.num_class_images - len(of_class)
-        print(f"Would learn {len(of_class)} class pictures that are there, and draw {missing} more first")
+        missing = config.num_class_images - class_count
+        print(f"Would use {class_count} class pictures that are there, and draw {missing} more first")
     print(f"Would write {output_dir}/config.yaml, checkpoints, metrics.csv, loss.png, {LORA_FILE}")
     print(f"  and {config.lora_name}.safetensors, the same for ComfyUI, A1111, Forge and InvokeAI")
     disk = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
     print(f"Free on that disk: {shutil.disk_usage(disk).free / 1e9:.1f} GB")
-    print("Would run:", shlex.join(launcher.build_command(config, Path("accelerate.yaml"), Path("job.json"))))
-
-
-def _lora_file(config: Config) -> Path:
-    return Path(config.lora_output_dir) / LORA_FILE
+    print("Would run:", shlex.join(launch.build_command(config, Path("accelerate.yaml"), Path("job.json"))))

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -26,22 +25,27 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-import batches
-import checkpoint
-import data_utils
-import decode
-import denoise
-import gallery
-import lora_weights
-import models
-from config import Config, UserError
-from encode import Captions, Preview, encode
-from learner import Learner, is_out_of_memory
-from logbook import READ_EVERY, Late, Logbook
-from loss import training_loss
-from optimizer import make_optimizer, optimizer_state, rate_factor_at, restore_optimizer, update_weights
-from settings_file import load_config
-from supervise import Stopped, StopSignal, hold_shared, report_outcome
+from lace_lora import files, seeds
+from lace_lora.config import LORA_FILE, Config, load_config
+from lace_lora.errors import UserError, is_out_of_memory
+from lace_lora.files import hold_shared_lock
+from lace_lora.pictures import gallery
+from lace_lora.process import Stopped, StopSignal, report_outcome
+from lace_lora.sdxl import lora_weights, models, sampling
+from lace_lora.sdxl.vae import decode_latents
+from lace_lora.training import batches, checkpoint, results
+from lace_lora.training.encode import Captions, Preview, encode
+from lace_lora.training.launch import Job
+from lace_lora.training.loss import training_loss
+from lace_lora.training.metrics import READ_EVERY, Metrics, PendingScalars
+from lace_lora.training.optimizer import (
+    make_optimizer,
+    optimizer_state,
+    rate_factor_at,
+    restore_optimizer,
+    update_weights,
+)
+from lace_lora.training.train_step import TrainStep
 
 logger = logging.getLogger("train_lora")
 
@@ -56,9 +60,9 @@ def main() -> int:
     threading.excepthook = _leave_disks_to_others
 
     def work(stop: StopSignal) -> str:
-        job = json.loads(arguments.job.read_text())
-        config = replace(load_config(arguments.config), **job["models"])
-        hold_shared(Path(config.lora_output_dir))
+        job = Job.load(arguments.job)
+        config = replace(load_config(arguments.config), **job.models)
+        hold_shared_lock(Path(config.lora_output_dir))
         return train(config, job, stop)
 
     return report_outcome(work, arguments.job.parent)
@@ -75,17 +79,17 @@ class Run:
     """What the loop works with. One process of `world`, the `rank`-th."""
 
     config: Config
-    job: dict[str, Any]  # see train.make_job
+    job: Job  # see train.make_job
     data: batches.Encoded
     networks: lora_weights.Networks  # the UNet, and both text encoders if they train
     lora: dict[str, torch.nn.Parameter]
     noise_scheduler: DDPMScheduler
     optimizer: torch.optim.Optimizer
-    learner: Learner
+    train_step: TrainStep
     accelerator: Accelerator
     preview: Preview
     publisher: checkpoint.Publisher = field(default_factory=checkpoint.Publisher)
-    wish: Late | None = None  # of any process to stop, as of the step before
+    wish: PendingScalars | None = None  # of any process to stop, as of the step before
 
     @property
     def folder(self) -> Path:
@@ -96,7 +100,7 @@ class Run:
         return self.networks["unet"]
 
 
-def train(config: Config, job: dict[str, Any], stop: StopSignal) -> str:
+def train(config: Config, job: Job, stop: StopSignal) -> str:
     """The whole run on this process; returns the closing sentence.
 
     Raises:
@@ -112,17 +116,17 @@ def train(config: Config, job: dict[str, Any], stop: StopSignal) -> str:
 
     unet = models.load_unet(config.pretrained_model, config.variant, device, dtype, config.attention)
     networks = {"unet": unet} | captions.encoders
-    torch.manual_seed(batches.stream_seed(config.seed, "lora"))
+    torch.manual_seed(seeds.stream_seed(config.seed, "lora"))
     lora = lora_weights.add_lora(networks, config)
     noise_scheduler = models.load_noise_scheduler(config)
     loss = partial(_loss, config, captions, unet, noise_scheduler)
-    learner = Learner(config, networks, loss, device, dtype)
-    optimizer = make_optimizer(config, learner.to_update(lora))
-    run = Run(config, job, data, networks, lora, noise_scheduler, optimizer, learner, accelerator, preview)
-    first_step = restore(run, Path(job["resume"])) if job["resume"] else 0
+    train_step = TrainStep(config, networks, loss, device, dtype)
+    optimizer = make_optimizer(config, train_step.trainable_params(lora))
+    run = Run(config, job, data, networks, lora, noise_scheduler, optimizer, train_step, accelerator, preview)
+    first_step = restore(run, Path(job.resume)) if job.resume else 0
 
     stop.deferred = True
-    log = Logbook(config, first_step, quiet=not accelerator.is_main_process)
+    log = Metrics(config, first_step, quiet=not accelerator.is_main_process)
     try:
         steps = loop(run, log, first_step, stop)
     finally:
@@ -131,15 +135,15 @@ def train(config: Config, job: dict[str, Any], stop: StopSignal) -> str:
     accelerator.end_training()
     if steps < config.max_train_steps:
         raise Stopped(f"stopped at step {steps}; the same command goes on from there")
-    place = run.folder / lora_weights.LORA_FILE
+    place = run.folder / LORA_FILE
     if accelerator.is_main_process:
         state, kind = lora_weights.lora_state(networks), noise_scheduler.config.prediction_type
-        lora_weights.save_results(config, state, config.alpha, steps, job, unet.config.layers_per_block, kind)
+        results.save_results(config, state, config.alpha, steps, job, unet.config.layers_per_block, kind)
     memory = models.peak_memory(device)
     return f"trained {steps} steps; the LoRA is {place}" + (f" ({memory})" if memory else "")
 
 
-def loop(run: Run, log: Logbook, first_step: int, stop: StopSignal) -> int:
+def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
     """Make the optimizer's steps, with checkpoints and sample grids between them; returns the step reached.
 
     Raises:
@@ -149,7 +153,7 @@ def loop(run: Run, log: Logbook, first_step: int, stop: StopSignal) -> int:
     factor_at = rate_factor_at(config)
     done = first_step
     stopping = False
-    run.learner.train()
+    run.train_step.train()
     while done < config.max_train_steps and not stopping:
         factor = factor_at(done)
         loss, grad_norm, stopping = update(run, done, factor, stop.requested)
@@ -181,17 +185,17 @@ def update(run: Run, step: int, factor: float, stop_requested: bool) -> tuple[Te
     """
     config, world, rank = run.config, run.accelerator.num_processes, run.accelerator.process_index
     # Dropout's draws; everything else random comes with the batch.
-    torch.manual_seed(batches.stream_seed(config.seed, "dropout", step, rank))
+    torch.manual_seed(seeds.stream_seed(config.seed, "dropout", step, rank))
     batch = batches.step_batch(
         run.data, config.seed, step, config.train_batch_size * config.gradient_accumulation_steps * world,
         run.noise_scheduler.config.num_train_timesteps, config.noise_offset, config.prior_loss_weight,
     ).share(rank, world)  # fmt: skip
-    loss = run.learner(batch)
+    loss = run.train_step(batch)
     if world > 1:
         before = run.wish
         loss, run.wish = _average(run, loss, stop_requested)
         stop_requested = before is not None and before.read()[0] > 0
-    grad_norm = update_weights(run.optimizer, run.learner.scaler, loss, factor, config.max_grad_norm)
+    grad_norm = update_weights(run.optimizer, run.train_step.scaler, loss, factor, config.max_grad_norm)
     return loss, grad_norm, stop_requested
 
 
@@ -201,16 +205,16 @@ def _loss(
     return training_loss(unet, captions.read(batch), noise_scheduler, config.snr_gamma)
 
 
-def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, Late]:
+def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, PendingScalars]:
     """Gradients, loss and the wish to stop averaged over all processes, in one message."""
-    gradients = run.learner.gradients()
+    gradients = run.train_step.gradients()
     wish = loss.new_full((1,), float(stop_requested))  # a value that a kernel takes along, not one to be copied
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss[None], wish])
     flat = run.accelerator.reduce(flat, "mean")
     sizes = [gradient.numel() for gradient in gradients]
     for gradient, averaged in zip(gradients, flat[:-2].split(sizes), strict=True):
         gradient.copy_(averaged.view_as(gradient))
-    return flat[-2], Late(flat[-1])
+    return flat[-2], PendingScalars(flat[-1])
 
 
 def save_checkpoint(run: Run, step: int) -> None:
@@ -218,14 +222,21 @@ def save_checkpoint(run: Run, step: int) -> None:
 
     All of it is copied here and now; training goes on while the copy is written, hashed and read back.
     """
-    tensors, numbers = optimizer_state(run.optimizer, run.learner.to_update(run.lora))
-    tensors = run.learner.by_weight(tensors) | {f"lora.{name}": weight.detach() for name, weight in run.lora.items()}
+    tensors, numbers = optimizer_state(run.optimizer, run.train_step.trainable_params(run.lora))
+    tensors = run.train_step.split_state(tensors) | {
+        f"lora.{name}": weight.detach() for name, weight in run.lora.items()
+    }
     tensors = _copied(tensors)
     lora = _copied(lora_weights.lora_state(run.networks, run.config.alpha / run.config.rank))
-    state = {"step": step, "learns": run.job["learns"], "scaler": run.learner.scaler.state_dict(), "optimizer": numbers}
+    state = {
+        "step": step,
+        "learns": run.job.fingerprint,
+        "scaler": run.train_step.scaler.state_dict(),
+        "optimizer": numbers,
+    }
 
     def write(folder: Path) -> None:
-        lora_weights.save_lora(folder / lora_weights.LORA_FILE, lora, {"step": str(step)})
+        lora_weights.save_lora(folder / LORA_FILE, lora, {"step": str(step)})
         (folder / "training_state.safetensors").write_bytes(save(tensors))
         (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
@@ -248,19 +259,19 @@ def restore(run: Run, folder: Path) -> int:
         with torch.no_grad():
             for name, weight in run.lora.items():
                 weight.copy_(tensors.pop(f"lora.{name}"))
-        tensors = run.learner.together(tensors)
-        restore_optimizer(run.optimizer, run.learner.to_update(run.lora), tensors, state.get("optimizer", {}))
+        tensors = run.train_step.merge_state(tensors)
+        restore_optimizer(run.optimizer, run.train_step.trainable_params(run.lora), tensors, state.get("optimizer", {}))
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this model: to start anew, set another lora_output_dir") from error
     if state["scaler"]:
-        run.learner.scaler.load_state_dict(state["scaler"])
+        run.train_step.scaler.load_state_dict(state["scaler"])
     logger.info("going on from %s", folder)
     return int(state["step"])
 
 
 def draw_samples(run: Run, step: int) -> None:
     """Draw a grid with the LoRA as it is now, at training size, into `samples/step-<step>.png`."""
-    run.learner.train(False)
+    run.train_step.train(False)
     try:
         pictures = sample_pictures(run)
     except UserError as error:  # of the VAE, or of drawing in fp16: the LoRA need not be at fault
@@ -273,10 +284,10 @@ def draw_samples(run: Run, step: int) -> None:
         return
     finally:
         run.preview.vae.to("cpu")
-        run.learner.train()
+        run.train_step.train()
     path = run.folder / "samples" / f"step-{step:06d}.png"
     path.parent.mkdir(exist_ok=True)
-    data_utils.write_atomically(path, gallery.contact_sheet(pictures, side=512))
+    files.write_atomically(path, gallery.contact_sheet(pictures, side=512))
 
 
 def sample_pictures(run: Run) -> list[Image.Image]:
@@ -286,7 +297,7 @@ def sample_pictures(run: Run) -> list[Image.Image]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    run.learner.forget_graphs()
+    run.train_step.forget_graphs()
     return _drawn(run, 1)
 
 
@@ -294,16 +305,16 @@ def sample_pictures(run: Run) -> list[Image.Image]:
 def _drawn(run: Run, at_once: int) -> list[Image.Image]:
     config = replace(run.config, width=run.config.resolution, height=run.config.resolution, refine=False)
     embeddings = run.preview.embed().to(run.unet.device, run.unet.dtype)
-    scheduler = denoise.make_scheduler(config.scheduler, run.noise_scheduler.config)
+    scheduler = sampling.make_scheduler(config.scheduler, run.noise_scheduler.config)
     seeds = [config.seed + index for index in range(config.num_validation_images)]
     vae = run.preview.vae.to(run.accelerator.device)
     pictures = []
     for start in range(0, len(seeds), at_once):
         some = seeds[start : start + at_once]
-        with run.learner.autocast():
+        with run.train_step.autocast():
             conditions = embeddings.rows([0] * len(some))
-            latents, _ = denoise.base_latents(run.unet, scheduler, conditions, some, config)
-        pictures += decode.decode(vae, latents)
+            latents, _ = sampling.base_latents(run.unet, scheduler, conditions, some, config)
+        pictures += decode_latents(vae, latents)
     return pictures
 
 

@@ -25,13 +25,11 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-import batches
-import latents
-import lora_weights
-import models
-from config import Config
-from demo import build_model
-from loss import training_loss
+from demo.making import build_model
+from lace_lora.config import Config
+from lace_lora.sdxl import lora_weights, models, prompts
+from lace_lora.training import batches, latents
+from lace_lora.training.loss import training_loss
 
 RESOLUTION, RANK, SEED = 256, 4, 1
 INSTANCE_PROMPT, CLASS_PROMPT = "a photo of <myspecialstyle>", "a photo of a painting"
@@ -163,10 +161,12 @@ def our_step(case: Case, model: Path, pictures: list[Path], drawn: Step) -> Step
     # The script shuffles: a row's picture is the one with the nearest latents.
     mean, std = torch.cat(encoded.mean), torch.cat(encoded.std)  # one version of each
     rows = torch.cdist(drawn["posterior mean"][""].flatten(1), mean.flatten(1)).argmin(dim=1)
-    text_encoders = models.load_text_encoders(config, cpu, torch.float32)
-    encode = partial(models.encode_prompts, tokenizers=models.load_tokenizers(str(model)), text_encoders=text_encoders)
-    prompts = ([INSTANCE_PROMPT] * case.size + [CLASS_PROMPT] * case.size)[: len(pictures)]
-    caption, prompt_embeds, pooled_prompt_embeds = batches.encode_captions(prompts, encode)
+    text_encoders = prompts.load_text_encoders(config, cpu, torch.float32)
+    encode = partial(
+        prompts.encode_prompts, tokenizers=prompts.load_tokenizers(str(model)), text_encoders=text_encoders
+    )
+    texts = ([INSTANCE_PROMPT] * case.size + [CLASS_PROMPT] * case.size)[: len(pictures)]
+    caption, prompt_embeds, pooled_prompt_embeds = batches.encode_captions(texts, encode)
     data = batches.Encoded(encoded, caption, prompt_embeds, pooled_prompt_embeds, instances=case.size)
     ours = batches.step_batch(data, SEED, 0, case.size, 1000, prior_weight=case.prior_loss_weight or 1.0)
     values = {name: drawn[name][""] for name in DRAWN} | {

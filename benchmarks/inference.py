@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import train
 from benchmarks.train import ROOT, Run, watch
-from config import Config
+from lace_lora.config import Config
 
 PROMPT = "a photo of <myspecialstyle>"
 PLAIN_PICTURES = 4
@@ -84,7 +84,7 @@ def make_lora(work: Path, path: Path) -> Path:
     """A LoRA of rank 16 for the base's UNet, whose weights are not loaded for it."""
     from diffusers import UNet2DConditionModel
 
-    import lora_weights
+    from lace_lora.sdxl import lora_weights
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(work / "model" / "base" / "unet"))

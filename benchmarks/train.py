@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from PIL.Image import Resampling
 
-from demo import build_model
+from demo.making import build_model
 
 ROOT = Path(__file__).parent.parent
 PHOTOS, PHOTO_SIZE = 300, (4000, 3000)

@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import data_utils
-import draw
-import image_files
-import latents
-from config import IMAGE_EXTENSIONS, Config
-from demo.draw_textiles import ALL_OVER, COLOURS, PATTERNS, SIDE, Textile, choose
-from gallery import Design
+from demo.making.draw_textiles import ALL_OVER, COLOURS, PATTERNS, SIDE, Textile, choose
+from lace_lora.config import IMAGE_EXTENSIONS, Config
+from lace_lora.drawing import phases
+from lace_lora.pictures import image_files
+from lace_lora.pictures.recipe import Design
+from lace_lora.sdxl.vae import to_tensor
 
 HERE = Path(__file__).resolve().parent
 JUDGE_FILE = HERE / "model" / "judge.safetensors"
@@ -126,7 +126,7 @@ def held_out_lace() -> Tensor:
 
 def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures of one size as (n, 3, h, w) from 0 to 1."""
-    return torch.stack([latents.to_tensor(picture) for picture in pictures]) / 2 + 0.5
+    return torch.stack([to_tensor(picture) for picture in pictures]) / 2 + 0.5
 
 
 # --- does the base model draw what the prompt says?
@@ -153,7 +153,7 @@ def draw_prompts(model: Path, prompts: Sequence[str], lora: Path | None = None, 
     drawn: dict[int, Image.Image] = {}
     twenties = [designs[start : start + 20] for start in range(0, len(designs), 20)]
     with tempfile.TemporaryDirectory() as kept:
-        draw.draw_pictures(config, lora, twenties, Path(kept), lambda one, base, *_: drawn.update({one.index: base}))
+        phases.draw_pictures(config, lora, twenties, Path(kept), lambda one, base, *_: drawn.update({one.index: base}))
     return to_pixels([drawn[index] for index in range(len(designs))])
 
 

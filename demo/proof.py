@@ -16,9 +16,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from demo import draw_textiles, measure
+from demo import measure
+from demo.making import draw_textiles
 from demo.measure import Figures
-from inference import LORA_FILE
+from lace_lora.config import LORA_FILE
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -13,10 +13,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import data_utils
-import gallery
 import inference
 from demo import measure
-from settings_file import load_config
+from lace_lora.config import load_config
+from lace_lora.pictures import gallery
 
 HERE = Path(__file__).resolve().parent
 SHOWN, SIDE, GAP, TITLE = 6, 192, 6, 30  # pictures in a row, and pixels

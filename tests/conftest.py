@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from config import Config
+from lace_lora.config import Config
 from pictures import Make
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", GOMP_SPINCOUNT="10000")  # the last as main.py
@@ -34,7 +34,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `base` and `refiner`: SDXL's own classes and layout, tiny shapes, random weights."""
     import torch
 
-    from demo import build_model
+    from demo.making import build_model
 
     torch.set_num_threads(2)
     folder = tmp_path_factory.mktemp("model")

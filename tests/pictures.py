@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageCms
 
-from config import Config, UserError
+from lace_lora.config import Config
+from lace_lora.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 Make = Callable[..., Config]  # a Config for tests, changed by keyword arguments

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import batches
-from latents import Latents
+from lace_lora.training import batches
+from lace_lora.training.latents import Latents
 
 
 def made_up(pictures: int, versions: int = 1) -> batches.Encoded:

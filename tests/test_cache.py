@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import cache
+from lace_lora.training import cache
 
 
 @pytest.fixture(autouse=True)

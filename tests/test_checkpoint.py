@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
+from lace_lora.training import checkpoint
 from pictures import ROOT, names, snapshot
 
 CONTENT = {"weights.bin": bytes(range(256)) * 40, "state.json": b'{"step": 4}\n', "empty.bin": b""}
@@ -136,7 +136,7 @@ def test_a_write_that_is_killed_leaves_a_whole_checkpoint_or_none(
     code = f"""
 import os, shutil, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import checkpoint, test_checkpoint
+from lace_lora.training import checkpoint, test_checkpoint
 from pathlib import Path
 real, calls = {module}.{function}, []
 def die(source, target):
@@ -152,7 +152,7 @@ checkpoint.publish(Path({str(tmp_path)!r}), 4, test_checkpoint.write, 2)
     killed = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert all(name == older.name or name.startswith(".checkpoint-4.") for name in names(tmp_path))
-    checkpoint.sweep(tmp_path)
+    checkpoint.clean_up(tmp_path)
     assert names(tmp_path) == {older.name}
     assert checkpoint.verify(older) == ""
     assert (older / "weights.bin").read_bytes() == b"older"
@@ -223,7 +223,7 @@ def test_sweep_takes_only_what_is_ours(tmp_path: Path) -> None:
         (tmp_path / name / "file").write_text("x")
     (tmp_path / ".metrics.csv.77.tmp").write_text("half")
     (tmp_path / ".mine.tmp").write_text("mine")
-    checkpoint.sweep(tmp_path)
+    checkpoint.clean_up(tmp_path)
     assert names(tmp_path) == {".checkpoint-mine", "checkpoint-4", ".hidden", ".mine.tmp"}
 
 

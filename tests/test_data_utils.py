@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import data_utils
-import image_files
-from config import IMAGE_EXTENSIONS, UserError
+from lace_lora import files
+from lace_lora.config import IMAGE_EXTENSIONS
+from lace_lora.errors import UserError
+from lace_lora.pictures import image_files
 from pictures import gradient, jpg, jpgs, truncated_jpg
 
 
@@ -45,7 +47,7 @@ def test_a_folder_that_is_none(name: str, part: str, tmp_path: Path) -> None:
 def report(folder: Path, *extensions: str) -> str:
     paths = data_utils.list_images(folder, extensions or (".jpg",))
     pictures = image_files.check_pictures(paths, 32, image_files.formats(IMAGE_EXTENSIONS))
-    annotations = data_utils.plan_annotations(folder, "lace", [p.path for p in pictures if p.taken], folder)
+    annotations = data_utils.plan_annotations(folder, "lace", [p.path for p in pictures if p.used], folder)
     return data_utils.report_text(folder, pictures, annotations, "lace")
 
 
@@ -99,8 +101,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path = tmp_path / "a.txt"
-    data_utils.write_atomically(path, b"old")
+    files.write_atomically(path, b"old")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        data_utils.write_atomically(path, b"new")
+        files.write_atomically(path, b"new")
     assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("a.txt", b"old")]

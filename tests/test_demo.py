@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from demo import draw_textiles, measure
-from demo.draw_textiles import COLOURS, PATTERNS, SIDE, Textile, caption, choose, draw
+from demo import measure
+from demo.making import draw_textiles
+from demo.making.draw_textiles import COLOURS, PATTERNS, SIDE, Textile, caption, choose, draw
 from demo.measure import KINDS
 from pictures import ROOT
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 import main
-from config import Config
+from lace_lora.config import Config, load_config
 from pictures import ROOT, jpgs, main_py, snapshot
-from settings_file import load_config
 
 DOCUMENTS = ("README.md", "documentation.md", "CHANGELOG.md")
 

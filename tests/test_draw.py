@@ -23,14 +23,13 @@ from diffusers import (
 )
 from PIL import Image, ImageChops
 
-import decode
-import denoise
-import draw
-import lora_weights
-import models
-from batches import stream_seed
-from config import LOSS_NOT_FINITE, Config, UserError
-from gallery import Design
+from lace_lora.config import LORA_FILE, Config
+from lace_lora.drawing import phases, saving
+from lace_lora.errors import LOSS_NOT_FINITE, UserError
+from lace_lora.pictures.recipe import Design
+from lace_lora.sdxl import lora_weights, models, sampling
+from lace_lora.sdxl.vae import decode_latents
+from lace_lora.seeds import stream_seed
 from pictures import Make, refused
 
 PROMPT, NEGATIVE = "a photo of <myspecialstyle>", "blurry"
@@ -45,7 +44,7 @@ def lora(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(3)
     for weight in lora_weights.add_lora({"unet": unet}, config).values():
         weight.data = torch.randn(weight.shape, generator=generator) * 0.2
-    path = tmp_path_factory.mktemp("lora") / lora_weights.LORA_FILE
+    path = tmp_path_factory.mktemp("lora") / LORA_FILE
     lora_weights.save_lora(path, lora_weights.lora_state({"unet": unet}, 1.0), {})
     return path
 
@@ -61,7 +60,7 @@ def drawn(config: Config, lora: Path | None, seeds: list[int], batch_size: int =
                          for is_refined, picture in ((False, base), (True, refined)) if picture})  # fmt: skip
 
     with tempfile.TemporaryDirectory() as kept:
-        draw.draw_pictures(config, lora, groups, Path(kept), finish)
+        phases.draw_pictures(config, lora, groups, Path(kept), finish)
     return pictures
 
 
@@ -163,7 +162,7 @@ def test_refining_can_be_left_out(settings: Make) -> None:
 
 def test_refiner_noise_is_not_the_noise_the_picture_began_as() -> None:
     begun, refined = (
-        torch.randn(64, generator=make([5])[0]) for make in (denoise.base_generators, denoise.refiner_generators)
+        torch.randn(64, generator=make([5])[0]) for make in (sampling.base_generators, sampling.refiner_generators)
     )
     assert not torch.allclose(begun, refined)
 
@@ -172,20 +171,20 @@ def test_refiner_noise_is_not_the_noise_the_picture_began_as() -> None:
 def test_announced_steps_are_made(settings: Make, flow: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict[str, float] = {}
 
-    class Counting(draw.tqdm):
+    class Counting(phases.tqdm):
         def close(self) -> None:
             made[self.desc] = self.n - (self.total or 0)
             super().close()
 
-    monkeypatch.setattr(draw, "tqdm", Counting)
-    monkeypatch.setattr(draw, "_ROOM", 10**6)
+    monkeypatch.setattr(phases, "tqdm", Counting)
+    monkeypatch.setattr(phases, "_ROOM", 10**6)
     drawn(settings(refiner_flow=flow, num_inference_steps=steps), None, [1, 2])
     assert made == {"drawing": 0, "refining": 0, "saving": 0}
 
 
 def test_pictures_are_saved_while_others_are_refined(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draw, "_ROOM", 0)
-    refined_latents, first_is_saved = denoise.refined_latents, threading.Event()
+    monkeypatch.setattr(phases, "_ROOM", 0)
+    refined_latents, first_is_saved = sampling.refined_latents, threading.Event()
     seen: list[bool] = []
 
     def refine(*given: Any) -> torch.Tensor:
@@ -196,9 +195,9 @@ def test_pictures_are_saved_while_others_are_refined(settings: Make, monkeypatch
         if design.index == 0:
             first_is_saved.set()
 
-    monkeypatch.setattr(denoise, "refined_latents", refine)
+    monkeypatch.setattr(sampling, "refined_latents", refine)
     with tempfile.TemporaryDirectory() as kept:
-        draw.draw_pictures(settings(), None, [[Design(index, PROMPT, 1)] for index in range(3)], Path(kept), finish)
+        phases.draw_pictures(settings(), None, [[Design(index, PROMPT, 1)] for index in range(3)], Path(kept), finish)
     assert seen == [False, False, True]
 
 
@@ -206,9 +205,9 @@ def test_pictures_are_saved_while_others_are_refined(settings: Make, monkeypatch
 def test_pictures_are_the_same_if_saved_meanwhile(
     settings: Make, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(draw, "_ROOM", 10**6)
+    monkeypatch.setattr(phases, "_ROOM", 10**6)
     afterwards = drawn(settings(**changes), None, [1, 2, 3])
-    monkeypatch.setattr(draw, "_ROOM", 0)
+    monkeypatch.setattr(phases, "_ROOM", 0)
     meanwhile = drawn(settings(**changes), None, [1, 2, 3])
     assert afterwards.keys() == meanwhile.keys()
     assert all(difference(afterwards[key], meanwhile[key]) == 0 for key in afterwards)
@@ -218,9 +217,9 @@ def test_pictures_are_the_same_if_saved_meanwhile(
 def test_a_full_disk_while_others_are_refined_ends_the_phase(
     settings: Make, monkeypatch: pytest.MonkeyPatch, refine: bool
 ) -> None:
-    load, unets, open_bars = draw._load_unet, list[Any](), set[str]()
+    load, unets, open_bars = phases._load_unet, list[Any](), set[str]()
 
-    class Bar(draw.tqdm):
+    class Bar(phases.tqdm):
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **named)
             if not named.get("disable"):
@@ -240,12 +239,12 @@ def test_a_full_disk_while_others_are_refined_ends_the_phase(
         raise OSError(errno.ENOSPC, "no space")
 
     for place, name, value in (
-        (draw, "_ROOM", 0), (draw, "_load_unet", noted), (draw, "tqdm", Bar), (decode.os, "cpu_count", lambda: 1),
+        (phases, "_ROOM", 0), (phases, "_load_unet", noted), (phases, "tqdm", Bar), (saving.os, "cpu_count", lambda: 1),
     ):  # fmt: skip
         monkeypatch.setattr(place, name, value)
     batches = [[Design(index, PROMPT, 1)] for index in range(4)]
     with tempfile.TemporaryDirectory() as kept, pytest.raises(OSError, match="no space") as told:
-        draw.draw_pictures(settings(refine=refine), None, batches, Path(kept), full)
+        phases.draw_pictures(settings(refine=refine), None, batches, Path(kept), full)
     assert told.tb  # what holds on to its frames, as a notebook does
     assert not open_bars
     assert [unet() for unet in unets] == [None] * (2 if refine else 1)
@@ -270,16 +269,16 @@ def test_batches_and_room_by_memory(
     monkeypatch.setattr(models, "pick_dtype", lambda *_: dtype)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**30), 80 * 2**30))
     config = Config(width=side, height=side)
-    assert draw.pictures_at_once(config) == at_once
-    assert draw._has_room(config, at_once) == meanwhile
-    assert not draw._has_room(config, 200)
+    assert phases.pictures_at_once(config) == at_once
+    assert phases._has_room(config, at_once) == meanwhile
+    assert not phases._has_room(config, 200)
 
 
 def test_each_picture_of_a_batch_is_of_its_own_prompt(settings: Make) -> None:
     together: Pictures = {}
     batch = [Design(0, PROMPT, 1), Design(1, "red dots", 2)]
     with tempfile.TemporaryDirectory() as kept:
-        draw.draw_pictures(
+        phases.draw_pictures(
             settings(refine=False), None, [batch], Path(kept),
             lambda design, base, *_: together.update({(design.seed, False): base}),
         )  # fmt: skip
@@ -292,7 +291,7 @@ def test_each_picture_of_a_batch_is_of_its_own_prompt(settings: Make) -> None:
 def test_a_base_without_a_step_is_refused_before_anything_is_loaded(
     settings: Make, scheduler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(draw.embeddings, "for_both", None)
+    monkeypatch.setattr(phases, "embed_for_both", None)
     config = settings(refiner_flow="ensemble", num_inference_steps=8, refiner_start=0.1, scheduler=scheduler)
     refused(lambda: drawn(config, None, [1]), "no step is left for the base")
 
@@ -300,8 +299,8 @@ def test_a_base_without_a_step_is_refused_before_anything_is_loaded(
 def test_a_solver_is_of_the_kind_that_its_name_stands_for(tiny: Path) -> None:
     said = EulerDiscreteScheduler.from_pretrained(tiny / "base" / "scheduler").config
     said = {**said, "algorithm_type": "dpmsolver", "predict_x0": False}
-    assert denoise.make_scheduler("DPMSolverMultistepScheduler", said).config.algorithm_type == "dpmsolver++"
-    assert denoise.make_scheduler("UniPCMultistepScheduler", said).config.predict_x0
+    assert sampling.make_scheduler("DPMSolverMultistepScheduler", said).config.algorithm_type == "dpmsolver++"
+    assert sampling.make_scheduler("UniPCMultistepScheduler", said).config.predict_x0
 
 
 def test_nothing_is_called_refined_that_is_not(settings: Make, tiny: Path, tmp_path: Path) -> None:
@@ -326,13 +325,13 @@ def test_pictures_are_never_black_without_a_word(settings: Make, where: str) -> 
     else:
         with torch.no_grad():
             vae.decoder.conv_out.bias.fill_(torch.nan)
-    refused(lambda: decode.decode(vae, latents), f"{where}.*not of finite numbers", LOSS_NOT_FINITE)
+    refused(lambda: decode_latents(vae, latents), f"{where}.*not of finite numbers", LOSS_NOT_FINITE)
 
 
 def decoded(vae: Any, latents: torch.Tensor, finish: Any) -> None:
-    """`latents` of one batch, through `decode.saving`."""
+    """`latents` of one batch, through `saving.saving`."""
     designs = [Design(index, "lace", index) for index in range(len(latents))]
-    with decode.saving(vae, Config(refine=False), finish) as save:
+    with saving.saving(vae, Config(refine=False), finish) as save:
         save(designs, latents, None)
 
 

@@ -8,8 +8,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-import drive
-from config import Config, UserError
+from lace_lora import drive
+from lace_lora.config import Config
+from lace_lora.errors import UserError
 
 ON_DRIVE = Config()
 LOCAL = Config(images_dir="photos", lora_output_dir="/tmp/lora", output_dir="out")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-import denoise
-import draw
-import fast_unet
-import models
-from config import Config
-from gallery import Design
+from lace_lora.config import Config
+from lace_lora.drawing import phases
+from lace_lora.fast import drawing_unet
+from lace_lora.pictures.recipe import Design
+from lace_lora.sdxl import models, sampling
+from lace_lora.sdxl.vae import decode_latents
 from pictures import Make
 from test_draw import Pictures, difference, drawn
 
@@ -33,7 +33,7 @@ def inputs(rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any
 def test_on_a_cpu_nothing_is_changed(settings: Make) -> None:
     unet = models.load_unet(settings().pretrained_model, None, torch.device("cpu"), torch.float32)
     before = unet.forward
-    fast_unet.make_fast(unet)
+    drawing_unet.make_fast(unet)
     assert unet.forward == before
 
 
@@ -44,8 +44,8 @@ def test_larger_products_are_the_same_in_sum(settings: Make, blank: int) -> None
     given = inputs(4, torch.device("cpu"), torch.float32)
     given["encoder_hidden_states"][:blank] = 0
     [expected] = unet(**given)
-    of_text = fast_unet._join_products(unet)
-    text = fast_unet._without_blank(given["encoder_hidden_states"])
+    of_text = drawing_unet._join_products(unet)
+    text = drawing_unet._without_blank(given["encoder_hidden_states"])
     assert len(text) == 4 - blank
     [got] = unet(**given | {"encoder_hidden_states": text @ of_text.T})
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -53,9 +53,9 @@ def test_larger_products_are_the_same_in_sum(settings: Make, blank: int) -> None
 
 def test_a_text_between_blank_ones_is_read_with_them() -> None:
     embeddings = torch.zeros(4, 2, 3)
-    assert len(fast_unet._without_blank(embeddings)) == 4
+    assert len(drawing_unet._without_blank(embeddings)) == 4
     embeddings[2, 1, 0] = -1
-    assert torch.equal(fast_unet._without_blank(embeddings), embeddings[2:])
+    assert torch.equal(drawing_unet._without_blank(embeddings), embeddings[2:])
 
 
 @pytest.mark.gpu
@@ -64,7 +64,7 @@ def test_a_text_between_blank_ones_is_read_with_them() -> None:
 def test_a_fast_unet_gives_what_the_plain_one_does(settings: Make, dtype: torch.dtype, tolerance: float) -> None:
     unet = models.load_unet(settings().pretrained_model, None, CUDA, dtype)
     plain = copy.deepcopy(unet)
-    fast_unet.make_fast(unet)
+    drawing_unet.make_fast(unet)
     for rows in (2, 2, 4, 2, 4, 4):  # a plain call, a capture, then replays
         given = inputs(rows, CUDA, dtype)
         [expected], [got] = plain(**given), unet(**given)
@@ -78,7 +78,7 @@ def test_a_fast_unet_gives_what_the_plain_one_does(settings: Make, dtype: torch.
 def test_rows_without_a_text_are_as_if_they_had_been_read(settings: Make, blank: int) -> None:
     unet = models.load_unet(settings().pretrained_model, None, CUDA, torch.float32)
     plain = copy.deepcopy(unet)
-    fast_unet.make_fast(unet)
+    drawing_unet.make_fast(unet)
     given = inputs(4, CUDA, torch.float32)
     for _ in range(3):
         given["encoder_hidden_states"] = given["encoder_hidden_states"].clone()
@@ -92,7 +92,7 @@ def test_rows_without_a_text_are_as_if_they_had_been_read(settings: Make, blank:
 def test_a_fast_vae_decodes_what_the_plain_one_does(settings: Make) -> None:
     vae = models.load_vae(settings(), CUDA, torch.float32)
     plain = copy.deepcopy(vae)
-    fast_unet.make_decoder_fast(vae)
+    drawing_unet.make_decoder_fast(vae)
     for seed in range(3):  # a plain call, a capture, a replay
         latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).to(CUDA)
         expected = plain.decode(latents).sample
@@ -103,7 +103,7 @@ def test_a_fast_vae_decodes_what_the_plain_one_does(settings: Make) -> None:
 @pytest.mark.gpu
 def test_pictures_are_those_of_the_plain_way(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = drawn(settings(mixed_precision="bf16"), None, [1, 2])
-    monkeypatch.setattr(fast_unet, "make_fast", lambda _: None)
+    monkeypatch.setattr(drawing_unet, "make_fast", lambda _: None)
     plain = drawn(settings(mixed_precision="bf16"), None, [1, 2])
     assert all(difference(fast[key], plain[key]) < 40 for key in plain)  # bf16, and weights without sense
 
@@ -112,7 +112,7 @@ def drawn_in_parts(config: Config, seeds: list[int], stop_at: int, kept: Path) -
     """As `drawn`, by a run that is stopped at its n-th batch, and one that goes on."""
     groups = [[Design(index, "lace", seed)] for index, seed in enumerate(seeds)]
     calls = 0
-    real = {name: getattr(denoise, name) for name in ("base_latents", "refined_latents")}
+    real = {name: getattr(sampling, name) for name in ("base_latents", "refined_latents")}
 
     def counted(name: str):  # type: ignore[no-untyped-def]
         def call(*arguments: object, **named: object) -> torch.Tensor:
@@ -131,12 +131,12 @@ def drawn_in_parts(config: Config, seeds: list[int], stop_at: int, kept: Path) -
 
     with pytest.MonkeyPatch.context() as patch:
         for name in real:
-            patch.setattr(denoise, name, counted(name))
+            patch.setattr(sampling, name, counted(name))
         with pytest.raises(KeyboardInterrupt):
-            draw.draw_pictures(config, None, groups, kept, finish)
+            phases.draw_pictures(config, None, groups, kept, finish)
         assert len(list(kept.iterdir())) == stop_at - 1
         pictures.clear()
-        draw.draw_pictures(config, None, groups, kept, finish)
+        phases.draw_pictures(config, None, groups, kept, finish)
     assert calls == 2 * len(seeds) + 1  # nothing was made twice
     return pictures
 
@@ -148,7 +148,7 @@ def test_an_interrupted_run_makes_the_very_same_pictures(
 ) -> None:
     config, seeds = settings(mixed_precision="bf16" if device == "cuda" else "no"), [1, 2, 3]
     straight = drawn(config, None, seeds, prompt="lace")
-    monkeypatch.setattr(draw, "_ROOM", 0 if roomy else 10**6)
+    monkeypatch.setattr(phases, "_ROOM", 0 if roomy else 10**6)
     with tempfile.TemporaryDirectory() as kept:
         parted = drawn_in_parts(config, seeds, stop_at, Path(kept))
     assert straight.keys() == parted.keys()
@@ -159,7 +159,7 @@ def test_kept_latents_that_are_damaged_are_made_anew(settings: Make, tmp_path: P
     config, groups = settings(), [[Design(0, "lace", 1)]]
     pictures: list[Image.Image | None] = []
     for _ in range(2):
-        draw.draw_pictures(config, None, groups, tmp_path, lambda *drawn: pictures.append(drawn[2]))
+        phases.draw_pictures(config, None, groups, tmp_path, lambda *drawn: pictures.append(drawn[2]))
         [*files] = tmp_path.iterdir()
         assert len(files) == 2
         for file in files:

@@ -11,10 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import foreign_script
-from config import Config
+from lace_lora.config import Config, dump_config
+from lace_lora.training import diffusers_script
 from pictures import Make, jpg, main_py, names, refused, truncated_jpg
-from settings_file import dump_config
 
 FLAGS = (
     "pretrained_model_name_or_path", "variant", "instance_data_dir", "instance_prompt", "output_dir", "resolution",
@@ -112,16 +111,16 @@ def test_what_is_no_such_script_is_refused_before_anything(settings: Make, tmp_p
     (tmp_path / "other.py").write_text("print('hello')")
     (tmp_path / "no.py").write_text("this is no Python")
     for name, said in (("none.py", "cannot be read"), ("no.py", "cannot be read"), ("other.py", "flags are missing")):
-        refused(lambda name=name: foreign_script.check(settings(train_script=str(tmp_path / name))), said)  # type: ignore[misc]
+        refused(lambda name=name: diffusers_script.check(settings(train_script=str(tmp_path / name))), said)  # type: ignore[misc]
 
 
 def test_switches_and_values(script: Path, settings: Make, tmp_path: Path) -> None:
-    flags = foreign_script.flags_of(script)
+    flags = diffusers_script.flags_of(script)
     assert flags["gradient_checkpointing"]
     assert not flags["rank"]
-    zeros = foreign_script.command_line(settings(seed=0), flags, tmp_path / "in", tmp_path / "out", "no")
+    zeros = diffusers_script.command_line(settings(seed=0), flags, tmp_path / "in", tmp_path / "out", "no")
     assert "--seed=0" in zeros
-    arguments = foreign_script.command_line(settings(), flags, tmp_path / "in", tmp_path / "out", "bf16")
+    arguments = diffusers_script.command_line(settings(), flags, tmp_path / "in", tmp_path / "out", "bf16")
     assert "--mixed_precision=bf16" in arguments
     assert f"--instance_data_dir={tmp_path / 'in'}" in arguments
     assert not any(argument.startswith(("--gradient_checkpointing", "--class_prompt")) for argument in arguments)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
-import gallery
-from gallery import Card, Design
+from lace_lora.pictures import gallery
+from lace_lora.pictures.gallery import Card
+from lace_lora.pictures.recipe import Design
 from pictures import gradient, jpg, refused
 
 PROMPT = 'weiße Spitze 🧵, "scalloped" <myspecialstyle> & net'

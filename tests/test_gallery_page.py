@@ -16,8 +16,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-import gallery
-from gallery import Card, Design
+from lace_lora.pictures import gallery
+from lace_lora.pictures.gallery import Card
+from lace_lora.pictures.recipe import Design
 
 NET, EDGE = "hexagonal net", f"an edge, {'W' * 100}"
 HOSTILE = """</script><script>document.title = 'broken'</script> "two"  spaces 'one' 🧵 {{ 7 * 7 }} &amp; <b>bold</b>"""

@@ -14,8 +14,10 @@ from diffusers.models.upsampling import Upsample2D
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for GPUs")
-import gpu_kernels  # noqa: E402
-import group_norm  # noqa: E402
+from lace_lora.fast import (
+    kernels,  # noqa: E402
+    patching,  # noqa: E402
+)
 
 pytestmark: list[pytest.MarkDecorator] = [pytest.mark.gpu] if os.environ.get("TEST_GPU") else []
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +51,7 @@ def test_geglu() -> None:
     torch.manual_seed(0)
     theirs = GEGLU(24, 20).to(DEVICE)
     inputs = made_up(2, 3, 24)
-    close(values_and_slopes(gpu_kernels._Geglu(theirs), inputs), values_and_slopes(theirs, inputs))
+    close(values_and_slopes(patching._Geglu(theirs), inputs), values_and_slopes(theirs, inputs))
 
 
 @pytest.mark.parametrize("silu", [False, True])
@@ -58,7 +60,7 @@ def test_group_norm(silu: bool, channels: int, groups: int, height: int, width: 
     torch.manual_seed(0)
     norm = with_random_weights(torch.nn.GroupNorm(groups, channels))
     inputs = made_up(2, channels, height, width)
-    ours = group_norm.GroupNorm(norm, silu)
+    ours = kernels.GroupNorm(norm, silu)
     close(
         values_and_slopes(ours, inputs),
         values_and_slopes(lambda pictures: F.silu(norm(pictures)) if silu else norm(pictures), inputs),
@@ -76,7 +78,7 @@ def test_sum_and_layer_norm() -> None:
     norm = with_random_weights(torch.nn.LayerNorm(24))
     one, other = made_up(2, 3, 24), made_up(2, 3, 24)
     close(
-        values_and_slopes(lambda a, b: gpu_kernels._AddNorm.apply(a, b, norm), one, other),
+        values_and_slopes(lambda a, b: kernels._AddNorm.apply(a, b, norm), one, other),
         values_and_slopes(lambda a, b: (a + b, norm(a + b)), one, other),
     )
 
@@ -86,7 +88,7 @@ def test_sum_with_bias() -> None:
     one, other = made_up(2, 12, 5, 3), made_up(2, 12, 5, 3)
     bias = torch.randn(12).to(DEVICE)
     close(
-        values_and_slopes(lambda a, b: gpu_kernels._AddBiased.apply(a, b, bias), one, other),
+        values_and_slopes(lambda a, b: kernels._AddBiased.apply(a, b, bias), one, other),
         values_and_slopes(lambda a, b: a + b + bias[:, None, None], one, other),
     )
 
@@ -97,9 +99,9 @@ def test_sum_with_bias() -> None:
 def test_doubled_pixels(size: tuple[int, int], dtype: torch.dtype) -> None:
     module = Upsample2D(8, use_conv=True).to(DEVICE, dtype)
     pictures = torch.randn(2, 8, *size, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)
-    doubled = gpu_kernels._upsample(module, module.forward, pictures)
+    doubled = patching._upsample(module, module.forward, pictures)
     torch.testing.assert_close(doubled, module(pictures), rtol=1e-2, atol=1e-2)
-    assert torch.equal(gpu_kernels._upsample(module, module.forward, pictures, (3, 3)), module(pictures, (3, 3)))
+    assert torch.equal(patching._upsample(module, module.forward, pictures, (3, 3)), module(pictures, (3, 3)))
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter would take hours")
@@ -117,6 +119,6 @@ def test_a_unet_calculates_the_same_with_them(tiny: Path, monkeypatch: pytest.Mo
         return unet(noisy, torch.tensor([3, 900]).to(DEVICE), text, added_cond_kwargs=added).sample
 
     theirs = values_and_slopes(predict, noisy, text)
-    gpu_kernels.use_kernels(unet)
+    patching.use_kernels(unet)
     for ours in (predict, partial(checkpoint, predict, use_reentrant=False)):
         close(values_and_slopes(ours, noisy, text), theirs)

@@ -14,17 +14,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import hub
-import models
 from hub_server import Hub
+from lace_lora.sdxl import hub, models, prompts
 from original_names import original_checkpoint
 from pictures import ROOT, Make, refused
 
 BASE, REFINER = "lace/base", "lace/refiner"
 FETCH = """
 import json, sys
-import hub
-from config import Config, UserError
+from lace_lora.sdxl import hub
+from lace_lora.config import Config
+from lace_lora.errors import UserError
 try:
     print(json.dumps(hub.fetch_models(Config(**json.loads(sys.argv[1])))))
 except UserError as error:
@@ -220,10 +220,10 @@ def test_its_parts_are_those_of_the_model_it_was_made_of(
     loaded = []
     for config in (settings(), settings(pretrained_model=str(file))):
         parts = [models.load_unet(config.pretrained_model, None, cpu, torch.float32)]
-        parts += [models.load_vae(config, cpu, torch.float32), *models.load_text_encoders(config, cpu, torch.float32)]
+        parts += [models.load_vae(config, cpu, torch.float32), *prompts.load_text_encoders(config, cpu, torch.float32)]
         loaded.append([part.state_dict() for part in parts])
-        tokens = models.load_tokenizers(config.pretrained_model)[0]("lace").input_ids
-    assert tokens == models.load_tokenizers(str(tiny / "base"))[0]("lace").input_ids
+        tokens = prompts.load_tokenizers(config.pretrained_model)[0]("lace").input_ids
+    assert tokens == prompts.load_tokenizers(str(tiny / "base"))[0]("lace").input_ids
     for folder, single in zip(*loaded, strict=True):
         assert folder.keys() == single.keys()
         assert all(torch.equal(folder[name], single[name]) for name in folder)

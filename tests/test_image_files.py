@@ -14,8 +14,8 @@ import pytest
 from PIL import Image, ImageChops, ImageCms, ImageStat
 
 import data_utils
-import image_files
-from config import IMAGE_EXTENSIONS
+from lace_lora.config import IMAGE_EXTENSIONS
+from lace_lora.pictures import image_files
 from pictures import ROOT, as_file, gradient, jpg, jpgs, snapshot, swapped_profile, truncated_jpg
 
 Transpose = Image.Transpose
@@ -159,7 +159,7 @@ def test_checking_says_what_is_wrong_with_each(tmp_path: Path) -> None:
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "bomb.jpg").write_bytes(bomb())
-    paths = data_utils.named_as_pictures(tmp_path, [".jpg"])
+    paths = image_files.named_as_pictures(tmp_path, [".jpg"])
     before = snapshot(tmp_path)
     found = image_files.check_pictures(paths, 32)
     assert snapshot(tmp_path) == before
@@ -179,7 +179,7 @@ def test_checking_says_what_is_wrong_with_each(tmp_path: Path) -> None:
         "other.jpg": unknown,
     }
     good = found[paths.index(tmp_path / "good.jpg")]
-    assert (good.width, good.height, good.taken) == (48, 64, True)
+    assert (good.width, good.height, good.used) == (48, 64, True)
 
 
 def bomb() -> bytes:
@@ -195,7 +195,7 @@ def test_other_kinds_are_taken_when_asked_for(tmp_path: Path) -> None:
     kinds = image_files.formats([".JPG", ".jpeg", ".png"])
     assert kinds == ("JPEG", "PNG")
     [found] = image_files.check_pictures(data_utils.list_images(tmp_path), 32, kinds)
-    assert found.taken
+    assert found.used
 
 
 def test_a_picture_that_ends_its_process_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_a_picture_that_ends_its_process_costs_itself_alone(tmp_path: Path, monk
     assert [picture.path for picture in found] == paths
     crashed = [picture.path for picture in found if "the decoder crashes on it" in picture.reason]
     assert crashed == [paths[3], paths[15]]
-    assert sum(picture.taken for picture in found) == 18
+    assert sum(picture.used for picture in found) == 18
 
 
 def check_or_die(path: Path, min_image_size: int, kinds: Sequence[str]) -> image_files.Picture:
@@ -254,7 +254,7 @@ def test_no_process_is_left_when_the_main_one_is_killed(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import image_files
+from lace_lora.pictures import image_files
 if __name__ == "__main__":
     with image_files._processes(2) as pool:
         pool.submit(time.time).result()

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, ImageChops
 
 import inference
-import supervise
-from config import Config, UserError
+from lace_lora import files
+from lace_lora.config import Config
+from lace_lora.errors import UserError
 from pictures import Make, gradient, jpg, names, refused, snapshot
 
 
@@ -293,14 +294,14 @@ def test_the_page_names_no_folders_of_the_users(tmp_path: Path, artist: Artist, 
 def test_another_run_that_takes_the_folder_meanwhile_is_noticed(
     tmp_path: Path, artist: Artist, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sole_use = supervise.sole_use
+    lock_for_one_run = files.lock_for_one_run
 
     def late(folder: Path) -> Any:
-        monkeypatch.setattr(supervise, "sole_use", sole_use)
+        monkeypatch.setattr(files, "lock_for_one_run", lock_for_one_run)
         inference.run(make(seed=3))
-        return sole_use(folder)
+        return lock_for_one_run(folder)
 
-    monkeypatch.setattr(supervise, "sole_use", late)
+    monkeypatch.setattr(files, "lock_for_one_run", late)
     refused(lambda: inference.run(make()), "another run has just drawn")
     assert {row["seed"] for row in json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]} == {
         3,

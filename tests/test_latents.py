@@ -14,10 +14,11 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 
 import data_utils
-import latents
-import models
-from config import Config, UserError
-from latents import Latents
+from lace_lora.config import Config
+from lace_lora.errors import UserError
+from lace_lora.sdxl import models
+from lace_lora.training import latents
+from lace_lora.training.latents import Latents
 from pictures import Make, contents
 
 CPU = torch.device("cpu")

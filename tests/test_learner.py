@@ -7,20 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-import batches
-import lora_weights
-import models
 import train_lora
-from captured import Captured
-from config import Config
-from encode import Captions
-from learner import Learner, why_plain
+from lace_lora.config import Config
+from lace_lora.fast.cuda_graph import CudaGraphs
+from lace_lora.sdxl import lora_weights, models
+from lace_lora.training import batches
+from lace_lora.training.encode import Captions
+from lace_lora.training.train_step import TrainStep, why_plain
 from pictures import Make
 from test_train_lora import CPU, noise_schedule, random_batch
 
 
-def make_learner(config: Config, device: torch.device = CPU, plain: bool = False) -> tuple[Learner, Any]:
-    """A learner and its LoRA, which is not without effect as a new one would be."""
+def make_learner(config: Config, device: torch.device = CPU, plain: bool = False) -> tuple[TrainStep, Any]:
+    """A train_step and its LoRA, which is not without effect as a new one would be."""
     dtype = models.pick_dtype(config.mixed_precision, device)
     unet = models.load_unet(config.pretrained_model, None, device, dtype)
     torch.manual_seed(0)
@@ -30,10 +29,10 @@ def make_learner(config: Config, device: torch.device = CPU, plain: bool = False
     loss = partial(train_lora._loss, config, Captions([], {}), unet, noise_schedule())
     with pytest.MonkeyPatch.context() as patch:
         if plain:
-            patch.setattr("learner.why_plain", lambda *_: "the test wants it")
-        learner = Learner(config, {"unet": unet}, loss, device, dtype)
-    assert (learner.fused is None) == plain
-    return learner, lora
+            patch.setattr("train_step.why_plain", lambda *_: "the test wants it")
+        train_step = TrainStep(config, {"unet": unet}, loss, device, dtype)
+    assert (train_step.fused is None) == plain
+    return train_step, lora
 
 
 def norms(lora: Any, other: Any) -> float:
@@ -96,13 +95,13 @@ def test_graphs_without_kernels_learn_the_same(
 def test_a_graph_for_each_shape_and_no_graph_for_what_waits() -> None:
     gpu = torch.device("cuda")
     stream = torch.cuda.current_stream()
-    waits = Captured(lambda values: values.sum() * values.sum().item(), gpu)
+    waits = CudaGraphs(lambda values: values.sum() * values.sum().item(), gpu)
     waits(torch.ones(2, device=gpu))
     with pytest.raises(RuntimeError, match="captur"):
         waits(torch.ones(2, device=gpu))
     assert torch.rand(2, device=gpu).min() > 0  # nothing of it is left behind
     assert torch.cuda.current_stream() == stream
-    captured = Captured(lambda one, other: one.sum() - other.sum(), gpu)
+    captured = CudaGraphs(lambda one, other: one.sum() - other.sum(), gpu)
     for count in (2, 3, 2, 3, 2, 3):
         one, other = torch.randn(count), torch.randn(2 * count)
         torch.testing.assert_close(captured(one.pin_memory(), other.to(gpu)).cpu(), one.sum() - other.sum())
@@ -127,24 +126,24 @@ def test_learning_that_cannot_be_captured_goes_on_without_a_graph(
 
 @pytest.mark.gpu
 def test_graphs_of_other_shapes_go_before_fewer_pictures_are_learnt_at_once(settings: Make) -> None:
-    learner, _ = make_learner(settings(train_batch_size=2, mixed_precision="bf16"), torch.device("cuda"))
+    train_step, _ = make_learner(settings(train_batch_size=2, mixed_precision="bf16"), torch.device("cuda"))
     square, wide = random_batch(2), random_batch(2)
     wide = replace(wide, latents=wide.latents.repeat(1, 1, 1, 2), noise=wide.noise.repeat(1, 1, 1, 2))
-    loss = learner.loss
+    loss = train_step.loss
 
     def scarce(batch: batches.Batch) -> torch.Tensor:
-        if batch.latents.shape[-1] == wide.latents.shape[-1] and learner.captured and learner.captured.graphs:
+        if batch.latents.shape[-1] == wide.latents.shape[-1] and train_step.captured and train_step.captured.graphs:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss(batch)
 
-    learner.loss = scarce
+    train_step.loss = scarce
     for batch in (square, square, square, wide):
-        learner(batch)
-    assert learner.captured is not None
-    assert not learner.captured.graphs
-    learner(square)
-    assert len(learner.captured.graphs) == 1  # at once, since that shape has been called before
-    assert (learner.at_once, learner.checkpointing) == (2, False)
+        train_step(batch)
+    assert train_step.captured is not None
+    assert not train_step.captured.graphs
+    train_step(square)
+    assert len(train_step.captured.graphs) == 1  # at once, since that shape has been called before
+    assert (train_step.at_once, train_step.checkpointing) == (2, False)
 
 
 @pytest.mark.parametrize(
@@ -168,12 +167,12 @@ def test_what_is_learnt_the_plain_way(settings: Make, changes: dict[str, Any], r
 class Scarce:
     """A loss that runs out of memory, as a GPU does, with more than so many pictures without checkpointing."""
 
-    def __init__(self, learner: Learner, most: int) -> None:
-        self.learner, self.loss, self.most = learner, learner.loss, most
+    def __init__(self, train_step: TrainStep, most: int) -> None:
+        self.train_step, self.loss, self.most = train_step, train_step.loss, most
 
     def __call__(self, batch: batches.Batch) -> torch.Tensor:
         loss = self.loss(batch)
-        if len(batch.caption) > self.most and not self.learner.checkpointing:
+        if len(batch.caption) > self.most and not self.train_step.checkpointing:
             loss.backward()  # so that something of it is left behind
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
@@ -195,24 +194,24 @@ def test_less_memory_gives_the_same_gradients(
 
 
 def test_when_nothing_is_left_to_save_the_error_goes_on(settings: Make) -> None:
-    learner, _ = make_learner(settings(train_batch_size=2))
+    train_step, _ = make_learner(settings(train_batch_size=2))
 
     def full(_: batches.Batch) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    learner.loss = full
+    train_step.loss = full
     with pytest.raises(torch.OutOfMemoryError):
-        learner(random_batch(2))
-    assert learner.checkpointing
+        train_step(random_batch(2))
+    assert train_step.checkpointing
 
 
 def test_other_errors_change_nothing(settings: Make) -> None:
-    learner, _ = make_learner(settings(train_batch_size=2))
+    train_step, _ = make_learner(settings(train_batch_size=2))
 
     def broken(_: batches.Batch) -> torch.Tensor:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    learner.loss = broken
+    train_step.loss = broken
     with pytest.raises(RuntimeError, match="mat1"):
-        learner(random_batch(2))
-    assert learner.at_once == 2
+        train_step(random_batch(2))
+    assert train_step.at_once == 2

@@ -16,9 +16,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import lora_weights
-import models
-from config import Config
+from lace_lora.config import LORA_FILE, Config
+from lace_lora.sdxl import lora_weights, models, prompts
+from lace_lora.training import results
+from lace_lora.training.launch import Job
 from original_names import unet_name
 from pictures import Make, refused
 from test_models import CPU, PROMPTS, run_unet, trained_unet
@@ -27,7 +28,7 @@ TEXT = ("text_encoder", "text_encoder_2")
 
 
 def encoders_of(config: Config) -> lora_weights.Networks:
-    return dict(zip(TEXT, models.load_text_encoders(config, CPU, torch.float32), strict=True))
+    return dict(zip(TEXT, prompts.load_text_encoders(config, CPU, torch.float32), strict=True))
 
 
 def trained_encoders(config: Config) -> lora_weights.Networks:
@@ -39,7 +40,7 @@ def trained_encoders(config: Config) -> lora_weights.Networks:
 
 
 def embeddings(config: Config, networks: lora_weights.Networks) -> tuple[torch.Tensor, torch.Tensor]:
-    return models.encode_prompts(PROMPTS, models.load_tokenizers(config.pretrained_model), list(networks.values()))
+    return prompts.encode_prompts(PROMPTS, prompts.load_tokenizers(config.pretrained_model), list(networks.values()))
 
 
 @pytest.fixture
@@ -51,9 +52,9 @@ def saved(settings: Make, tmp_path: Path) -> tuple[Config, dict[str, Any]]:
     Path(config.lora_output_dir).mkdir()
     state = lora_weights.lora_state({"unet": unet} | networks)
     captions = dict(zip("abc", [config.instance_prompt, config.instance_prompt, "a rosette, White"], strict=True))
-    job = {"learns": {"pretrained_model": "some/model"}, "captions": captions}
+    job = Job(captions, {}, {"pretrained_model": "some/model"}, None, {})
     layers = unet.config.layers_per_block
-    lora_weights.save_results(config, state, config.alpha, 7, job, layers)
+    results.save_results(config, state, config.alpha, 7, job, layers)
     return config, expected
 
 
@@ -93,7 +94,7 @@ def test_merged_it_acts_as_it_was_trained(saved: Any, name: str) -> None:
 
 def test_half_the_scale_is_half_the_change_of_the_weights(saved: Any) -> None:
     config, _ = saved
-    path = Path(config.lora_output_dir, lora_weights.LORA_FILE)
+    path = Path(config.lora_output_dir, LORA_FILE)
     plain, half, whole = (encoders_of(config) for _ in range(3))
     lora_weights.merge_lora(half, path, 0.5)
     lora_weights.merge_lora(whole, path, 1.0)
@@ -108,7 +109,7 @@ def test_half_the_scale_is_half_the_change_of_the_weights(saved: Any) -> None:
 
 def test_a_lora_without_text_encoders_leaves_them_alone(settings: Make, tmp_path: Path) -> None:
     unet, config = trained_unet(settings)
-    path = tmp_path / lora_weights.LORA_FILE
+    path = tmp_path / LORA_FILE
     lora_weights.save_lora(path, lora_weights.lora_state({"unet": unet}), {})
     networks = encoders_of(config)
     before = embeddings(config, networks)
@@ -118,7 +119,7 @@ def test_a_lora_without_text_encoders_leaves_them_alone(settings: Make, tmp_path
 
 def test_text_encoders_of_other_shapes_are_refused(saved: Any, tmp_path: Path) -> None:
     config, _ = saved
-    state = load_file(Path(config.lora_output_dir, lora_weights.LORA_FILE))
+    state = load_file(Path(config.lora_output_dir, LORA_FILE))
     cut = {key: value[:, :-1].contiguous() if "text_encoder." in key else value for key, value in state.items()}
     save_file(cut, tmp_path / "cut.safetensors")
     refused(lambda: lora_weights.merge_lora(encoders_of(config), tmp_path / "cut.safetensors", 1.0), "not a LoRA for")
@@ -145,7 +146,7 @@ def test_what_others_train_is_merged_as_they_meant_it(settings: Make, tmp_path: 
         unet_lora_layers=get_peft_model_state_dict(theirs),
         unet_lora_adapter_metadata=theirs.peft_config["default"].to_dict(),
     )
-    lora_weights.merge_lora({"unet": merged}, tmp_path / lora_weights.LORA_FILE, 1.0)
+    lora_weights.merge_lora({"unet": merged}, tmp_path / LORA_FILE, 1.0)
     close(run_unet(merged), run_unet(theirs))
     assert (run_unet(merged) - plain).abs().max() > 0.02
 
@@ -224,13 +225,13 @@ def test_memory_and_disks_are_not_blamed_on_the_lora(
 
     monkeypatch.setattr(lora_weights, "_add", fail)
     with pytest.raises(type(error), match=str(error.args[-1])):
-        lora_weights.merge_lora(encoders_of(config), Path(config.lora_output_dir, lora_weights.LORA_FILE), 1.0)
+        lora_weights.merge_lora(encoders_of(config), Path(config.lora_output_dir, LORA_FILE), 1.0)
 
 
 def test_what_diffusers_scripts_write_is_read(saved: Any, tmp_path: Path) -> None:
     """Their names: `lora.down`, and with transformers 5.6 no `text_model` in the first encoder."""
     config, expected = saved
-    ours = load_file(Path(config.lora_output_dir, lora_weights.LORA_FILE))
+    ours = load_file(Path(config.lora_output_dir, LORA_FILE))
     renamed = {
         key.replace("text_encoder.text_model.", "text_encoder.")
         .replace("lora_A", "lora.down")
@@ -296,4 +297,4 @@ def test_the_kohya_file_carries_alpha_and_what_programs_show(saved: Any) -> None
 def test_the_name_of_the_style(prompt: str, folder: str, name: str, words: str) -> None:
     config = Config(instance_prompt=prompt, lora_output_dir=folder)
     assert config.lora_name == name
-    assert lora_weights.trigger_words(prompt) == words
+    assert results.trigger_words(prompt) == words

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import main
-from config import Config
+from lace_lora.config import Config
 from pictures import ROOT, jpgs, main_py, snapshot
 
 # Runs main.py's own main and tells what it loaded.

@@ -9,9 +9,9 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-import lora_weights
-import models
-from config import Config, UserError
+from lace_lora.config import LORA_FILE, Config
+from lace_lora.errors import UserError
+from lace_lora.sdxl import lora_weights, models, prompts
 from pictures import Make, refused
 
 CPU = torch.device("cpu")
@@ -47,9 +47,9 @@ def trained_unet(settings: Make) -> tuple[UNet2DConditionModel, Config]:
 
 def test_prompt_embeddings_equal_the_pipelines(base: StableDiffusionXLPipeline, settings: Make) -> None:
     config = settings()
-    tokenizers = models.load_tokenizers(config.pretrained_model)
-    encoders = models.load_text_encoders(config, CPU, torch.float32)
-    embeds, pooled = models.encode_prompts(PROMPTS, tokenizers, encoders)
+    tokenizers = prompts.load_tokenizers(config.pretrained_model)
+    encoders = prompts.load_text_encoders(config, CPU, torch.float32)
+    embeds, pooled = prompts.encode_prompts(PROMPTS, tokenizers, encoders)
     expected, _, expected_pooled, _ = base.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
     assert torch.equal(embeds, expected)
     assert torch.equal(pooled, expected_pooled)
@@ -60,18 +60,18 @@ def test_refiner_embeddings_equal_the_pipelines(tiny: Path, base: StableDiffusio
     refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(
         tiny / "refiner", vae=base.vae, text_encoder_2=base.text_encoder_2, tokenizer_2=base.tokenizer_2
     )
-    tokenizers = models.load_tokenizers(config.pretrained_model)
-    encoders = models.load_text_encoders(config, CPU, torch.float32)
-    embeds, pooled = models.encode_prompts(PROMPTS, tokenizers[1:], encoders[1:])
+    tokenizers = prompts.load_tokenizers(config.pretrained_model)
+    encoders = prompts.load_text_encoders(config, CPU, torch.float32)
+    embeds, pooled = prompts.encode_prompts(PROMPTS, tokenizers[1:], encoders[1:])
     expected, _, expected_pooled, _ = refiner.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
     assert torch.equal(embeds, expected)
     assert torch.equal(pooled, expected_pooled)
 
 
 def test_too_long_prompts_are_noticed(tiny: Path) -> None:
-    tokenizer = models.load_tokenizers(str(tiny / "base"))[0]
-    assert not models.too_long("white lace", tokenizer)
-    assert models.too_long("white lace " * 40, tokenizer)
+    tokenizer = prompts.load_tokenizers(str(tiny / "base"))[0]
+    assert not prompts.too_long("white lace", tokenizer)
+    assert prompts.too_long("white lace " * 40, tokenizer)
 
 
 def test_a_new_lora_changes_nothing_and_is_fp32(settings: Make) -> None:
@@ -89,11 +89,11 @@ def test_saved_lora_acts_in_a_plain_pipeline_as_in_training(settings: Make, tmp_
     assert config.alpha != config.rank
     expected = run_unet(unet)
     lora_weights.save_lora(
-        tmp_path / lora_weights.LORA_FILE, lora_weights.lora_state({"unet": unet}, config.alpha / config.rank), {}
+        tmp_path / LORA_FILE, lora_weights.lora_state({"unet": unet}, config.alpha / config.rank), {}
     )
     plain = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
     base_output = run_unet(plain.unet)
-    plain.load_lora_weights(str(tmp_path), weight_name=lora_weights.LORA_FILE)
+    plain.load_lora_weights(str(tmp_path), weight_name=LORA_FILE)
     torch.testing.assert_close(run_unet(plain.unet), expected, rtol=1e-4, atol=1e-5)
     assert (expected - base_output).abs().max() > 0.05  # the LoRA does do something
 
@@ -101,10 +101,10 @@ def test_saved_lora_acts_in_a_plain_pipeline_as_in_training(settings: Make, tmp_
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_merged_lora_equals_the_loaded_one(settings: Make, tmp_path: Path, scale: float) -> None:
     unet, config = trained_unet(settings)
-    path = tmp_path / lora_weights.LORA_FILE
+    path = tmp_path / LORA_FILE
     lora_weights.save_lora(path, lora_weights.lora_state({"unet": unet}, config.alpha / config.rank), {})
     plain = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
-    plain.load_lora_weights(str(tmp_path), weight_name=lora_weights.LORA_FILE, adapter_name="lace")
+    plain.load_lora_weights(str(tmp_path), weight_name=LORA_FILE, adapter_name="lace")
     plain.set_adapters("lace", scale)
     merged = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
     lora_weights.merge_lora({"unet": merged}, path, scale)
@@ -114,7 +114,7 @@ def test_merged_lora_equals_the_loaded_one(settings: Make, tmp_path: Path, scale
 
 def test_scale_zero_is_the_base(settings: Make, tmp_path: Path) -> None:
     unet, config = trained_unet(settings)
-    path = tmp_path / lora_weights.LORA_FILE
+    path = tmp_path / LORA_FILE
     lora_weights.save_lora(path, lora_weights.lora_state({"unet": unet}, config.alpha / config.rank), {})
     base_unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
     before = run_unet(base_unet)
@@ -124,7 +124,7 @@ def test_scale_zero_is_the_base(settings: Make, tmp_path: Path) -> None:
 
 def test_what_is_no_lora_is_refused(settings: Make, tmp_path: Path) -> None:
     unet, config = trained_unet(settings)
-    path = tmp_path / lora_weights.LORA_FILE
+    path = tmp_path / LORA_FILE
     state = lora_weights.lora_state({"unet": unet}, 1.0)
     wrong_shape = {name: tensor[:, :-1].contiguous() for name, tensor in state.items()}
     foreign = {"text_model.weight": torch.zeros(3)}
@@ -193,12 +193,12 @@ def test_number_format_goes_by_capability(
 
 def test_lora_file_holds_its_metadata_and_only_the_unet(settings: Make, tmp_path: Path) -> None:
     unet, _ = trained_unet(settings)
-    path = tmp_path / lora_weights.LORA_FILE
+    path = tmp_path / LORA_FILE
     lora_weights.save_lora(path, lora_weights.lora_state({"unet": unet}, 1.0), {"step": "7"})
     names = load_file(path)
     assert names
     assert all(name.startswith("unet.") and name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
-    assert [item.name for item in tmp_path.iterdir()] == [lora_weights.LORA_FILE]
+    assert [item.name for item in tmp_path.iterdir()] == [LORA_FILE]
 
 
 def test_xformers_that_cannot_be_used_is_one_sentence(tiny: Path) -> None:

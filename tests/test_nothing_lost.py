@@ -16,14 +16,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import checkpoint
 import inference
-import launcher
-import lora_weights
-import supervise
-from config import DISK_OR_DRIVE, Config, UserError
+from lace_lora import errors, files
+from lace_lora.config import Config, dump_config
+from lace_lora.errors import DISK_OR_DRIVE, UserError
+from lace_lora.sdxl import lora_weights
+from lace_lora.training import checkpoint
 from pictures import ROOT, Make, main_py, names, refused
-from settings_file import dump_config
 from test_train_lora import StopAt, train_here
 
 KILLS = int(os.environ.get("KILLS", "3"))  # `make torture` asks for 100
@@ -174,7 +173,7 @@ def stop_and_look(whom: str, number: signal.Signals, config: Config, start: Star
     if whom == "group":
         os.killpg(process.pid, number)
     else:
-        between = next(child for child in process.children() if str(launcher.LAUNCHER) in child.cmdline())
+        between = next(child for child in process.children() if "lace_lora.process" in child.cmdline())
         os.kill(process.pid if whom == "main" else between.pid, number)
     assert process.wait(30) == 128 + number
     _, left = psutil.wait_procs(family, timeout=5)
@@ -197,9 +196,9 @@ def test_a_second_stop_leaves_at_once_with_the_last_checkpoint_whole(
         time.sleep(0.01)
     assert process.wait(30) == 130
     assert "stopped at once" in (tmp_path / "said.txt").read_text()
-    newest, passed_over = checkpoint.newest(tmp_path / "lora")
+    newest, skipped = checkpoint.newest(tmp_path / "lora")
     assert newest is not None
-    assert not passed_over
+    assert not skipped
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
@@ -211,16 +210,15 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
     second = main_py("--mode", "train", "--config", str(tmp_path / "my.yaml"))
     assert second.returncode == 2
     assert f"another run is at work in {tmp_path / 'lora'}" in second.stderr
-    of_both = [one for one in process.children(recursive=True) if "train_lora.py" in str(one.cmdline())]
-    [training] = [one for one in of_both if str(launcher.LAUNCHER) not in one.cmdline()]
+    [training] = [one for one in process.children(recursive=True) if "train_lora.py" in str(one.cmdline())]
     training.suspend()  # main is killed, and the training has not noticed yet
     process.kill()
     process.wait(10)
-    with pytest.raises(UserError, match="another run"), supervise.sole_use(tmp_path / "lora"):
+    with pytest.raises(UserError, match="another run"), files.lock_for_one_run(tmp_path / "lora"):
         pass
     training.kill()
     psutil.wait_procs([training], timeout=10)
-    with supervise.sole_use(tmp_path / "lora"):
+    with files.lock_for_one_run(tmp_path / "lora"):
         pass
 
 
@@ -250,10 +248,10 @@ def test_a_full_disk_costs_nothing_that_was_saved(settings: Make, small_disk: Pa
     kept, ballast = names(folder), fill(small_disk, leave=100_000)
     with pytest.raises(OSError, match="No space left") as caught:
         train_here(settings(lora_output_dir=str(folder), max_train_steps=4), resume=folder / "checkpoint-2")
-    explained = supervise.explain(caught.value, "")
+    explained = errors.explain(caught.value, "")
     assert explained is not None
-    assert f"{folder}/.checkpoint-4." in explained[0], "the file that could not be written"
-    assert explained[1] == DISK_OR_DRIVE
+    assert f"{folder}/.checkpoint-4." in str(explained), "the file that could not be written"
+    assert explained.exit_code == DISK_OR_DRIVE
     assert checkpoint.newest(folder) == (folder / "checkpoint-2", [])
     assert names(folder) == kept
     ballast.unlink()
@@ -318,7 +316,7 @@ def test_a_folder_that_vanishes_is_a_disk_error_and_is_not_made_anew(
     config = settings(max_train_steps=8, report_to=report_to)
     with pytest.raises(OSError, match="No such file") as caught:
         train_here(config, stop=Unmount(None))
-    assert supervise.explain(caught.value, "") is not None
+    assert errors.explain(caught.value, "") is not None
     assert not (tmp_path / "lora").exists()
     assert checkpoint.newest(tmp_path / "elsewhere") == (tmp_path / "elsewhere" / "checkpoint-2", [])
 

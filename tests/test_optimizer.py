@@ -7,8 +7,14 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
-from config import Config
-from optimizer import make_optimizer, optimizer_state, rate_factor_at, restore_optimizer, update_weights
+from lace_lora.config import Config
+from lace_lora.training.optimizer import (
+    make_optimizer,
+    optimizer_state,
+    rate_factor_at,
+    restore_optimizer,
+    update_weights,
+)
 from pictures import refused
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import checkpoint
 import data_utils
-import image_files
-from config import Config, UserError
+from lace_lora.config import Config, dump_config, load_config
+from lace_lora.errors import UserError
+from lace_lora.pictures import image_files
+from lace_lora.training import checkpoint
 from pictures import as_file, gradient, names, refused
-from settings_file import dump_config, load_config
 
 # `make torture` asks for many more.
 EXAMPLES = int(os.environ.get("EXAMPLES", "60"))
@@ -104,8 +104,8 @@ def test_any_damage_to_a_picture(which: bytes, place: float, junk: bytes, cut: b
     content = which[:at] + junk + (b"" if cut else which[at + len(junk) :])
     (tmp_path / "a.jpg").write_bytes(content)
     found = image_files._check(tmp_path / "a.jpg", 8, ("JPEG", "PNG", "TIFF", "WEBP", "BMP"))
-    assert found.taken == bool(found.sha256 and found.width)
-    if found.taken:
+    assert found.used == bool(found.sha256 and found.width)
+    if found.used:
         assert min(found.width, found.height) >= 8
         picture, size = image_files.open_picture(io.BytesIO(content), kinds=("JPEG", "PNG", "TIFF", "WEBP", "BMP"))
         assert picture.mode == "RGB"

@@ -10,13 +10,11 @@ import pytest
 from PIL import ExifTags, Image, ImageChops, ImageStat, PngImagePlugin
 
 import main
-import rebuild
-import recipe
-from config import Config
-from gallery import Design
-from inference import RECIPE_SETTINGS
+from lace_lora.config import PICTURE, Config, settings_that_affect
+from lace_lora.drawing import rebuild
+from lace_lora.pictures import recipe
+from lace_lora.pictures.recipe import Design, Recipe
 from pictures import Make, gradient, jpg, names, refused, snapshot
-from recipe import Recipe
 
 PROMPT = 'weiße Spitze 🧵, "scalloped" <myspecialstyle> & net'
 BATCH = [Design(2, "edge", 9), Design(3, PROMPT, 10)]
@@ -25,7 +23,7 @@ BATCH = [Design(2, "edge", 9), Design(3, PROMPT, 10)]
 @pytest.fixture
 def mine(settings: Make) -> Recipe:
     config = settings(negative_prompt="blur <b>, low", guidance_scale=5.5)
-    values = {name: getattr(config, name) for name in RECIPE_SETTINGS}
+    values = {name: getattr(config, name) for name in settings_that_affect(PICTURE)}
     return Recipe(BATCH[1], True, BATCH, values | {"lora_sha256": None}, "lace")
 
 

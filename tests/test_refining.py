@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageFilter
 
-import refining
+from lace_lora.drawing import refining
 from pictures import gradient
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import supervise
-from config import UserError
+from lace_lora import errors, process
+from lace_lora.errors import UserError
 from pictures import ROOT
 
 # Like accelerate's: any failure becomes 1, and its own end is not passed on.
@@ -26,8 +26,9 @@ sys.path.insert(0, ROOT)
 if KIND == "early":
     Path(FOLDER, "pid").write_text(str(os.getpid()))
     time.sleep(1.2)
-import supervise
-from config import UserError
+from lace_lora import errors
+from lace_lora import process
+from lace_lora.errors import UserError
 
 class OutOfMemoryError(RuntimeError):
     pass
@@ -36,7 +37,7 @@ def wait(stop, heeds):
     Path(FOLDER, "pid").write_text(str(os.getpid()))
     for _ in range(3000):
         if heeds and stop.requested:
-            raise supervise.Stopped("saved at step 7; the same command goes on from there")
+            raise process.Stopped("saved at step 7; the same command goes on from there")
         time.sleep(0.01)
 
 def work(stop):
@@ -57,17 +58,18 @@ def work(stop):
     stop.deferred = KIND != "encoding"
     wait(stop, heeds=KIND != "deaf")
 
-sys.exit(supervise.report_outcome(work, Path(FOLDER)))
+sys.exit(process.report_outcome(work, Path(FOLDER)))
 """
 
 MAIN = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import supervise
-from config import UserError
+from lace_lora import errors
+from lace_lora import process
+from lace_lora.errors import UserError
 try:
-    print(supervise.run(sys.argv[3:], Path(sys.argv[2])))
+    print(process.run(sys.argv[3:], Path(sys.argv[2])))
 except UserError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
@@ -92,9 +94,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
         return started[-1]
 
     yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
+    for one in started:
+        one.kill()
+        one.communicate()
 
 
 def soon(condition: Callable[[], bool], seconds: float = 15) -> None:
@@ -117,7 +119,7 @@ def training_is_gone(folder: Path) -> None:
 
 
 def test_a_good_end_brings_the_closing_sentence(tmp_path: Path) -> None:
-    assert supervise.run(launch(tmp_path, "good"), tmp_path) == "trained 8 steps"
+    assert process.run(launch(tmp_path, "good"), tmp_path) == "trained 8 steps"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_the_reason_of_a_failure_comes_through(
     kind: str, code: int, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        supervise.run(launch(tmp_path, kind), tmp_path)
+        process.run(launch(tmp_path, kind), tmp_path)
     assert caught.value.exit_code == code
     assert said in str(caught.value)
     assert ("ZeroDivisionError: a bug" in capfd.readouterr().err) == (kind == "bug")
@@ -143,14 +145,14 @@ def test_the_reason_of_a_failure_comes_through(
 
 def test_a_launcher_that_never_starts_the_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="could not start the training \\(exit code 9\\)") as caught:
-        supervise.run([sys.executable, "-c", "raise SystemExit(9)"], tmp_path)
+        process.run([sys.executable, "-c", "raise SystemExit(9)"], tmp_path)
     assert caught.value.exit_code == 2
 
 
 def test_handlers_are_put_back(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(UserError):
-        supervise.run(launch(tmp_path, "user"), tmp_path)
+        process.run(launch(tmp_path, "user"), tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -212,22 +214,22 @@ def test_leftovers_of_the_group_are_ended(tmp_path: Path) -> None:
         f"pathlib.Path({str(tmp_path)!r}, 'pid').write_text(str(left.pid))"
     )
     with pytest.raises(UserError):
-        supervise.run([sys.executable, "-c", code], tmp_path)
+        process.run([sys.executable, "-c", code], tmp_path)
     training_is_gone(tmp_path)
 
 
-def report(folder: Path, rank: str, work: Callable[[supervise.StopSignal], str]) -> int | None:
+def report(folder: Path, rank: str, work: Callable[[process.StopSignal], str]) -> int | None:
     """report_outcome in a process of its own, as one of several; what the outcome file says, None when nothing yet."""
     pid = os.fork()
     if pid == 0:
         os.environ["LOCAL_RANK"] = rank
-        os._exit(supervise.report_outcome(work, folder))
+        os._exit(process.report_outcome(work, folder))
     os.waitpid(pid, 0)
     return json.loads((folder / "outcome.json").read_text())["exit_code"]
 
 
 def test_of_several_processes_the_first_tells_the_good_end_and_any_a_failure(tmp_path: Path) -> None:
-    def fail(_: supervise.StopSignal) -> str:
+    def fail(_: process.StopSignal) -> str:
         raise MemoryError
 
     assert report(tmp_path, "1", lambda _: "done") is None
@@ -237,14 +239,14 @@ def test_of_several_processes_the_first_tells_the_good_end_and_any_a_failure(tmp
 
 @pytest.mark.parametrize("error", [PermissionError(13, "no", "x"), FileExistsError(17, "no", "x"), OSError(30, "no")])
 def test_errors_of_the_disk_are_the_users_to_mend(error: OSError) -> None:
-    explained = supervise.explain(error, "buy more")
+    explained = errors.explain(error, "buy more")
     assert explained
-    assert explained[1] == 4
+    assert explained.exit_code == 4
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shape"), OSError("no number"), KeyError("x")])
 def test_a_bug_is_not_explained_away(error: Exception) -> None:
-    assert supervise.explain(error, "buy more") is None
+    assert errors.explain(error, "buy more") is None
 
 
 def test_memory_that_the_machine_does_not_have_is_explained() -> None:
@@ -252,5 +254,6 @@ def test_memory_that_the_machine_does_not_have_is_explained() -> None:
 
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)
-    explained = supervise.explain(caught.value, "take less")
-    assert explained == ("out of memory: take less", 3)
+    explained = errors.explain(caught.value, "take less")
+    assert explained is not None
+    assert (str(explained), explained.exit_code) == ("out of memory: take less", 3)

@@ -10,21 +10,20 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-import checkpoint
 import data_utils
-import launcher
 import pictures
-import supervise
 import train
-from config import Config, UserError
-from pictures import Make, gradient, jpg, jpgs, names, snapshot, truncated_jpg
-from settings_file import load_config
+from lace_lora import process
+from lace_lora.config import Config, load_config
+from lace_lora.errors import UserError
+from lace_lora.training import checkpoint, launch
+from pictures import ROOT, Make, gradient, jpg, jpgs, names, snapshot, truncated_jpg
 
 LORA = "pytorch_lora_weights.safetensors"
 
 
 class Launch:
-    """In the place of supervise.run: reads what the training is given and leaves checkpoints and a LoRA as it would."""
+    """In the place of process.run: reads what the training is given and leaves checkpoints and a LoRA as it would."""
 
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
@@ -40,11 +39,11 @@ class Launch:
         config = load_config(command[command.index("--config") + 1])
         output_dir, last = Path(config.lora_output_dir), min(config.max_train_steps, self.stop_at)
         for step in range(config.checkpointing_steps, last + 1, config.checkpointing_steps):
-            state = json.dumps({"step": step, "learns": job["learns"]})
+            state = json.dumps({"step": step, "learns": job["fingerprint"]})
             checkpoint.publish(output_dir, step, lambda to, state=state: put(to / "state.json", state), keep=9)  # type: ignore[misc]
         if last < config.max_train_steps:
             raise UserError(f"stopped at step {last}", 130)
-        metadata = {"step": str(last), "learns": json.dumps(job["learns"])}
+        metadata = {"step": str(last), "learns": json.dumps(job["fingerprint"])}
         save_file({"w": np.zeros(3, np.float32)}, output_dir / LORA, metadata)
         return f"trained {last} steps"
 
@@ -54,10 +53,10 @@ def put(path: Path, text: str) -> None:
 
 
 @pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch) -> Launch:
-    launched = Launch()
-    monkeypatch.setattr(supervise, "run", launched)
-    return launched
+def launched(monkeypatch: pytest.MonkeyPatch) -> Launch:
+    stand_in = Launch()
+    monkeypatch.setattr(process, "run", stand_in)
+    return stand_in
 
 
 @pytest.fixture
@@ -79,13 +78,13 @@ def refused(config: Config, part: str, code: int = 2, dry_run: bool = False) -> 
     pictures.refused(lambda: train.run(config, dry_run), part, code)
 
 
-def test_what_the_training_is_given(tmp_path: Path, launch: Launch, make: Make) -> None:
+def test_what_the_training_is_given(tmp_path: Path, launched: Launch, make: Make) -> None:
     (tmp_path / "photos" / "lace_1.txt").write_text("a rosette")
     truncated_jpg(tmp_path / "photos" / "cut.jpg")
     jpg(tmp_path / "photos" / "tiny.jpg", gradient(20, 20))
     config = make(learning_rate=3e-5, prompt=("edge", "no"), lora_alpha=2.0)
     train.run(config)
-    [job] = launch.jobs
+    [job] = launched.jobs
     paths = [str(tmp_path / "photos" / f"lace_{index}.jpg") for index in range(3)]
     assert job["captions"] == dict(
         zip(paths, [config.instance_prompt, "a rosette", config.instance_prompt], strict=True)
@@ -94,11 +93,11 @@ def test_what_the_training_is_given(tmp_path: Path, launch: Launch, make: Make) 
     assert load_config(tmp_path / "lora" / "config.yaml") == config
     annotations = (tmp_path / "photos" / "annotations.txt").read_text()
     assert annotations == "".join(f"{path}\t{caption}\n" for path, caption in job["captions"].items())
-    [settings] = launch.accelerate
+    [settings] = launched.accelerate
     assert (settings["distributed_type"], settings["num_processes"]) == ("NO", 1)
 
 
-def test_the_users_files_are_not_touched(tmp_path: Path, launch: Launch, make: Make) -> None:
+def test_the_users_files_are_not_touched(tmp_path: Path, launched: Launch, make: Make) -> None:
     photos = tmp_path / "photos"
     (photos / "lace_0.txt").write_text("mine")
     (photos / "notes.docx").write_bytes(b"x")
@@ -111,28 +110,27 @@ def test_the_users_files_are_not_touched(tmp_path: Path, launch: Launch, make: M
     assert names(photos) - {Path(name).name for name in before} == {"annotations.txt", ".annotations.sha256"}
 
 
-def test_the_command_is_one_that_accelerate_accepts(launch: Launch, make: Make, tmp_path: Path) -> None:
+def test_the_command_is_one_that_accelerate_accepts(launched: Launch, make: Make, tmp_path: Path) -> None:
     theirs = pytest.importorskip("accelerate.commands.launch")
     train.run(make(lora_output_dir=str(tmp_path / "mit Leerzeichen ü")))
-    [command] = launch.commands
-    assert command[1] == str(launcher.LAUNCHER)
-    parsed = theirs.launch_command_parser().parse_args(command[2:])
-    assert Path(parsed.training_script) == launcher.TRAINING_SCRIPT
-    assert launcher.TRAINING_SCRIPT.exists()
+    [command] = launched.commands
+    assert command[1:3] == ["-m", "lace_lora.process"]
+    parsed = theirs.launch_command_parser().parse_args(command[3:])
+    assert Path(parsed.training_script) == ROOT / "train_lora.py"
     assert parsed.training_script_args[:2] == ["--config", str(tmp_path / "mit Leerzeichen ü" / "config.yaml")]
     assert Path(parsed.config_file).name == "accelerate.yaml"
     assert parsed.num_cpu_threads_per_process >= 1
-    keys = set(launch.accelerate[0])
+    keys = set(launched.accelerate[0])
     config_args = pytest.importorskip("accelerate.commands.config.config_args")
     assert keys <= set(config_args.ClusterConfig.__dataclass_fields__)
 
 
-def test_a_file_of_the_users_own_goes_to_accelerate(tmp_path: Path, launch: Launch, make: Make) -> None:
+def test_a_file_of_the_users_own_goes_to_accelerate(tmp_path: Path, launched: Launch, make: Make) -> None:
     put(tmp_path / "mine.yaml", "distributed_type: MULTI_GPU\nnum_processes: 2\n")
     config = make(accelerate_config=str(tmp_path / "mine.yaml"))
     train.run(config)
-    assert launch.accelerate == [{"distributed_type": "MULTI_GPU", "num_processes": 2}]
-    command = launcher.build_command(config, Path("ours.yaml"), Path("job.json"))
+    assert launched.accelerate == [{"distributed_type": "MULTI_GPU", "num_processes": 2}]
+    command = launch.build_command(config, Path("ours.yaml"), Path("job.json"))
     assert command[command.index("--config_file") + 1] == str(tmp_path / "mine.yaml")
 
 
@@ -151,7 +149,7 @@ def test_a_file_of_the_users_own_goes_to_accelerate(tmp_path: Path, launch: Laun
     ],
 )
 def test_accelerate_files_that_are_refused(
-    text: str | None, part: str, dry_run: bool, tmp_path: Path, launch: Launch, make: Make
+    text: str | None, part: str, dry_run: bool, tmp_path: Path, launched: Launch, make: Make
 ) -> None:
     if text is not None:
         put(tmp_path / "mine.yaml", text)
@@ -162,10 +160,10 @@ def test_accelerate_files_that_are_refused(
 
 @pytest.mark.parametrize("state", ["new", "stopped", "finished", "by hand"])
 def test_a_dry_run_writes_nothing(
-    state: str, tmp_path: Path, launch: Launch, make: Make, capsys: pytest.CaptureFixture[str]
+    state: str, tmp_path: Path, launched: Launch, make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if state == "stopped":
-        launch.stop_at = 5
+        launched.stop_at = 5
         refused(make(), "stopped", 130)
     elif state == "finished":
         train.run(make())
@@ -175,7 +173,7 @@ def test_a_dry_run_writes_nothing(
     capsys.readouterr()
     train.run(make(), dry_run=True)
     assert snapshot(tmp_path) == before
-    assert len(launch.commands) == (state in ("stopped", "finished"))
+    assert len(launched.commands) == (state in ("stopped", "finished"))
     said = capsys.readouterr().out
     assert "3 taken" in said
     if state == "finished":
@@ -185,7 +183,7 @@ def test_a_dry_run_writes_nothing(
     assert f"Would {'read' if state == 'by hand' else 'write'} {tmp_path}/photos/annotations.txt" in said
     assert "Free on that disk" in said
     [command] = [line.removeprefix("Would run: ") for line in said.splitlines() if line.startswith("Would run: ")]
-    assert str(launcher.TRAINING_SCRIPT) in shlex.split(command)
+    assert str(ROOT / "train_lora.py") in shlex.split(command)
 
 
 def test_a_dry_run_writes_the_report_it_was_asked_for(tmp_path: Path, make: Make) -> None:
@@ -208,7 +206,7 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, make: Make) -> None:
     refused(make(report=str(tmp_path / "missing" / "report.json")), "report: .*report.json cannot be written", 4, True)
 
 
-def test_without_a_good_picture_nothing_is_written(tmp_path: Path, launch: Launch, make: Make) -> None:
+def test_without_a_good_picture_nothing_is_written(tmp_path: Path, launched: Launch, make: Make) -> None:
     config = make(min_image_size=500)
     before = snapshot(tmp_path)
     refused(config, "no pictures to train on")
@@ -217,38 +215,40 @@ def test_without_a_good_picture_nothing_is_written(tmp_path: Path, launch: Launc
 
 
 @pytest.mark.parametrize(("bad", "refuses"), [(1, False), (2, True)])
-def test_more_than_a_tenth_bad_is_refused(bad: int, refuses: bool, tmp_path: Path, launch: Launch, make: Make) -> None:
+def test_more_than_a_tenth_bad_is_refused(
+    bad: int, refuses: bool, tmp_path: Path, launched: Launch, make: Make
+) -> None:
     jpgs(tmp_path / "photos", 10)
     for index in range(bad):
         truncated_jpg(tmp_path / "photos" / f"cut_{index}.jpg")
     if refuses:
         refused(make(skip_bad_images=False), "2 of 12 pictures cannot be taken.*skip_bad_images: true")
-        assert not launch.jobs
+        assert not launched.jobs
         train.run(make(skip_bad_images=True))
     else:
         train.run(make(skip_bad_images=False))
-    assert len(launch.jobs[0]["captions"]) == 10
+    assert len(launched.jobs[0]["captions"]) == 10
 
 
-def test_too_few_pictures_are_refused(tmp_path: Path, launch: Launch, make: Make) -> None:
+def test_too_few_pictures_are_refused(tmp_path: Path, launched: Launch, make: Make) -> None:
     truncated_jpg(tmp_path / "photos" / "lace_0.jpg")
     refused(make(min_images=3), "2 pictures to train on, and min_images is 3")
     train.run(make(min_images=2))
 
 
 def test_annotations_by_hand_say_what_is_trained(
-    tmp_path: Path, launch: Launch, make: Make, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, launched: Launch, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     jpg(tmp_path / "elsewhere.jpg")
     lines = [f"{tmp_path}/elsewhere.jpg\tone", f"{tmp_path}/photos/lace_2.jpg\ttwo", f"{tmp_path}/gone.jpg\tthree"]
     put(tmp_path / "photos" / "annotations.txt", "\n".join(lines))
     train.run(make())
-    [job] = launch.jobs
+    [job] = launched.jobs
     assert job["captions"] == {f"{tmp_path}/photos/lace_2.jpg": "two", f"{tmp_path}/elsewhere.jpg": "one"}
     assert "2 pictures are not in" in caplog.text
 
 
-def test_finished_already(tmp_path: Path, launch: Launch, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_already(tmp_path: Path, launched: Launch, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     train.run(make())
     before = snapshot(tmp_path)
     train.run(make())
@@ -259,45 +259,47 @@ def test_finished_already(tmp_path: Path, launch: Launch, make: Make, capsys: py
     train.run(make())
     assert snapshot(tmp_path) == before
     assert capsys.readouterr().out.count("Finished already") == 3
-    assert len(launch.jobs) == 1
+    assert len(launched.jobs) == 1
 
 
-def test_more_steps_go_on_and_keep_the_finished_lora(tmp_path: Path, launch: Launch, make: Make) -> None:
+def test_more_steps_go_on_and_keep_the_finished_lora(tmp_path: Path, launched: Launch, make: Make) -> None:
     train.run(make())
     first = (tmp_path / "lora" / LORA).read_bytes()
     put(tmp_path / "lora" / "pytorch_lora_weights-step8.safetensors", "the user's own")
     train.run(make(max_train_steps=12))
-    assert launch.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-8")
+    assert launched.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-8")
     assert (tmp_path / "lora" / "pytorch_lora_weights-step8.safetensors").read_text() == "the user's own"
     assert (tmp_path / "lora" / "pytorch_lora_weights-step8-2.safetensors").read_bytes() == first
     assert (tmp_path / "lora" / LORA).read_bytes() != first
 
 
 def test_an_interrupted_run_goes_on_from_the_newest_whole_checkpoint(
-    tmp_path: Path, launch: Launch, make: Make, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, launched: Launch, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    launch.stop_at = 7
+    launched.stop_at = 7
     refused(make(checkpointing_steps=3), "stopped at step 7", 130)
     put(tmp_path / "lora" / "checkpoint-6" / "state.json", "damaged")
     train.run(make(learning_rate=1e-5, max_train_steps=7))
-    assert launch.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-3")
+    assert launched.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-3")
     assert "passed over checkpoint-6: state.json" in caplog.text
 
 
-def test_leftovers_of_killed_writes_are_removed_before_the_training(tmp_path: Path, launch: Launch, make: Make) -> None:
-    launch.stop_at = 2  # before it publishes anything
+def test_leftovers_of_killed_writes_are_removed_before_the_training(
+    tmp_path: Path, launched: Launch, make: Make
+) -> None:
+    launched.stop_at = 2  # before it publishes anything
     (tmp_path / "lora" / ".checkpoint-4.77.tmp").mkdir(parents=True)
     put(tmp_path / "lora" / ".metrics.csv.77.tmp", "half")
     refused(make(), "stopped", 130)
     assert names(tmp_path / "lora") == {"config.yaml"}
 
 
-def test_a_named_checkpoint(tmp_path: Path, launch: Launch, make: Make) -> None:
-    launch.stop_at = 9
+def test_a_named_checkpoint(tmp_path: Path, launched: Launch, make: Make) -> None:
+    launched.stop_at = 9
     refused(make(max_train_steps=12), "stopped", 130)
     config = make(resume_from_checkpoint=str(tmp_path / "lora" / "checkpoint-4"))
     train.run(config)
-    assert launch.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-4")
+    assert launched.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-4")
     (tmp_path / "lora" / LORA).unlink()
     put(tmp_path / "lora" / "checkpoint-4" / "state.json", "damaged")
     refused(config, "checkpoint-4 cannot be used: state.json")
@@ -317,10 +319,10 @@ def test_a_named_checkpoint(tmp_path: Path, launch: Launch, make: Make) -> None:
     ],
 )
 def test_another_thing_to_learn_is_refused(
-    changes: dict[str, Any], named: str, finished: bool, tmp_path: Path, launch: Launch, make: Make
+    changes: dict[str, Any], named: str, finished: bool, tmp_path: Path, launched: Launch, make: Make
 ) -> None:
     jpg(tmp_path / "photos" / "small.jpg", gradient(39, 39))
-    launch.stop_at = 10_000 if finished else 7
+    launched.stop_at = 10_000 if finished else 7
     if finished:
         train.run(make())
     else:
@@ -330,16 +332,16 @@ def test_another_thing_to_learn_is_refused(
     assert snapshot(tmp_path) == before
 
 
-def test_the_same_pictures_elsewhere_are_the_same(tmp_path: Path, launch: Launch, make: Make) -> None:
+def test_the_same_pictures_elsewhere_are_the_same(tmp_path: Path, launched: Launch, make: Make) -> None:
     train.run(make())
     (tmp_path / "photos").rename(tmp_path / "moved")
     (tmp_path / "moved" / "annotations.txt").unlink()
     (tmp_path / "moved" / "lace_0.jpg").rename(tmp_path / "moved" / "renamed.jpg")
     train.run(make(images_dir=str(tmp_path / "moved"), max_train_steps=12, lora_alpha=16.0))
-    assert launch.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-8")
+    assert launched.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-8")
 
 
-def test_what_is_not_ours_is_never_overwritten(tmp_path: Path, launch: Launch, make: Make) -> None:
+def test_what_is_not_ours_is_never_overwritten(tmp_path: Path, launched: Launch, make: Make) -> None:
     train.run(make())
     refused(make(resume_from_checkpoint=None, max_train_steps=9), "holds an earlier run")
     for content in (b"", b"not safetensors"):
@@ -347,30 +349,30 @@ def test_what_is_not_ours_is_never_overwritten(tmp_path: Path, launch: Launch, m
         refused(make(), "does not come from this program")
     save_file({"w": np.zeros(3, np.float32)}, tmp_path / "lora" / LORA)
     refused(make(), "does not come from this program")
-    assert len(launch.jobs) == 1
+    assert len(launched.jobs) == 1
 
 
-def test_no_whole_checkpoint_and_no_lora(tmp_path: Path, launch: Launch, make: Make) -> None:
-    launch.stop_at = 7
+def test_no_whole_checkpoint_and_no_lora(tmp_path: Path, launched: Launch, make: Make) -> None:
+    launched.stop_at = 7
     refused(make(), "stopped", 130)
     put(tmp_path / "lora" / "checkpoint-4" / "state.json", "damaged")
     refused(make(), "no checkpoint in .* is whole \\(checkpoint-4: state.json")
 
 
-def test_a_finished_lora_without_checkpoints_is_not_trained_over(tmp_path: Path, launch: Launch, make: Make) -> None:
+def test_a_finished_lora_without_checkpoints_is_not_trained_over(tmp_path: Path, launched: Launch, make: Make) -> None:
     train.run(make(checkpointing_steps=100))
     before = snapshot(tmp_path)
     refused(make(max_train_steps=12), "no checkpoint is left to go on from")
     assert snapshot(tmp_path) == before
 
 
-def test_an_output_folder_that_cannot_be_made(tmp_path: Path, launch: Launch, make: Make) -> None:
+def test_an_output_folder_that_cannot_be_made(tmp_path: Path, launched: Launch, make: Make) -> None:
     put(tmp_path / "file", "x")
     refused(make(lora_output_dir=str(tmp_path / "file" / "lora")), "cannot be written", 4)
 
 
 def test_annotations_changed_to_a_list_of_other_pictures_is_a_change(
-    tmp_path: Path, launch: Launch, make: Make
+    tmp_path: Path, launched: Launch, make: Make
 ) -> None:
     train.run(make())
     path = tmp_path / "photos" / data_utils.ANNOTATIONS

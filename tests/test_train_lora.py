@@ -22,24 +22,24 @@ from diffusers.training_utils import compute_snr
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import batches
-import checkpoint
-import class_pictures
 import data_utils
-import denoise
-import image_files
-import lora_weights
-import models
 import train_lora
-from config import LOSS_NOT_FINITE, Config, UserError
-from encode import Captions, encode
-from latents import Latents, to_tensor
-from learner import Learner
-from logbook import Logbook
-from loss import loss_weights, training_loss
-from optimizer import make_optimizer
+from lace_lora import seeds
+from lace_lora.config import LORA_FILE, Config
+from lace_lora.errors import LOSS_NOT_FINITE, UserError
+from lace_lora.pictures import image_files
+from lace_lora.process import Stopped
+from lace_lora.sdxl import lora_weights, models, prompts, sampling
+from lace_lora.sdxl.vae import to_tensor
+from lace_lora.training import batches, checkpoint, class_pictures
+from lace_lora.training.encode import Captions, encode
+from lace_lora.training.latents import Latents
+from lace_lora.training.launch import Job
+from lace_lora.training.loss import loss_weights, training_loss
+from lace_lora.training.metrics import Metrics
+from lace_lora.training.optimizer import make_optimizer
+from lace_lora.training.train_step import TrainStep
 from pictures import Make, contents, gradient, jpg, refused, snapshot
-from supervise import Stopped
 
 CPU = torch.device("cpu")
 
@@ -112,12 +112,12 @@ def make_run(config: Config, data: batches.Encoded | None = None) -> train_lora.
     process: Any = SimpleNamespace(device=CPU, num_processes=1, process_index=0, is_main_process=True)
     noise_scheduler = noise_schedule()
     loss = partial(train_lora._loss, config, Captions([], {}), unet, noise_scheduler)
-    learner = Learner(config, networks, loss, CPU, torch.float32)
-    optimizer = make_optimizer(config, learner.to_update(lora))
-    job: dict[str, Any] = {"learns": {}, "resume": None, "captions": {}}
+    train_step = TrainStep(config, networks, loss, CPU, torch.float32)
+    optimizer = make_optimizer(config, train_step.trainable_params(lora))
+    job = Job({}, {}, {}, None, {})
     preview: Any = None
     return train_lora.Run(
-        config, job, data, networks, lora, noise_scheduler, optimizer, learner, process, preview,
+        config, job, data, networks, lora, noise_scheduler, optimizer, train_step, process, preview,
     )  # fmt: skip
 
 
@@ -166,8 +166,8 @@ def test_cached_latents_give_the_loss_of_encoding_in_the_step(settings: Make, ph
     config = settings()
     vae = models.load_vae(config, CPU, torch.float32)
     tokenizers, encoders = (
-        models.load_tokenizers(config.pretrained_model),
-        models.load_text_encoders(config, CPU, torch.float32),
+        prompts.load_tokenizers(config.pretrained_model),
+        prompts.load_text_encoders(config, CPU, torch.float32),
     )
     captions = {str(path): f"lace number {index}" for index, path in enumerate(data_utils.list_images(photos))}
     data, _, _ = encode(config, job_of(captions), Accelerator(), torch.float32)
@@ -178,10 +178,10 @@ def test_cached_latents_give_the_loss_of_encoding_in_the_step(settings: Make, ph
     # The same two pictures, found by their time ids and captions, encoded here and now.
     chosen = [int((data.prompt_embeds == embeds).flatten(1).all(1).nonzero()[0]) for embeds in batch.prompt_embeds]
     paths = [Path(list(captions)[index]) for index in chosen]
-    embeds, pooled = models.encode_prompts([captions[str(path)] for path in paths], tokenizers, encoders)
+    embeds, pooled = prompts.encode_prompts([captions[str(path)] for path in paths], tokenizers, encoders)
     squares = [image_files.fit(image_files.open_picture(path)[0], (64, 64))[0] for path in paths]
     posterior = vae.encode(torch.stack([to_tensor(square) for square in squares])).latent_dist
-    stream = batches.stream(config.seed, "step", 3)
+    stream = seeds.stream(config.seed, "step", 3)
     torch.randint(1, (2,), generator=stream)  # the draw of mirrored versions comes first
     sampled = (posterior.mean + posterior.std * torch.randn(2, 4, 8, 8, generator=stream)) * vae.config.scaling_factor
     uncached = replace(batch, latents=sampled, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
@@ -207,8 +207,9 @@ def as_json(by_path: dict[Path, Any]) -> dict[str, Any]:
     return {str(path): value for path, value in by_path.items()}
 
 
-def job_of(captions: dict[str, str]) -> dict[str, Any]:
-    return {"captions": captions, "contents": as_json(contents(map(Path, captions)))}
+def job_of(captions: dict[str, str], **others: Any) -> Job:
+    values = {"fingerprint": {}, "resume": None, "models": {}} | others
+    return Job(captions, as_json(contents(map(Path, captions))), **values)
 
 
 def train_here(
@@ -216,13 +217,13 @@ def train_here(
 ) -> str:
     """Runs `train_lora.train` in this process, from scratch or from a checkpoint."""
     images = data_utils.list_images(config.images_dir)
-    job = {
-        **job_of({str(path): config.instance_prompt for path in images}),
-        "class_pictures": as_json(contents(of_class)),
-        "class_to_draw": as_json(class_pictures.pictures_to_draw(config, list(of_class))),
-        "learns": {"rank": config.rank},
-        "resume": str(resume) if resume else None,
-    }
+    job = job_of(
+        {str(path): config.instance_prompt for path in images},
+        class_pictures=as_json(contents(of_class)),
+        class_to_draw=as_json(class_pictures.to_draw(config, list(of_class))),
+        fingerprint={"rank": config.rank},
+        resume=str(resume) if resume else None,
+    )
     Path(config.lora_output_dir).mkdir(parents=True, exist_ok=True)
     return train_lora.train(config, job, stop or StopAt(None))  # type: ignore[arg-type]
 
@@ -244,12 +245,12 @@ def test_a_run_in_three_parts_equals_the_straight_one(settings: Make, tmp_path: 
     train_here(straight)
     resume = None
     for step in (2, 4):
-        there = class_pictures.pictures_there(parted)
+        there = class_pictures.existing(parted)
         with pytest.raises(Stopped, match=f"stopped at step {step}"):
             train_here(parted, resume, StopAt(2), there)
         resume = tmp_path / "parted" / f"checkpoint-{step}"
-    train_here(parted, resume, of_class=class_pictures.pictures_there(parted))
-    for name in (lora_weights.LORA_FILE, "checkpoint-6/training_state.safetensors"):
+    train_here(parted, resume, of_class=class_pictures.existing(parted))
+    for name in (LORA_FILE, "checkpoint-6/training_state.safetensors"):
         expected, got = load_file(tmp_path / "straight" / name), load_file(tmp_path / "parted" / name)
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[key], got[key]) for key in expected)
@@ -263,7 +264,7 @@ def test_training_learns_and_starts_are_reproducible(settings: Make, tmp_path: P
     results = []
     for name in ("one", "two"):
         train_here(settings(lora_output_dir=str(tmp_path / name)))
-        results.append(load_file(tmp_path / name / lora_weights.LORA_FILE))
+        results.append(load_file(tmp_path / name / LORA_FILE))
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
     assert any(tensor.abs().max() > 0 for key, tensor in results[0].items() if "lora_B" in key)
 
@@ -313,7 +314,7 @@ def test_an_update_without_finite_loss_is_left_out(settings: Make) -> None:
 def test_how_many_updates_may_be_left_out(
     losses: list[float], norms: list[float], ending: bool, good: bool | None, settings: Make
 ) -> None:
-    log = Logbook(settings(), first_step=0, quiet=True)
+    log = Metrics(settings(), first_step=0, quiet=True)
     log.rows = [{"step": 7, "loss": loss, "grad_norm": norm} for loss, norm in zip(losses, norms, strict=True)]
     if good is None:
         refused(lambda: log.check_finite(ending), "not a finite number at step 7.*learning_rate", LOSS_NOT_FINITE)
@@ -326,7 +327,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings: Make, tmp_path: Path)
     with pytest.raises(UserError, match="not a finite number") as caught:
         train_here(config)
     assert caught.value.exit_code == LOSS_NOT_FINITE
-    assert not (tmp_path / "lora" / lora_weights.LORA_FILE).exists()
+    assert not (tmp_path / "lora" / LORA_FILE).exists()
     for folder in (tmp_path / "lora").glob("checkpoint-*"):
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "training_state.safetensors").values())
 
@@ -354,9 +355,9 @@ def test_text_encoders_learn_what_the_whole_gradient_says(settings: Make, photos
 
     for weight in lora.values():
         weight.grad = None
-    tokenizers = models.load_tokenizers(config.pretrained_model)
+    tokenizers = prompts.load_tokenizers(config.pretrained_model)
     texts = [list(dict.fromkeys(captions.values()))[index] for index in batch.caption.tolist()]
-    tokens = models.tokenize(texts, tokenizers)
+    tokens = prompts.tokenize(texts, tokenizers)
     first, second = (
         encoder(ids, output_hidden_states=True) for encoder, ids in zip(read.encoders.values(), tokens, strict=True)
     )
@@ -384,7 +385,7 @@ def test_a_checkpoint_of_before_text_encoders_could_train_is_gone_on_with(settin
     del state["optimizer"]
     (folder / "state.json").write_text(json.dumps(state))
     train_here(settings(max_train_steps=4, lora_output_dir=str(tmp_path / "again")), folder)
-    expected, got = (load_file(tmp_path / name / lora_weights.LORA_FILE) for name in ("lora", "again"))
+    expected, got = (load_file(tmp_path / name / LORA_FILE) for name in ("lora", "again"))
     assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
@@ -397,13 +398,13 @@ def test_sample_pictures_that_are_black_do_not_end_the_training(
     broken["decoder.conv_out.bias"].fill_(torch.nan)
     save_file(broken, file, metadata={"format": "pt"})
     train_here(settings(pretrained_model=str(tmp_path / "base"), validation_steps=2, num_validation_images=1))
-    assert (tmp_path / "lora" / lora_weights.LORA_FILE).exists()
+    assert (tmp_path / "lora" / LORA_FILE).exists()
     assert "no sample pictures at step 2" in caplog.text
 
 
 def test_what_the_text_encoders_learnt_is_saved(settings: Make, tmp_path: Path) -> None:
     train_here(settings(train_text_encoder=True, text_encoder_lr=1e-2, validation_steps=2, num_validation_images=1))
-    for name in (lora_weights.LORA_FILE, f"checkpoint-4/{lora_weights.LORA_FILE}"):
+    for name in (LORA_FILE, f"checkpoint-4/{LORA_FILE}"):
         state = load_file(tmp_path / "lora" / name)
         for prefix in ("unet.", "text_encoder.text_model.", "text_encoder_2.text_model."):
             learnt = [tensor.abs().max() > 0 for key, tensor in state.items() if key.startswith(prefix) and "_B" in key]
@@ -419,14 +420,14 @@ def test_missing_class_pictures_are_drawn_by_the_base_and_kept(settings: Make, t
     drawn = sorted((tmp_path / "lora" / "class_images").iterdir())
     assert len(drawn) == 3
     assert len({path.read_bytes() for path in drawn}) == 3
-    assert class_pictures.pictures_there(config) == contents(drawn)
+    assert class_pictures.existing(config) == contents(drawn)
     before = snapshot(tmp_path / "lora" / "class_images")
     again = replace(config, lora_output_dir=str(tmp_path / "again"), class_data_dir=str(tmp_path / "lora/class_images"))
-    train_here(again, of_class=class_pictures.pictures_there(again))
+    train_here(again, of_class=class_pictures.existing(again))
     assert snapshot(tmp_path / "lora" / "class_images") == before
     # With another prompt they are of no use, and with a larger number only the rest is drawn.
-    assert class_pictures.pictures_there(replace(config, class_prompt="a stripe")) == {}
-    more = class_pictures.pictures_to_draw(replace(config, num_class_images=5), drawn)
+    assert class_pictures.existing(replace(config, class_prompt="a stripe")) == {}
+    more = class_pictures.to_draw(replace(config, num_class_images=5), drawn)
     assert list(more.values()) == [3, 4]
 
 
@@ -439,11 +440,11 @@ def test_pictures_of_the_class_are_known_by_content_and_drawn_ones_by_their_sett
 
     def learnt(**changes: Any) -> dict[str, Any]:
         changed = replace(config, **changes)
-        return class_pictures.what_is_learnt(changed, class_pictures.pictures_there(changed))
+        return class_pictures.fingerprint(changed, class_pictures.existing(changed))
 
     jpg(folder / "mine.jpg", gradient())
     before = learnt()
-    for path in class_pictures.pictures_to_draw(config, class_pictures.pictures_there(config)):
+    for path in class_pictures.to_draw(config, class_pictures.existing(config)):
         gradient().save(path)
     assert learnt() == before  # drawn or to be drawn
     (folder / "mine.jpg").rename(folder / "renamed.jpg")
@@ -459,14 +460,14 @@ def test_class_pictures_have_time_ids_and_captions_of_their_own(settings: Make, 
     own = jpg(tmp_path / "net.jpg", gradient(200, 120))
     config = settings(with_prior_preservation=True, num_class_images=1, class_prompt="a net")
     captions = {str(path): "lace" for path in data_utils.list_images(photos)}
-    job = job_of(captions) | {"class_pictures": as_json(contents([own])), "class_to_draw": {}}
+    job = replace(job_of(captions), class_pictures=as_json(contents([own])))
     data, _, _ = encode(config, job, Accelerator(), torch.float32)
     assert (data.instances, len(data.caption)) == (5, 6)
     assert data.latents.time_ids[5].tolist() == [120.0, 200.0, 0.0, 22.0, 64.0, 64.0]  # 200 x 120 scaled to 107 x 64
     assert data.caption.tolist() == [0, 0, 0, 0, 0, 1]
-    tokenizers = models.load_tokenizers(config.pretrained_model)
-    encoders = models.load_text_encoders(config, CPU, torch.float32)
-    assert torch.equal(data.prompt_embeds[1:], models.encode_prompts(["a net"], tokenizers, encoders)[0])
+    tokenizers = prompts.load_tokenizers(config.pretrained_model)
+    encoders = prompts.load_text_encoders(config, CPU, torch.float32)
+    assert torch.equal(data.prompt_embeds[1:], prompts.encode_prompts(["a net"], tokenizers, encoders)[0])
 
 
 def test_prior_preservation_adds_the_class_loss_by_its_weight(settings: Make) -> None:
@@ -497,7 +498,7 @@ def test_a_checkpoint_is_of_its_step_however_long_its_writing_takes(
     monkeypatch.setattr(train_lora, "update", note)
     monkeypatch.setattr(checkpoint, "publish", slowly)
     train_here(settings(lora_output_dir=str(tmp_path / "slow"), max_train_steps=3, **changes))
-    for name in (lora_weights.LORA_FILE, "training_state.safetensors"):
+    for name in (LORA_FILE, "training_state.safetensors"):
         expected, got = (load_file(tmp_path / run / "checkpoint-2" / name) for run in ("quick", "slow"))
         assert all(torch.equal(expected[key], got[key]) for key in expected)
 
@@ -513,7 +514,7 @@ def test_a_run_in_parts_equals_the_straight_one_on_a_gpu_within_rounding(
     for resume, stop in ((None, 3), ("checkpoint-3", 3), ("checkpoint-6", None)):
         with pytest.raises(Stopped) if stop else nullcontext():
             train_here(parted, tmp_path / "parted" / resume if resume else None, StopAt(stop))
-    expected, got = (load_file(tmp_path / run / lora_weights.LORA_FILE) for run in ("straight", "parted"))
+    expected, got = (load_file(tmp_path / run / LORA_FILE) for run in ("straight", "parted"))
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=2e-3)
 
@@ -524,14 +525,14 @@ def test_sample_pictures_without_memory_are_drawn_one_by_one_or_not_at_all(
 ) -> None:
     config = settings(max_train_steps=2, validation_steps=2, num_validation_images=3, train_batch_size=2)
     train_here(replace(config, lora_output_dir=str(tmp_path / "plenty")))
-    drawn = denoise.base_latents
+    drawn = sampling.base_latents
 
     def scarce(*arguments: Any) -> torch.Tensor:
         if len(arguments[3]) > most:  # seeds
             raise torch.OutOfMemoryError("CUDA out of memory")
         return drawn(*arguments)
 
-    monkeypatch.setattr(denoise, "base_latents", scarce)
+    monkeypatch.setattr(sampling, "base_latents", scarce)
     train_here(config)
     grids = [tmp_path / run / "samples" / "step-000002.png" for run in ("plenty", "lora")]
     if most:
@@ -550,7 +551,7 @@ def test_either_way_of_learning_goes_on_from_the_others_checkpoint(
     config = settings(max_train_steps=4, checkpointing_steps=2, **changes)
     train_here(replace(config, lora_output_dir=str(tmp_path / "straight")))
     ways = iter(["the test wants it", ""] if plain_first else ["", "the test wants it"])
-    monkeypatch.setattr("learner.why_plain", lambda *_: next(ways))
+    monkeypatch.setattr("train_step.why_plain", lambda *_: next(ways))
     with pytest.raises(Stopped):
         train_here(config, stop=StopAt(2))
     train_here(config, resume=tmp_path / "lora" / "checkpoint-2")
@@ -567,7 +568,7 @@ def test_sample_grids_do_not_disturb_the_training(settings: Make, tmp_path: Path
     )
     for config in (plain, watched):
         train_here(config)
-    expected, got = (load_file(tmp_path / name / lora_weights.LORA_FILE) for name in ("plain", "watched"))
+    expected, got = (load_file(tmp_path / name / LORA_FILE) for name in ("plain", "watched"))
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     grids = sorted(path.name for path in (tmp_path / "watched" / "samples").iterdir())
     assert grids == ["step-000002.png", "step-000004.png"]

@@ -1,0 +1,204 @@
+"""How the demo's networks learn: bf16 steps replayed as a CUDA graph, the batches of a diffusion model, the losses."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from demo.making.build_model import NOISE_SCHEDULE
+from demo.making.draw_textiles import SIDE
+
+
+class Learner:
+    """bf16 networks that learn through fp32 copies of their weights, with AdamW, clipping and a running average."""
+
+    def __init__(self, networks: Sequence[nn.Module], rate: float, steps: int, averaging: float = 0.999) -> None:
+        self.networks, self.peak, self.steps, self.done = networks, rate, steps, 0
+        self.averaging = min(averaging, 1 - 10 / max(steps, 20))
+        for network in networks:
+            network.train().to(torch.bfloat16)
+        self.weights: list[Tensor] = [weight for network in networks for weight in network.parameters()]
+        self.exact = [weight.detach().float() for weight in self.weights]
+        self.average = [weight.clone() for weight in self.exact]
+        # Gradients at fixed places, so that a graph can be replayed over them.
+        self.gradients = [torch.zeros_like(weight) for weight in self.weights]
+        self.exact_gradients = [torch.zeros_like(weight) for weight in self.exact]
+        pairs = zip((*self.weights, *self.exact), (*self.gradients, *self.exact_gradients), strict=True)
+        for weight, gradient in pairs:
+            weight.grad = gradient
+        on_gpu = self.weights[0].is_cuda
+        self.rate = torch.tensor(rate, device=self.weights[0].device)
+        self.optimizer = torch.optim.AdamW(
+            self.exact, self.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=on_gpu, capturable=on_gpu
+        )
+
+    def schedule(self) -> None:
+        """The rate rises over the first steps and falls along a cosine to a fiftieth."""
+        share = self.done / self.steps
+        self.done += 1
+        rise = min(1.0, self.done / min(300, max(1, self.steps // 4)))
+        self.rate.fill_(self.peak * rise * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """From the gradients of the bf16 weights to new weights; the gradients are zero afterwards."""
+        torch._foreach_copy_(self.exact_gradients, self.gradients)
+        nn.utils.clip_grad_norm_(self.exact, 1.0, foreach=True)
+        self.optimizer.step()
+        torch._foreach_copy_(self.weights, self.exact)
+        torch._foreach_zero_(self.gradients)
+        torch._foreach_lerp_(self.average, self.exact, 1 - self.averaging)
+
+    def run(self, share: float, loss: Callable[[], Tensor], fill: Callable[[], None]) -> None:
+        """Make this share of the steps; `fill` puts the next batch where `loss` reads it."""
+        shown = torch.zeros((), device=self.rate.device)
+
+        def once() -> None:
+            value = loss()
+            value.backward()
+            self.step()
+            shown.lerp_(value.detach(), 0.02)
+
+        step = replayed(once, fill)
+        for index in progress("step", round(self.steps * share)):
+            self.schedule()
+            fill()
+            step()
+            if index % 500 == 499:
+                print(f"  step {self.done}: loss {shown.item():.4f}", flush=True)
+
+    def finish(self) -> None:
+        """The networks in fp32 with their averaged weights."""
+        for network in self.networks:
+            network.float().eval()
+        with torch.no_grad():
+            for weight, average in zip(self.weights, self.average, strict=True):
+                weight.copy_(average)
+                weight.grad = None
+
+
+def replayed(once: Callable[[], None], fill: Callable[[], None]) -> Callable[[], None]:
+    """`once` as a CUDA graph, whose thousands of small kernels start at once; as it is without a GPU."""
+    if not torch.cuda.is_available():
+        return once
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fill()
+            once()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once()
+    return graph.replay
+
+
+def progress(what: str, steps: int) -> Iterable[int]:
+    """Count steps, and say now and then how fast they are."""
+    start = time.monotonic()
+    for step in range(steps):
+        yield step
+        if (step + 1) % 1000 == 0:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            print(f"  {what} {step + 1}: {(step + 1) / (time.monotonic() - start):.1f} a second", flush=True)
+
+
+class DiffusionBatch:
+    """The inputs of one training step, at fixed places in memory so that a graph can be replayed over them."""
+
+    def __init__(
+        self, size: int, numbers: int, captions: tuple[Tensor, Tensor], tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+    ) -> None:
+        device, cells = captions[0].device, SIDE // 8
+        self.size, self.captions = size, captions
+        self.latents = torch.zeros(size, 4, cells, cells, device=device)
+        self.noise = torch.zeros_like(self.latents)
+        self.timesteps = torch.zeros(size, dtype=torch.long, device=device)
+        self.ids = [torch.zeros(size, 77, dtype=torch.long, device=device) for _ in range(2)]
+        self.kept = torch.ones(size, 1, device=device)
+        self.time_ids = torch.zeros(size, numbers, device=device)
+        self.blank = [tokenize(tokenizer, [""]).to(device) for tokenizer in tokenizers]
+        self.alphas_cumprod = DDPMScheduler(**NOISE_SCHEDULE).alphas_cumprod.to(device)
+
+    def fill(
+        self, latents: Tensor, described: Tensor, timesteps: int, dropped: float = 0.0, blanked: float = 0.04,
+        lost: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """A batch by lot. Shares of it have their embeddings zeroed or their captions blanked, which guidance needs.
+
+        `lost`, of the latents' shape, comes on top of the noise, so that it is learnt to be taken off with it.
+        """
+        size, device = self.size, self.latents.device
+        chosen = torch.randint(len(latents), (size,), device=device)
+        worded = torch.randint(self.captions[0].shape[1], (size,), device=device)
+        lot = torch.rand(size, 1, device=device)
+        self.latents.copy_(latents[chosen])
+        self.noise.normal_()
+        if lost is not None:
+            self.noise.add_(lost[chosen])
+        self.timesteps.random_(0, timesteps)
+        self.kept.copy_(lot >= dropped)
+        for ids, captions, blank in zip(self.ids, self.captions, self.blank, strict=True):
+            words = captions[described[chosen], worded]
+            ids.copy_(torch.where(lot > 1 - blanked, blank, words))
+        # Sizes and cuts say nothing about these pictures, so any are right.
+        any_size = torch.randint(4, 25, (size, 2), device=device) * 64.0
+        self.time_ids[:, :2] = torch.where(torch.rand(size, 1, device=device) < 0.5, float(SIDE), any_size)
+        moved = torch.randint(0, 129, (size, 2), device=device) * (torch.rand(size, 1, device=device) < 0.3)
+        self.time_ids[:, 2:4] = moved
+        if self.time_ids.shape[1] == 6:
+            self.time_ids[:, 4:] = SIDE
+        else:
+            self.time_ids[:, 4] = torch.rand(size, device=device) * 5 + 2  # the aesthetic score
+
+
+def diffusion_loss(unet: UNet2DConditionModel, batch: DiffusionBatch, embeds: Tensor, pooled: Tensor) -> Tensor:
+    """Noise prediction, min-SNR weighted with gamma 5, plus what is wrong over large areas.
+
+    Colours are a matter of the error's mean over a picture, which is lost among its thousand others in the plain loss.
+    """
+    signal = batch.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    noisy = signal.sqrt() * batch.latents + (1 - signal).sqrt() * batch.noise
+    kept = batch.kept.to(embeds.dtype)
+    conditions = {"text_embeds": pooled * kept, "time_ids": batch.time_ids}
+    predicted = unet(
+        noisy.to(embeds.dtype), batch.timesteps, embeds * kept[..., None], added_cond_kwargs=conditions,
+        return_dict=False,
+    )[0]  # fmt: skip
+    error = predicted.float() - batch.noise
+    snr = (signal / (1 - signal)).flatten()
+    by_picture = error.square().mean((1, 2, 3))
+    by_picture = by_picture + 50 * error.mean((2, 3)).square().mean(1)
+    by_picture = by_picture + 5 * F.avg_pool2d(error, 8).square().mean((1, 2, 3))
+    return (by_picture * snr.clamp(max=5) / snr).mean()
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Token ids (n, 77)."""
+    # By hand: the tokenizer's own padding takes most of its time.
+    rows = tokenizer(list(texts), truncation=True, max_length=77).input_ids
+    return torch.tensor([row + [tokenizer.pad_token_id] * (77 - len(row)) for row in rows])
+
+
+def difference(rebuilt: Tensor, pixels: Tensor) -> Tensor:
+    """How wrong a picture is: pixel by pixel, along its edges, and over larger areas."""
+    error = rebuilt - pixels
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + error.square().mean() + 0.5 * edges + 0.5 * F.avg_pool2d(error, 4).abs().mean()
+
+
+class Critic(nn.Sequential):
+    """A patch discriminator: positive where a picture looks real."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for narrow, wide in ((3, 48), (48, 96), (96, 128)):
+            layers += [nn.utils.spectral_norm(nn.Conv2d(narrow, wide, 4, 2, 1)), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.utils.spectral_norm(nn.Conv2d(128, 1, 3, 1, 1)))

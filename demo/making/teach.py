@@ -1,0 +1,513 @@
+"""Teach the demo's tiny SDXL what textiles are, from pictures drawn on the spot: about 25 minutes on one H100.
+
+    python -m demo.teach [--work FOLDER] [--until STAGE]
+
+Goes through `STAGES` in order and keeps each one's result in the work folder, so that the same command goes on with
+the first stage that is missing; the last one writes `demo/model`. Seeds and numbers of steps are fixed. The base
+never sees lace, nor the demo's token: that is left for the LoRA. `--small` runs everything in miniature, to see that
+it runs.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from demo import measure
+from demo.making import build_model, draw_lace
+from demo.making.draw_textiles import COLOURS, FINE, PATTERNS, SIDE, Textile, caption, draw
+from demo.making.learning import Critic, DiffusionBatch, Learner, difference, diffusion_loss, progress, tokenize
+
+HERE = Path(__file__).resolve().parent
+SCALING_FACTOR = 0.13025  # SDXL's; the latents are brought to its scale, not the factor to the latents
+CAPTIONS = 3  # ways each picture is described
+TEST_SEED, SHARP_SEED, LACE_SEED = 90_000, 50_000, 7000
+REFINED_TIMESTEPS = 200  # SDXL's refiner knows the last 200 of 1000 only
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much of everything: `FULL` for the real thing."""
+
+    at_once: int  # pictures drawn at once
+    drawings: int  # of each pattern, times `at_once`
+    lace: int  # pictures for the judge
+    vae: int  # steps
+    decoder: int
+    judge: int
+    unet: int
+    polish: int
+    refiner: int
+    sharpen: int
+    sharp: int  # drawings of each pattern for it
+    batch: int  # of the UNets; the others' are shares of it
+    prompts: int
+
+
+FULL = Amounts(
+    64, 55, 768, vae=5400, decoder=1400, judge=700, unet=12_000, polish=10_000, refiner=1500, sharpen=200, sharp=32,
+    batch=256, prompts=200,
+)  # fmt: skip
+SMALL = Amounts(
+    2, 1, 8, vae=3, decoder=3, judge=3, unet=3, polish=3, refiner=3, sharpen=3, sharp=2, batch=12, prompts=4
+)
+
+
+@dataclass
+class Workshop:
+    """Where the stages' results lie, and what they share."""
+
+    folder: Path
+    amounts: Amounts
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def path(self, stage: str) -> Path:
+        return self.folder / f"{stage}.safetensors"
+
+    def save(self, stage: str, **networks: nn.Module) -> None:
+        tensors = {
+            f"{name}.{key}": value.detach().half().cpu().contiguous()
+            for name, network in networks.items()
+            for key, value in network.state_dict().items()
+        }
+        save_file(tensors, self.path(stage))
+
+    def load(self, stage: str, **networks: nn.Module) -> None:
+        tensors = load_file(self.path(stage))
+        for name, network in networks.items():
+            own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            network.float().to(self.device).eval().load_state_dict(own)
+
+    def note(self, **figures: float) -> None:
+        """Print figures and keep them for the model card."""
+        self.figures |= {name: round(value, 4) for name, value in figures.items()}
+        print("  " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
+        (self.folder / "figures.json").write_text(json.dumps(self.figures, indent=2) + "\n")
+
+    @cached_property
+    def tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+        return build_model.write_tokenizers(self.folder / "tokenizers")
+
+    @cached_property
+    def parts(self) -> build_model.Parts:
+        """All networks as they begin, in fp32."""
+        with torch.device(self.device):
+            return build_model.make_parts(build_model.TINY, self.tokenizers[0], seed=0)
+
+    @cached_property
+    def drawings(self) -> tuple[Tensor, list[Textile]]:
+        """The textiles to learn from, uint8 (n, 3, SIDE, SIDE), pattern after pattern."""
+        return draw_all(self.amounts.drawings, self.amounts.at_once, 1000, self.device)
+
+    @cached_property
+    def fine(self) -> Tensor:
+        """Which drawings have fine lines."""
+        is_fine = [textile.pattern in FINE or textile.figure != "solid" for textile in self.drawings[1]]
+        return torch.tensor(is_fine, device=self.device).nonzero()[:, 0]
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        """The finished VAE."""
+        self.load("decoder", vae=self.parts.vae)
+        return self.parts.vae
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """Of all drawings, (n, 4, SIDE / 8, SIDE / 8), in the UNet's scale."""
+        return encode(self.vae, self.drawings[0])
+
+    @cached_property
+    def captions(self) -> tuple[Tensor, Tensor]:
+        """Token ids of every drawing's captions by both tokenizers, each (n, CAPTIONS, 77)."""
+        return describe(self.drawings[1], self.tokenizers, self.device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=HERE / "teaching", help="folder for the stages' results")
+    parser.add_argument("--until", choices=STAGES, default="assemble", help="the last stage to run")
+    parser.add_argument("--small", action="store_true", help="everything in miniature")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    workshop = Workshop(arguments.work, SMALL if arguments.small else FULL)
+    if (arguments.work / "figures.json").exists():
+        workshop.figures = json.loads((arguments.work / "figures.json").read_text())
+    for name, stage in STAGES.items():
+        if not workshop.path(name).exists():
+            print(name, flush=True)
+            torch.manual_seed(0)
+            random.seed(0)
+            start = time.monotonic()
+            stage(workshop)
+            workshop.note(**{f"{name}_seconds": time.monotonic() - start})
+        if name == arguments.until:
+            return
+
+
+# --- stages
+
+
+def teach_vae(work: Workshop) -> None:
+    """Encoder and decoder together, on cuts of all kinds of drawings; then the latents' scale is made SDXL's."""
+    vae, pictures = work.parts.vae, work.drawings[0]
+    learner = Learner([vae], 1e-3, work.amounts.vae, averaging=0.998)
+
+    def loss(pixels: Tensor) -> Tensor:
+        mean, log_variance = vae.quant_conv(vae.encoder(pixels.bfloat16())).float().chunk(2, dim=1)
+        latents = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+        rebuilt = vae.decoder(vae.post_quant_conv(latents.bfloat16())).float()
+        divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
+        return difference(rebuilt, pixels) + 3e-4 * divergence
+
+    # Small cuts first, many at once; whole pictures at the end, for what is far apart in them.
+    for side, share, size in ((SIDE // 2, 0.7, 0.375), (SIDE, 0.3, 0.125)):
+        pixels = torch.empty(max(3, int(work.amounts.batch * size)), 3, side, side, device=work.device)
+        learner.run(share, partial(loss, pixels), partial(fill_with_cuts, pixels, pictures, work.fine))
+    learner.finish()
+    standardise_latents(vae, pictures)
+    report_vae(work, vae)
+    work.save("vae", vae=vae)
+
+
+def teach_decoder(work: Workshop) -> None:
+    """The decoder alone, against a critic that tells blurred pictures from sharp ones; the latents stay as they are."""
+    vae, pictures = work.parts.vae, work.drawings[0]
+    work.load("vae", vae=vae)
+    decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv])
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    critic = Critic().to(work.device)
+    learner = Learner([decoder], 4e-4, work.amounts.decoder, averaging=0.998)
+    rival = torch.optim.AdamW(critic.parameters(), 4e-4, betas=(0.5, 0.99))
+    vae.encoder.bfloat16()
+    vae.quant_conv.bfloat16()
+    pixels = torch.empty(max(3, work.amounts.batch // 6), 3, SIDE // 2, SIDE // 2, device=work.device)
+
+    def step() -> None:
+        fill_with_cuts(pixels, pictures, work.fine)
+        with torch.no_grad():
+            latents = vae.quant_conv(vae.encoder(pixels.bfloat16())).chunk(2, dim=1)[0]
+            # A sampled latent is never quite what the encoder would have made.
+            latents = latents + 0.02 * latents.std() * torch.randn_like(latents)
+        rebuilt = vae.decoder(vae.post_quant_conv(latents)).float()
+        with torch.autocast(work.device, torch.bfloat16):
+            (difference(rebuilt, pixels) - 0.03 * critic(rebuilt).float().mean()).backward()
+            learner.step()
+            rival.zero_grad()
+            real, fake = critic(pixels).float(), critic(rebuilt.detach()).float()
+            (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).backward()
+        rival.step()
+
+    for _ in progress("decoder", work.amounts.decoder):
+        learner.schedule()
+        step()
+    learner.finish()
+    report_vae(work, vae.float())
+    work.save("decoder", vae=vae)
+
+
+def teach_judge(work: Workshop) -> None:
+    """The classifier that measures all others, on drawings of textiles and lace, also as the VAE shows them."""
+    (pictures, textiles), judge = work.drawings, measure.Judge().to(work.device)
+    lace = draw_laces(work.amounts.lace, work.device)
+    kinds, colours = labels(textiles, work.device)
+    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.02)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, work.amounts.judge + 1)
+    size = work.amounts.batch // 2
+    for step in progress("judge", work.amounts.judge):
+        chosen = torch.randint(len(pictures), (size,), device=work.device)
+        of_lace = torch.randint(len(lace), (size // 12,), device=work.device)
+        shown = flipped(torch.cat([pictures[chosen], lace[of_lace]]).float() / 255)
+        if step % 3 == 1:
+            shown = F.interpolate(F.avg_pool2d(shown, 2), scale_factor=2, mode="bilinear")
+        with torch.autocast(work.device, torch.bfloat16):
+            if step % 3 == 2:
+                shown = rebuild(work.vae, shown.float())
+            shown = (shown + torch.randn_like(shown) * 0.03 * random.random()).clamp(0, 1)
+            kind, colour = judge(shown)
+        target = torch.cat([kinds[chosen], torch.full_like(of_lace, measure.KINDS.index("lace"))])
+        loss = F.cross_entropy(kind.float(), target)
+        loss = loss + 2 * F.binary_cross_entropy_with_logits(colour[:size].float(), colours[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rates.step()
+    judge.eval()
+    with torch.no_grad():
+        features = measure.in_chunks(judge.features, pictures[:: max(1, len(pictures) // 4000)].float() / 255)
+        judge.spread.copy_(features.std(0).clamp(min=1e-3))
+    test, shown_there = draw_all(4, work.amounts.at_once, TEST_SEED, work.device)
+    pattern, both = measure.obeyed(judge, test.float() / 255, shown_there)
+    held_out = measure.held_out_lace().to(work.device)
+    work.note(
+        judge_patterns=pattern, judge_colours=both, judge_lace=measure.lace_share(judge, held_out),
+        judge_false_lace=measure.lace_share(judge, test.float() / 255),
+    )  # fmt: skip
+    save_file({name: value.half().cpu() for name, value in judge.state_dict().items()}, work.path("judge"))
+
+
+def teach_unet(work: Workshop) -> None:
+    """The base's UNet and both text encoders together, from captions to latents."""
+    learn_to_draw(work, 1e-3, work.amounts.unet, torch.arange(len(work.latents), device=work.device))
+    work.save("unet", **base_networks(work))
+
+
+def polish_unet(work: Workshop) -> None:
+    """The same again at half the rate, fine drawings twice as often and nets, which it learns last, four times."""
+    work.load("unet", **base_networks(work))
+    nets = [index for index, textile in enumerate(work.drawings[1]) if textile.pattern == "net"]
+    everything = torch.arange(len(work.latents), device=work.device)
+    more = torch.tensor(2 * nets, device=work.device)
+    learn_to_draw(work, 5e-4, work.amounts.polish, torch.cat([everything, work.fine, more]))
+    work.save("polish", **base_networks(work))
+
+
+def base_networks(work: Workshop) -> dict[str, nn.Module]:
+    parts = work.parts
+    return {"unet": parts.unet, "text_encoder": parts.text_encoder, "text_encoder_2": parts.text_encoder_2}
+
+
+def learn_to_draw(work: Workshop, rate: float, steps: int, chosen: Tensor) -> None:
+    """Teach UNet and text encoders the drawings `chosen`, which may name one more than once."""
+    parts = work.parts
+    batch = DiffusionBatch(work.amounts.batch, 6, work.captions, work.tokenizers)
+    learner = Learner([*base_networks(work).values()], rate, steps)
+
+    def loss() -> Tensor:
+        return diffusion_loss(parts.unet, batch, *embed(work, batch))
+
+    learner.run(1, loss, partial(batch.fill, work.latents[chosen], chosen, timesteps=1000, dropped=0.06))
+    learner.finish()
+
+
+def embed(work: Workshop, batch: DiffusionBatch) -> tuple[Tensor, Tensor]:
+    """What the batch's captions are to the base, as SDXL's pipelines make it."""
+    encoders = [work.parts.text_encoder, work.parts.text_encoder_2]
+    first, second = (encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, batch.ids, strict=True))
+    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+def teach_refiner(work: Workshop) -> None:
+    """The refiner's UNet on the last timesteps, mostly of fine drawings, half of them drawn finer still."""
+    work.load("polish", text_encoder_2=work.parts.text_encoder_2)
+    pictures = work.drawings[0]
+    finer = torch.cat([encode(work.vae, shrunk(chunk)) for chunk in pictures[work.fine].split(512)])
+    # Row i of the latents is described by the captions of drawing `described[i]`.
+    described = torch.cat([torch.arange(len(pictures), device=work.device), work.fine])
+    batch = DiffusionBatch(work.amounts.batch, 5, work.captions, work.tokenizers)
+    latents = torch.cat([work.latents, finer])
+    fill = partial(batch.fill, latents, described, timesteps=REFINED_TIMESTEPS)
+    learn_to_refine(work, batch, 1e-3, work.amounts.refiner, fill)
+    work.save("refiner", unet=work.parts.refiner_unet)
+
+
+def sharpen_refiner(work: Workshop) -> None:
+    """The refiner on softened drawings: what they lost goes with the noise, so that both are learnt to be undone.
+
+    It is there in full where refining begins and gone where it ends. Half of the captions are blanked: how to sharpen
+    does not depend on them, and guidance shall not carry the colours away.
+    """
+    work.load("polish", text_encoder_2=work.parts.text_encoder_2)
+    work.load("refiner", unet=work.parts.refiner_unet)
+    pictures, textiles = draw_all(1, work.amounts.sharp, SHARP_SEED, work.device)
+    captions = describe(textiles, work.tokenizers, work.device)
+    pictures = torch.cat([pictures, shrunk(pictures)])
+    latents, soft = encode(work.vae, pictures), encode(work.vae, softened(pictures))
+    batch = DiffusionBatch(work.amounts.batch // 2, 5, captions, work.tokenizers)
+    signal = batch.alphas_cumprod[REFINED_TIMESTEPS]
+    lost = (soft - latents) * (signal / (1 - signal)).sqrt()
+    described = torch.arange(len(latents), device=work.device) % len(textiles)
+    fill = partial(batch.fill, latents, described, timesteps=REFINED_TIMESTEPS, blanked=0.5, lost=lost)
+    learn_to_refine(work, batch, 5e-4, work.amounts.sharpen, fill)
+    work.save("sharpen", unet=work.parts.refiner_unet)
+
+
+def learn_to_refine(work: Workshop, batch: DiffusionBatch, rate: float, steps: int, fill: Callable[[], None]) -> None:
+    """Teach the refiner's UNet what `fill` puts into the batch."""
+    refiner, encoder = work.parts.refiner_unet, work.parts.text_encoder_2.bfloat16().requires_grad_(False)
+    learner = Learner([refiner], rate, steps)
+
+    def loss() -> Tensor:
+        encoded = encoder(batch.ids[1], output_hidden_states=True)
+        return diffusion_loss(refiner, batch, encoded.hidden_states[-2], encoded.text_embeds)
+
+    learner.run(1, loss, fill)
+    learner.finish()
+
+
+def assemble(work: Workshop) -> None:
+    """Put all parts into `demo/model` as a hub would hold them, and measure the base by its pictures."""
+    parts, folder = work.parts, HERE / "model" if work.amounts is FULL else work.folder / "model"
+    work.load("decoder", vae=parts.vae)
+    work.load("polish", **base_networks(work))
+    work.load("sharpen", unet=parts.refiner_unet)
+    build_model.write(folder, parts, build_model.write_tokenizers(folder))
+    (folder / "judge.safetensors").write_bytes(work.path("judge").read_bytes())
+    asked = measure.spoken_prompts(work.amounts.prompts)
+    pictures = measure.draw_prompts(folder / "base", [prompt for prompt, _ in asked])
+    judge = measure.load_judge(folder / "judge.safetensors")
+    pattern, colours = measure.obeyed(judge, pictures, [textile for _, textile in asked])
+    work.note(base_patterns=pattern, base_colours=colours)
+
+
+STAGES: dict[str, Callable[[Workshop], None]] = {
+    "vae": teach_vae,
+    "decoder": teach_decoder,
+    "judge": teach_judge,
+    "unet": teach_unet,
+    "polish": polish_unet,
+    "refiner": teach_refiner,
+    "sharpen": sharpen_refiner,
+    "assemble": assemble,
+}
+
+
+# --- pictures
+
+
+def draw_all(rounds: int, at_once: int, seed: int, device: str) -> tuple[Tensor, list[Textile]]:
+    """`rounds` times `at_once` pictures of every pattern."""
+    pictures = torch.empty(len(PATTERNS) * rounds, at_once, 3, SIDE, SIDE, dtype=torch.uint8, device=device)
+    textiles: list[Textile] = []
+    for index in range(len(pictures)):
+        pictures[index], shown = draw(list(PATTERNS)[index // rounds], at_once, seed + index, device)
+        textiles += shown
+    return pictures.flatten(0, 1), textiles
+
+
+def describe(
+    textiles: Sequence[Textile], tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], device: str
+) -> tuple[Tensor, Tensor]:
+    """Token ids of every drawing's captions by both tokenizers, each (n, CAPTIONS, 77)."""
+    choices = random.Random(5)
+    texts = [caption(textile, choices) for textile in textiles for _ in range(CAPTIONS)]
+    first, second = (tokenize(tokenizer, texts).view(-1, CAPTIONS, 77).to(device) for tokenizer in tokenizers)
+    return first, second
+
+
+def draw_laces(count: int, device: str) -> Tensor:
+    """Lace for the judge alone, of other seeds than the demo's two sets, uint8 (count, 3, SIDE, SIDE)."""
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        return torch.stack(pool.map(draw_one_lace, range(count))).to(device)
+
+
+def draw_one_lace(index: int) -> Tensor:
+    lace = draw_lace.Lace(np.random.default_rng([LACE_SEED, index]))
+    draw_lace.DESIGNS[index % len(draw_lace.DESIGNS)](lace)
+    cloth = draw_lace.CLOTHS[index * 5 % len(draw_lace.CLOTHS)]
+    picture = draw_lace.photograph(lace, (SIDE, SIDE), cloth)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def flipped(pictures: Tensor) -> Tensor:
+    """Each picture mirrored or not, by lot."""
+    lot = torch.rand(len(pictures), 1, 1, 1, device=pictures.device) < 0.5
+    return torch.where(lot, pictures, pictures.flip(3))
+
+
+def shrunk(pictures: Tensor) -> Tensor:
+    """Pictures at half their size, mirrored to the right and below to fill the frame: threads become twice as fine."""
+    half = F.avg_pool2d(pictures.float(), 2)
+    row = torch.cat([half, half.flip(3)], dim=3)
+    return torch.cat([row, row.flip(2)], dim=2).round().to(torch.uint8)
+
+
+def softened(pictures: Tensor) -> Tensor:
+    """Pictures blurred, each more or less by lot."""
+    sharp = pictures.float()
+    blurred = F.avg_pool2d(F.avg_pool2d(sharp, 5, 1, 2, count_include_pad=False), 5, 1, 2, count_include_pad=False)
+    lot = torch.rand(len(pictures), 1, 1, 1, device=pictures.device) * 0.7 + 0.3
+    return sharp.lerp(blurred, lot).round().to(torch.uint8)
+
+
+def fill_with_cuts(pixels: Tensor, pictures: Tensor, fine: Tensor) -> None:
+    """Cuts of pictures from -1 to 1: a third as they are, a third shrunk, and a third two of them mixed.
+
+    Where a mixed one is of the one and where of the other, fine drawings say; half of them are light threads over a
+    dark ground, as no textile is: the VAE must show what it was never shown.
+    """
+    third, side = len(pixels) // 3, pixels.shape[-1]
+    chosen = torch.randint(len(pictures), (len(pixels),), device=pixels.device)
+    masks = fine[torch.randint(len(fine), (2 * third,), device=pixels.device)]
+    whole = torch.cat([pictures[chosen[:-third]], shrunk(pictures[chosen[-third:]]), pictures[masks]])
+    top, left = random.randrange(SIDE - side + 1), random.randrange(SIDE - side + 1)
+    cut = flipped(whole[..., top : top + side, left : left + side].float() / 127.5 - 1)
+    light = cut[len(pixels) :].mean(1, keepdim=True)
+    low, high = light.amin((2, 3), True), light.amax((2, 3), True)
+    shares = (light - low) / (high - low + 0.05)
+    shares = torch.where(shares.mean((2, 3), keepdim=True) < 0.5, shares, 1 - shares)
+    share = torch.maximum(shares[:third], shares[third:] * (torch.rand(third, 1, 1, 1, device=pixels.device) < 0.5))
+    over, under, half = cut[:third], cut[third : 2 * third].clone(), third // 2
+    over[:half] = over[:half].mean(1, keepdim=True) * 0.2 + 0.7 + over[:half] * 0.05
+    ground = under[:half].mean((2, 3), keepdim=True)
+    under[:half] = ground * 0.4 - 0.58 + (under[:half] - ground) * 0.08
+    cut[:third] = over * share + under * (1 - share)
+    pixels.copy_(cut[: len(pixels)].clamp(-1, 1))
+
+
+def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """uint8 pictures to latents in the UNet's scale."""
+
+    def work(chunk: Tensor) -> Tensor:
+        with torch.autocast(chunk.device.type, torch.bfloat16):
+            mean = vae.encode(chunk.float() / 127.5 - 1).latent_dist.mean
+        return (mean.float() * SCALING_FACTOR).bfloat16()
+
+    return measure.in_chunks(work, pictures, 128)
+
+
+@torch.no_grad()
+def rebuild(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Pictures from 0 to 1 as the VAE shows them."""
+    latents = vae.encode(pictures * 2 - 1).latent_dist.mean
+    return (vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def standardise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
+    """Fold mean 0 and deviation 1 / SCALING_FACTOR of every latent channel into the two convolutions at its ends."""
+    some = pictures[:: max(1, len(pictures) // 512)]
+    latents = measure.in_chunks(lambda chunk: vae.encode(chunk.float() / 127.5 - 1).latent_dist.mean, some)
+    mean, scale = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) * SCALING_FACTOR
+    before, after = vae.quant_conv, vae.post_quant_conv
+    after.bias += after.weight[:, :, 0, 0] @ mean
+    after.weight *= scale.view(1, 4, 1, 1)
+    before.bias[:4] -= mean
+    before.bias[:4] /= scale
+    before.weight[:4] /= scale.view(4, 1, 1, 1)
+    before.bias[4:] -= 2 * scale.log()  # the other four channels are logarithms of variances
+
+
+def report_vae(work: Workshop, vae: AutoencoderKL) -> None:
+    """Peak signal-to-noise ratio (dB) on textiles and lace that it never saw."""
+    test, _ = draw_all(1, work.amounts.at_once, TEST_SEED, work.device)
+    for name, pictures in (("textiles", test.float() / 255), ("lace", measure.held_out_lace().to(work.device))):
+        rebuilt = measure.in_chunks(lambda chunk: rebuild(vae, chunk), pictures)
+        ratios = -10 * (rebuilt - pictures).square().mean((1, 2, 3)).log10()
+        work.note(**{f"vae_psnr_{name}": ratios.mean().item()})
+
+
+def labels(textiles: Sequence[Textile], device: str) -> tuple[Tensor, Tensor]:
+    """Indices of the kinds (n,), and 1 for every colour that is there (n, 13)."""
+    kinds = torch.tensor([measure.KINDS.index(textile.pattern) for textile in textiles], device=device)
+    shares = [[float(name in textile.colours) for name in COLOURS] for textile in textiles]
+    return kinds, torch.tensor(shares, device=device)
+
+
+if __name__ == "__main__":
+    main()

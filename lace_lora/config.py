@@ -1,0 +1,430 @@
+"""Every setting, declared once, and the strict reader of config.yaml and `key=value`.
+
+`Config` has each setting's name, type, default, range, explanation and what it affects. config.yaml, documentation.md
+and `main.py --help` are tested against it. The reader tells every mistake at once, each with its place.
+"""
+
+import dataclasses
+import difflib
+import enum
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from lace_lora.errors import NO_SECRETS, UserError, holds_secret, redact
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class Affects(enum.Flag):
+    """What a setting decides, so that no list of names has to be kept elsewhere."""
+
+    NOTHING = 0  # where things are, how fast, how often
+    TRAINING = enum.auto()  # a run cannot go on when it changes: it would learn something else
+    CLASS_PICTURE = enum.auto()  # what a class picture that the base draws looks like
+    PICTURE = enum.auto()  # part of a picture's recipe
+    SCRIPT = enum.auto()  # a flag of diffusers' training script, if it has one of that name
+
+
+NOTHING, TRAINING, SCRIPT = Affects.NOTHING, Affects.TRAINING, Affects.SCRIPT
+CLASS_PICTURE, PICTURE = Affects.CLASS_PICTURE, Affects.PICTURE
+
+
+def setting(default: Any, affects: Affects, explanation: str, **rules: Any) -> Any:
+    """A field of `Config`. Rules: `group` (opens a group), `least`, `most`, `above`, `multiple_of`, `each_of`."""
+    return field(default=default, metadata={"affects": affects, "explanation": explanation, **rules})
+
+
+@dataclass(frozen=True)
+class Config:
+    drive_mount_path: str = setting(
+        "/content/drive", NOTHING, "where Google Drive is mounted in Colab", group="set these"
+    )
+    images_dir: str = setting("/content/drive/MyDrive/babanne-images", NOTHING, "folder with your pictures")
+    lora_output_dir: str = setting(
+        "/content/drive/MyDrive/lora_output", NOTHING, "folder for the LoRA, its checkpoints, samples and logs"
+    )
+    output_dir: str = setting("/content/drive/MyDrive/refined_output", NOTHING, "folder for the new pictures")
+    image_extensions: tuple[str, ...] = setting(
+        (".jpg",), NOTHING, "files used as pictures, e.g. [.jpg, .jpeg, .png]", each_of=IMAGE_EXTENSIONS
+    )
+    instance_prompt: str = setting(
+        "a photo of <myspecialstyle>", SCRIPT, "what every picture shows, with the token to teach"
+    )
+    class_prompt: str = setting(
+        "a photo of a painting", CLASS_PICTURE, "the wider class your pictures belong to, for prior preservation"
+    )
+    pretrained_model: str = setting(
+        "stabilityai/stable-diffusion-xl-base-1.0", TRAINING | CLASS_PICTURE | PICTURE,
+        "base model: a hub name, a folder in diffusers' layout, or a .safetensors checkpoint",
+    )  # fmt: skip
+    refiner_model: str = setting(
+        "stabilityai/stable-diffusion-xl-refiner-1.0", PICTURE,
+        "refiner: a hub name, a folder in diffusers' layout, or a .safetensors checkpoint",
+    )  # fmt: skip
+    resolution: int = setting(512, TRAINING | SCRIPT, "side of the training square in pixels", least=64, multiple_of=8)
+    train_batch_size: int = setting(2, SCRIPT, "pictures per step on each GPU", least=1)
+    gradient_checkpointing: bool = setting(False, SCRIPT, "less memory, a third slower")
+    max_train_steps: int = setting(1000, SCRIPT, "how many optimizer steps to make", least=1)
+    learning_rate: float = setting(1e-4, SCRIPT, "learning rate of the LoRA", above=0)
+    rank: int = setting(16, TRAINING | SCRIPT, "rank of the LoRA: how much it can learn, and its file size", least=1)
+    seed: int = setting(
+        42,
+        TRAINING | CLASS_PICTURE | PICTURE | SCRIPT,
+        "same seed, same run and same pictures",
+        least=0,
+        most=2**63 - 1,
+    )
+    prompt: tuple[str, ...] | None = setting(
+        None, NOTHING, "what to draw: one prompt or a list; empty means instance_prompt"
+    )
+    negative_prompt: str | None = setting(None, CLASS_PICTURE | PICTURE, "what the pictures should not show")
+    num_images: int = setting(24, PICTURE, "how many pictures to draw, spread over the prompts", least=1, most=100_000)
+    width: int = setting(1024, CLASS_PICTURE | PICTURE, "width of a drawn picture in pixels", least=64, multiple_of=8)
+    height: int = setting(1024, CLASS_PICTURE | PICTURE, "height of a drawn picture in pixels", least=64, multiple_of=8)
+    lora_scale: float = setting(
+        1.0, PICTURE, "strength of the LoRA in the pictures; 0 is the base model alone", least=0
+    )
+    refiner_strength: float = setting(
+        0.2, PICTURE, "how much the refiner repaints (refiner_flow img2img)", above=0, most=1
+    )
+
+    revision: str | None = setting(
+        None, TRAINING | CLASS_PICTURE | PICTURE,
+        "branch, tag or commit of pretrained_model on the hub; empty means its newest", group="models",
+    )  # fmt: skip
+    variant: str | None = setting(
+        "fp16", NOTHING, "which weight files to prefer, half the download; plain ones if absent"
+    )
+    pretrained_vae: str | None = setting(
+        None,
+        TRAINING | PICTURE | SCRIPT,
+        "another VAE, e.g. madebyollin/sdxl-vae-fp16-fix; empty means the model's own",
+    )
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
+        "auto", PICTURE, "dtype of the frozen model; auto: bf16, fp16 on older GPUs, no (fp32) on a CPU"
+    )
+    attention: Literal["auto", "sdpa", "xformers"] = setting(
+        "auto", NOTHING, "attention implementation: auto means PyTorch's own, sdpa; xformers must be installed"
+    )
+
+    min_image_size: int = setting(
+        256, NOTHING, "pictures with a shorter side below this (pixels) are skipped", least=8, group="training"
+    )
+    min_images: int = setting(3, NOTHING, "with fewer good pictures than this, training does not start", least=1)
+    skip_bad_images: bool = setting(False, NOTHING, "train even if more than a tenth of the pictures are skipped")
+    random_flip: bool = setting(False, SCRIPT, "also learn every picture mirrored")
+    aspect_ratio_buckets: bool = setting(
+        False, TRAINING | SCRIPT, "crop each picture to the nearest of SDXL's shapes; false: to a square"
+    )
+    with_prior_preservation: bool = setting(
+        False, TRAINING, "keep what class_prompt draws as it is, by learning pictures of it too"
+    )
+    class_data_dir: str | None = setting(
+        None, NOTHING, "class pictures; missing ones are drawn; empty means class_images in lora_output_dir"
+    )
+    num_class_images: int = setting(100, NOTHING, "how many class pictures there should be", least=1)
+    prior_loss_weight: float = setting(1.0, NOTHING, "weight of the class pictures in the loss", least=0)
+    gradient_accumulation_steps: int = setting(
+        1, SCRIPT, "batches whose gradients are summed for one step; saves memory", least=1
+    )
+    train_text_encoder: bool = setting(False, TRAINING | SCRIPT, "also train the attention of both text encoders")
+    text_encoder_lr: float = setting(
+        5e-6, SCRIPT, "learning rate of the text encoders; Prodigy uses learning_rate for all", above=0
+    )
+    optimizer: Literal["adamw", "prodigy"] = setting(
+        "adamw", TRAINING | SCRIPT, "adamw, or prodigy, which finds the rate by itself: set learning_rate to 1 for it"
+    )
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = setting("constant", SCRIPT, "learning-rate schedule, by diffusers' name")
+    lr_warmup_steps: int = setting(0, SCRIPT, "steps over which the learning rate rises from 0", least=0)
+    lr_num_cycles: int = setting(1, SCRIPT, "cosine_with_restarts: how many times it starts from the top", least=1)
+    lr_power: float = setting(1.0, SCRIPT, "polynomial: its exponent", above=0)
+    lora_alpha: float | None = setting(
+        None, TRAINING | SCRIPT, "scale of the LoRA is lora_alpha / rank; empty means equal to rank", above=0
+    )
+    lora_dropout: float = setting(
+        0.0, SCRIPT, "share of the LoRA's inputs dropped, against overfitting", least=0, most=0.99
+    )
+    snr_gamma: float | None = setting(None, SCRIPT, "min-SNR weighting of the loss, e.g. 5.0; empty is off", above=0)
+    noise_offset: float = setting(
+        0.0, SCRIPT, "shift of the noise's brightness, e.g. 0.05, for very dark or light pictures", least=0
+    )
+    adam_beta1: float = setting(0.9, SCRIPT, "the optimizer's first beta", least=0, most=0.9999)
+    adam_beta2: float = setting(0.999, SCRIPT, "the optimizer's second beta", least=0, most=0.99999)
+    adam_weight_decay: float = setting(0.01, SCRIPT, "the optimizer's weight decay", least=0)
+    adam_epsilon: float = setting(1e-8, SCRIPT, "the optimizer's epsilon", above=0)
+    max_grad_norm: float = setting(1.0, SCRIPT, "gradients are clipped to this norm", above=0)
+    checkpointing_steps: int = setting(250, SCRIPT, "a checkpoint every so many steps", least=1)
+    checkpoints_total_limit: int = setting(2, SCRIPT, "how many checkpoints to keep", least=1)
+    resume_from_checkpoint: str | None = setting(
+        "latest", NOTHING,
+        "latest goes on where the last run stopped; or a checkpoint folder; empty: a new run in a new folder",
+    )  # fmt: skip
+    validation_prompt: str | None = setting(None, SCRIPT, "prompt of the sample pictures; empty means instance_prompt")
+    validation_steps: int = setting(250, SCRIPT, "sample pictures every so many steps; 0 is off", least=0)
+    num_validation_images: int = setting(4, SCRIPT, "how many sample pictures each time", least=1, most=64)
+    report_to: Literal["tensorboard", "none"] = setting("tensorboard", NOTHING, "where curves go besides metrics.csv")
+    accelerate_config: str | None = setting(None, NOTHING, "your own accelerate file, for several GPUs or machines")
+    train_script: str | None = setting(
+        None, NOTHING, "train with diffusers' train_dreambooth_lora_sdxl.py at this path instead"
+    )
+
+    prompts_file: str | None = setting(
+        None, NOTHING, "text file with a prompt on each line, instead of prompt", group="drawing"
+    )
+    num_inference_steps: int = setting(30, CLASS_PICTURE | PICTURE, "denoising steps", least=1, most=499)
+    guidance_scale: float = setting(
+        5.0, CLASS_PICTURE | PICTURE, "how closely the prompt is followed; 1 is off", least=1
+    )
+    scheduler: Literal[
+        "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler", "DDIMScheduler",
+    ] = setting(
+        "EulerDiscreteScheduler", CLASS_PICTURE | PICTURE,
+        "sampler, by diffusers' name; DPM-Solver++ is DPMSolverMultistepScheduler",
+    )  # fmt: skip
+    lora_path: str | None = setting(None, NOTHING, "LoRA file or folder to draw with; empty means lora_output_dir")
+    inference_batch_size: int | None = setting(
+        None, NOTHING, "pictures drawn at once; empty: chosen automatically", least=1
+    )
+
+    refine: bool = setting(True, PICTURE, "refine every picture; false saves base pictures only", group="refining")
+    refiner_flow: Literal["img2img", "ensemble"] = setting(
+        "img2img", PICTURE, "img2img: finished base latents; ensemble: the refiner takes over at refiner_start"
+    )
+    refiner_start: float = setting(0.8, PICTURE, "ensemble: share of the steps that the base makes", above=0, most=0.99)
+    refiner_prompt: str | None = setting(
+        None, PICTURE, "prompt for the refiner alone; empty means the prompt of the picture"
+    )
+    aesthetic_score: float = setting(6.0, PICTURE, "score the refiner aims at", least=0, most=10)
+    negative_aesthetic_score: float = setting(2.5, PICTURE, "score the refiner keeps away from", least=0, most=10)
+
+    image_format: Literal["png", "jpg"] = setting("png", PICTURE, "file format of the pictures", group="saving")
+    save_base: bool = setting(False, PICTURE, "also save every picture as it was before refining")
+
+    report: str | None = setting(
+        None, NOTHING, "also write the report on the pictures to this file, as JSON", group="once"
+    )
+    rebuild: str | None = setting(
+        None, NOTHING, "a picture that this program has drawn: make it again, from its own recipe"
+    )
+
+    def __post_init__(self) -> None:
+        """Checks over several settings; one setting's own type and range are `load_config`'s to check."""
+        problems = []
+        if not self.instance_prompt.strip():
+            problems.append("instance_prompt is empty: describe your pictures, e.g. a photo of <myspecialstyle>")
+        if self.with_prior_preservation and not self.class_prompt.strip():
+            problems.append("class_prompt is empty, and with_prior_preservation needs it: e.g. a photo of lace")
+        if self.with_prior_preservation and self.aspect_ratio_buckets:
+            problems.append(
+                "with_prior_preservation and aspect_ratio_buckets are both true: class pictures are square, keep one"
+            )
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            problems.append("optimizer prodigy finds the rate by itself, times learning_rate: set learning_rate to 1")
+        if self.prompt is not None and self.prompts_file is not None:
+            problems.append("prompt and prompts_file are both set: keep one of them")
+        if self.prompt is not None and not all(prompt.strip() for prompt in self.prompt or [""]):
+            problems.append("prompt holds an empty prompt: write one, or leave the key empty for instance_prompt")
+        if self.refine and self.refiner_flow == "img2img" and self.num_inference_steps * self.refiner_strength < 1:
+            problems.append(
+                f"refiner_strength {self.refiner_strength:g} of {self.num_inference_steps} num_inference_steps is less "
+                "than one step: raise one of them"
+            )
+        secret = [name for name, value in vars(self).items() if holds_secret(repr(value))]
+        problems += [f"{name} holds a token or a password: {NO_SECRETS}" for name in secret]
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def subset(self, affected: Affects) -> dict[str, Any]:
+        """The settings that affect something, by name."""
+        return {name: getattr(self, name) for name in settings_that_affect(affected)}
+
+    @property
+    def alpha(self) -> float:
+        """LoRA alpha in force: `lora_alpha`, or the rank where it is empty."""
+        return float(self.rank if self.lora_alpha is None else self.lora_alpha)
+
+    @property
+    def lora_file(self) -> Path:
+        """The finished LoRA, for diffusers."""
+        return Path(self.lora_output_dir, LORA_FILE)
+
+    @property
+    def lora_name(self) -> str:
+        """Name of the LoRA for ComfyUI and the like: the token's word, or the output folder's where there is none."""
+        word = re.search(r"<([\w-]+)>", self.instance_prompt)
+        return word[1] if word else Path(self.lora_output_dir).absolute().name
+
+
+def settings_that_affect(affected: Affects) -> list[str]:
+    return [item.name for item in dataclasses.fields(Config) if item.metadata["affects"] & affected]
+
+
+def describe() -> str:
+    """Every setting with its default and explanation, by group: the part of `--help` that lists the keys."""
+    lines: list[str] = []
+    for item in dataclasses.fields(Config):
+        if group := item.metadata.get("group"):
+            lines += ["", f"{group}:"]
+        default = list(item.default) if isinstance(item.default, tuple) else item.default
+        lines.append(f"  {item.name}={'' if default is None else default}")
+        lines.append(f"      {item.metadata['explanation']}")
+    return "\n".join(lines).strip()
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a flat YAML file and `key=value` overrides into a `Config`.
+
+    Raises:
+        UserError: one line for every unknown key, wrong type or value out of range, each with its place.
+    """
+    hints = get_type_hints(Config)
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    overrides = list(overrides)
+    for place, key, node in [*_file_entries(Path(path)), *_override_entries(overrides, hints)]:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            advice = f"; did you mean {near[0]}?" if near else f"; {NO_SECRETS}" if "token" in key else ""
+            problems.append(f"{place}: unknown key {key!r}{advice}")
+            continue
+        try:
+            values[key] = _convert(node, hints[key])
+            _check_range(values[key], Config.__dataclass_fields__[key].metadata)
+        except ValueError as error:
+            problems.append(f"{place}: {key} {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    try:
+        return Config(**values)
+    except UserError as error:
+        place = f"{path} and command line" if overrides else f"{path}"
+        raise UserError("\n".join(f"{place}: {line}" for line in str(error).split("\n"))) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved settings as YAML that `load_config` reads back to an equal `Config`."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=1000)
+
+
+Entry = tuple[str, str, yaml.Node]  # place for messages, key, value
+
+
+def _file_entries(path: Path) -> Iterator[Entry]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; copy config.yaml or name yours with --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{path}: {reason}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or "it cannot be parsed"
+        raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {reason}") from None
+    if tree is None:
+        return
+    if not isinstance(tree, yaml.MappingNode):
+        raise UserError(f"{path}:1: expected lines of `key: value`")
+    seen: dict[str, int] = {}
+    for key, value in tree.value:
+        line, name = key.start_mark.line + 1, redact(str(key.value))[:60]
+        if name in seen:
+            raise UserError(f"{path}:{line}: {name} is set twice, here and in line {seen[name]}")
+        seen[name] = line
+        yield f"{path}:{line}", name, value
+
+
+def _override_entries(overrides: Iterable[str], hints: dict[str, Any]) -> Iterator[Entry]:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"command line: {override!r} is not of the form key=value")
+        wants_list = tuple in (get_origin(hints.get(key)), *map(get_origin, get_args(hints.get(key))))
+        if wants_list and text.lstrip().startswith("["):
+            try:
+                node = yaml.compose(text, Loader=yaml.SafeLoader) or yaml.ScalarNode("", text)
+            except (yaml.YAMLError, RecursionError):
+                raise UserError(f"command line: {key} is not a list like [a, b]") from None
+        else:
+            # The text as it stands: `prompt=lace: white` is a prompt, not a mapping.
+            node = yaml.ScalarNode(yaml.resolver.Resolver().resolve(yaml.ScalarNode, text, (True, False)), text)
+        yield "command line", key, node
+
+
+def _convert(node: yaml.Node, hint: Any) -> Any:
+    """A YAML node as a value of the type `hint`; ValueError says what was expected instead."""
+    options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
+        if NoneType in options:
+            return None
+        raise ValueError("is empty and needs a value")
+    wanted = next(option for option in options if option is not NoneType)
+    if get_origin(wanted) is tuple:
+        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        return tuple(_scalar(item, str) for item in items)
+    return _scalar(node, wanted)
+
+
+# What YAML makes of words by itself; any other tag was written by hand.
+_KINDS = ("null", "bool", "int", "float", "str", "timestamp", "merge", "value")
+
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in _KINDS}
+
+
+def _scalar(node: yaml.Node, wanted: Any) -> Any:
+    if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN_TAGS:
+        raise ValueError(f"is not {_name(wanted)}")
+    text, tag = node.value, node.tag.rpartition(":")[2]
+    shown = redact(text)  # before it is cut, which could hide what it is
+    shown = shown if len(shown) <= 40 else shown[:40] + "…"
+    if wanted is str:
+        return os.path.expanduser(text) if text.startswith("~/") else text  # no prompt begins so
+    if get_origin(wanted) is Literal:
+        if text in get_args(wanted):
+            return text
+        # YAML reads a bare no as false; mixed_precision: no means the word.
+        raise ValueError(f"is {shown!r}; choose one of {', '.join(get_args(wanted))}")
+    try:
+        if wanted is bool and tag == "bool":
+            return yaml.SafeLoader.bool_values[text.lower()]
+        if wanted is int and tag == "int":
+            return int(text.replace("_", ""))
+        if wanted is float and tag in ("int", "float", "str") and math.isfinite(float(text)):
+            return float(text)
+    except (ValueError, KeyError):
+        pass
+    raise ValueError(f"is {shown!r}, not {_name(wanted)}")
+
+
+def _name(wanted: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return names.get(wanted, "one of " + ", ".join(map(str, get_args(wanted))))
+
+
+def _check_range(value: Any, rules: Any) -> None:
+    if value is None:
+        return
+    if "least" in rules and value < rules["least"]:
+        raise ValueError(f"is {value}; it must be at least {rules['least']}")
+    if "most" in rules and value > rules["most"]:
+        raise ValueError(f"is {value}; it must be at most {rules['most']}")
+    if "above" in rules and value <= rules["above"]:
+        raise ValueError(f"is {value}; it must be above {rules['above']}")
+    if "multiple_of" in rules and value % rules["multiple_of"]:
+        raise ValueError(f"is {value}; it must be a multiple of {rules['multiple_of']}")
+    if "each_of" in rules and not (value and {item.lower() for item in value} <= set(rules["each_of"])):
+        raise ValueError(f"is [{', '.join(value)}]; choose from {', '.join(rules['each_of'])}")

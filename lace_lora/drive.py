@@ -1,0 +1,70 @@
+"""Google Drive in Colab: is it mounted, can it be, and what to tell the user when it cannot."""
+
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+
+from lace_lora.config import Config
+from lace_lora.errors import DISK_OR_DRIVE, UserError
+
+logger = logging.getLogger(__name__)
+
+
+def ensure_mounted(config: Config) -> None:
+    """Make the Drive folders of `config` reachable. Outside Colab, or with no path on Drive, nothing happens.
+
+    Raises:
+        UserError: Drive is not mounted and cannot be from here (exit 2), or mounting it failed (exit 4).
+    """
+    mount_path = config.drive_mount_path
+    settings = {name: value for name, value in vars(config).items() if name != "drive_mount_path"}
+    needed = any(isinstance(value, str) and Path(value).is_relative_to(mount_path) for value in settings.values())
+    if not needed or not in_colab() or is_mounted(mount_path):
+        return
+    if not in_kernel():
+        # `!python` is a child of the shell, and google.colab.drive talks to the notebook's kernel only.
+        raise UserError(
+            f"Google Drive is not mounted at {mount_path}, and `!python` cannot mount it. "
+            "Run these two lines in a cell, then run this command again:\n"
+            "from google.colab import drive\n"
+            f"drive.mount({mount_path!r})"
+        )
+    from google.colab import drive
+
+    try:
+        drive.mount(mount_path)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"Google Drive could not be mounted at {mount_path} ({error}): allow the access that Colab asks for, "
+            "or empty that folder, and run again",
+            DISK_OR_DRIVE,
+        ) from error
+    logger.info("Google Drive is mounted at %s", mount_path)
+
+
+def in_colab() -> bool:
+    if "COLAB_RELEASE_TAG" in os.environ:
+        return True
+    try:
+        return importlib.util.find_spec("google.colab") is not None
+    except ModuleNotFoundError:  # no package `google` at all
+        return False
+
+
+def in_kernel() -> bool:
+    """True in a notebook cell (`%run` or an import), False under `!python`, which is a process of its own."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
+
+
+def is_mounted(mount_path: str, mounts: str | Path = "/proc/mounts") -> bool:
+    """Whether something is mounted at `mount_path`. The mount table knows it in every process; Colab's API does not."""
+    try:
+        table = Path(mounts).read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return False
+    points = (line.split(" ")[1] for line in table.splitlines() if line.count(" ") >= 2)
+    # The table writes a space as \040.
+    return any(point.replace("\\040", " ") == mount_path.rstrip("/") for point in points)

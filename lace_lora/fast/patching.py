@@ -1,0 +1,137 @@
+"""The surgery on modules: a frozen UNet or VAE whose forwards call the kernels."""
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from lace_lora.fast.kernels import _COLUMNS, GroupNorm, _AddBiased, _AddNorm, _GegluFunction
+
+logger = logging.getLogger(__name__)
+
+
+def use_kernels(model: UNet2DConditionModel | AutoencoderKL) -> None:
+    """Let a frozen UNet or VAE on a GPU calculate by these, in channels-last layout: SDXL's, or one of its family.
+
+    Its parameters may change: what is added anyway takes convolutions' biases along, since each is a pass of its own.
+    From then on the model must stay where it is, in its number format.
+    """
+    model.to(memory_format=torch.channels_last)
+    for module in list(model.modules()):
+        plain = isinstance(module, ResnetBlock2D) and _is_plain(module)
+        for name, child in list(module.named_children()):
+            if isinstance(child, GEGLU):
+                setattr(module, name, _Geglu(child))
+            elif isinstance(child, nn.GroupNorm) and not isinstance(module, Attention):  # where it is of rows
+                setattr(module, name, GroupNorm(child, silu=plain))
+        if plain:
+            first = _move_bias(module.conv1, module.time_emb_proj)
+            second = _move_bias(module.conv2, module.conv_shortcut)
+            module.forward = partial(_resnet, module, first, second)
+        if isinstance(module, Upsample2D) and _only_doubles(module):
+            module.forward = partial(_upsample, module, module.forward)
+        if isinstance(module, Transformer2DModel) and module.use_linear_projection:
+            module.forward = partial(_transformer, module)
+        if isinstance(module, BasicTransformerBlock) and module.norm_type == "layer_norm":
+            module.forward = partial(_transformer_block, module)
+
+
+def try_out(device: torch.device, dtype: torch.dtype) -> None:
+    """Build and run one of the kernels.
+
+    Raises:
+        OSError, RuntimeError, CalledProcessError: Triton finds no C compiler or no Python.h, or cannot keep its files.
+    """
+    _GegluFunction.apply(torch.zeros(1, 2 * _COLUMNS, device=device, dtype=dtype))
+
+
+def _is_plain(block: Any) -> bool:
+    extras = (block.upsample, block.downsample, block.dropout.p)
+    # "group" is what a VAE's decoder calls a norm that knows no timestep.
+    return not any(extras) and block.time_embedding_norm in ("default", "group") and block.output_scale_factor == 1
+
+
+def _only_doubles(module: Any) -> bool:
+    plain = module.use_conv and module.interpolate and not module.use_conv_transpose and module.norm is None
+    return plain and module.name == "conv" and module.channels % 4 == 0
+
+
+def _move_bias(source: Any, target: Any) -> Tensor | None:
+    """Take a bias away from `source`: to `target`, whose output is added anyway, or to the caller if that is None."""
+    bias, source.bias = source.bias.data, None
+    if target is None:
+        return bias
+    target.bias.data += bias
+    return None
+
+
+def _resnet(
+    self: Any, first: Any, second: Tensor | None, hidden_states: Tensor, temb: Tensor | None, *_: Any
+) -> Tensor:
+    """ResnetBlock2D's forward, whose norms end in SiLU here; `first` and `second` are biases that it has to add."""
+    shortcut = hidden_states
+    if self.conv_shortcut is not None:  # 1x1: a product, which adds the bias as it goes
+        weight = self.conv_shortcut.weight.flatten(1)
+        shortcut = F.linear(hidden_states.permute(0, 2, 3, 1), weight, self.conv_shortcut.bias).permute(0, 3, 1, 2)
+    hidden_states = self.conv1(self.norm1(hidden_states))
+    shift = first.repeat(len(hidden_states), 1) if temb is None else self.time_emb_proj(F.silu(temb))
+    hidden_states = self.conv2(self.norm2(hidden_states, shift))
+    return hidden_states + shortcut if second is None else _AddBiased.apply(hidden_states, shortcut, second)
+
+
+def _upsample(self: Any, plain: Any, hidden_states: Tensor, output_size: Any = None, *_: Any) -> Tensor:
+    """Upsample2D's forward, for drawing: each pixel four times, copied by eight bytes at once.
+
+    Where a side is of one pixel, its channels need not be side by side in what PyTorch calls contiguous.
+    """
+    if torch.is_grad_enabled() or output_size is not None or 1 in hidden_states.shape[-2:]:
+        return plain(hidden_states, output_size)
+    bytes8 = hidden_states.permute(0, 2, 3, 1).contiguous().view(torch.int64)[:, :, None, :, None]
+    doubled = bytes8.expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2).view(hidden_states.dtype)
+    return self.conv(doubled.permute(0, 3, 1, 2))
+
+
+def _transformer(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
+    """Transformer2DModel's forward on channels-last pictures, whose pixels are tokens already."""
+    height, width = hidden_states.shape[-2:]
+    tokens, change = self.proj_in(self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2)), None
+    for block in self.transformer_blocks:
+        call = block
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            call = partial(self._gradient_checkpointing_func, block)
+        tokens, change = call(tokens, change, encoder_hidden_states)
+    tokens = self.proj_out(tokens + change)
+    return (tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2) + hidden_states,)
+
+
+def _transformer_block(self: Any, tokens: Tensor, change: Tensor | None, text: Tensor) -> tuple[Tensor, Tensor]:
+    """BasicTransformerBlock's forward, with each addition and the norm after it as one.
+
+    What a block adds at its end is left to the next one: (tokens, change) are to be summed.
+    """
+    if change is None:
+        normed = self.norm1(tokens)
+    else:
+        tokens, normed = _AddNorm.apply(tokens, change, self.norm1)
+    tokens, normed = _AddNorm.apply(tokens, self.attn1(normed), self.norm2)
+    tokens, normed = _AddNorm.apply(tokens, self.attn2(normed, encoder_hidden_states=text), self.norm3)
+    return tokens, self.ff(normed)
+
+
+class _Geglu(nn.Module):
+    def __init__(self, module: GEGLU) -> None:
+        super().__init__()
+        self.proj = module.proj
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return _GegluFunction.apply(self.proj(hidden_states))

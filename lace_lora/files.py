@@ -1,0 +1,98 @@
+"""Files that are complete or not there: atomic writing, free names, digests, and a lock on a folder for one run."""
+
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lace_lora.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_UNFINISHED = re.compile(r"\..+\.\d+\.tmp")  # as `write_atomically` and checkpoint.publish name them
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that its name never stands for half of it, whatever is killed when."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed writes left behind. Only for a run that has the folder to itself: see `lock_for_one_run`."""
+    for path in folder.glob(".*.tmp"):
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def numbered(folder: Path, stem: str, suffix: str = "") -> Iterator[Path]:
+    """Names to choose from, without end: `stem`, `stem-2`, `stem-3` … in `folder`, each with `suffix`."""
+    yield folder / (stem + suffix)
+    for number in itertools.count(2):
+        yield folder / f"{stem}-{number}{suffix}"
+
+
+def free_name(folder: Path, stem: str, suffix: str) -> Path:
+    """The first of the `numbered` names that no file has yet."""
+    return next(path for path in numbered(folder, stem, suffix) if not path.exists())
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(value: Any, length: int = 16) -> str:
+    """The first hexadecimal digits of the SHA-256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:length]
+
+
+@contextmanager
+def lock_for_one_run(folder: Path) -> Iterator[int]:
+    """Lock an output folder that exists; yields the lock's file descriptor, for `share_lock`.
+
+    The lock is the kernel's: it ends with the last process that holds it.
+
+    Raises:
+        UserError: another run on this machine works in that folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, fcntl.LOCK_EX, folder)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def share_lock(descriptor: int, folder: Path) -> None:
+    """Let the other processes of this run hold the lock too: whoever wants the folder waits for the last of them."""
+    _lock(descriptor, fcntl.LOCK_SH, folder)
+
+
+def hold_shared_lock(folder: Path) -> None:
+    """The training process's part in the lock. The descriptor stays open on purpose, until the process ends."""
+    share_lock(os.open(folder, os.O_RDONLY), folder)
+
+
+def _lock(descriptor: int, kind: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is at work in {folder}: wait for it or stop it, or name another folder") from None
+    except OSError as error:  # some network folders have no locks
+        logger.warning("%s cannot be locked (%s): start no second run in it", folder, error.strerror)

@@ -1,0 +1,174 @@
+"""Models by name: on the hub, in a folder, or in one file. What is needed of one is downloaded once.
+
+Nothing here imports torch, so that a wrong name or a dead connection is told before anything heavy starts.
+"""
+
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import errors
+from safetensors import SafetensorError, safe_open
+
+from lace_lora.config import Config
+from lace_lora.errors import DISK_OR_DRIVE, UserError
+
+logger = logging.getLogger(__name__)
+
+WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
+# A checkpoint in one file has weights only; shapes, vocabulary and noise schedule are those of the model it is one of.
+BASE_LAYOUT, REFINER_LAYOUT = "stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-refiner-1.0"
+
+_BROKEN = "{} did not arrive whole ({}): run the same command again, it goes on with what is missing; is the disk full?"
+# What a connection that breaks raises: that of huggingface_hub's network library, which differs by version, and of Xet.
+_CONNECTION_LOST: tuple[type[Exception], ...] = (
+    next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"),
+    getattr(errors, "XetDownloadError", RuntimeError),
+    RuntimeError,
+    OSError,
+)
+
+
+def fetch_models(config: Config) -> dict[str, Any]:
+    """Where the models of `config` are on this machine, by setting, after what is missing of them was downloaded.
+
+    Of the base all that is used, of the refiner its UNet alone: its VAE and text encoder are the base's.
+
+    Raises:
+        UserError: a model is not there, not for you, not what it should be (exit 2), or did not arrive (exit 4).
+    """
+    parts = [part for part in WITH_WEIGHTS if part != "vae" or not config.pretrained_vae]
+    base = fetch(config.pretrained_model, [*parts, *WITHOUT_WEIGHTS], config.variant, config.revision)
+    refiner = fetch(config.refiner_model, ["unet"], config.variant) if config.refine else config.refiner_model
+    vae = fetch(config.pretrained_vae, [""], config.variant) if config.pretrained_vae else None
+    return {"pretrained_model": str(base), "refiner_model": str(refiner), "pretrained_vae": str(vae) if vae else None}
+
+
+def fetch(source: str, parts: Sequence[str], variant: str | None = None, revision: str | None = None) -> Path:
+    """The folder or file of a model; `parts` are the subfolders that are needed, "" for the folder itself.
+
+    Weights are taken in the variant where there are such, else plain ones; safetensors only.
+    """
+    path = Path(source)
+    if path.is_file():
+        layout(path)
+        return path
+    if path.is_dir():
+        return path
+    if path.suffix == ".safetensors" or source.startswith((".", "/")) or source.count("/") > 1:
+        raise UserError(f"there is no model at {source}: check the path")
+    small = ["model_index.json", *_in(parts, ["*.json", "*.txt"])]
+    heavy = [part for part in parts if part not in WITHOUT_WEIGHTS]
+    folder = _download(source, revision, [*small, *_in(heavy, _weight_names(variant))])
+    plain = [part for part in heavy if not has_weights(folder / part, variant)]
+    if plain and variant:
+        folder = _download(source, revision, [*small, *_in(plain, _weight_names(None))])
+    for part in heavy:
+        if not (has_weights(folder / part, variant) or has_weights(folder / part, None)):
+            raise UserError(
+                f"{source} has no safetensors weights in {part or 'it'}: is it an SDXL model for diffusers?"
+            )
+    return folder
+
+
+def layout(file: Path) -> Path:
+    """The folder with everything but weights for a checkpoint in one file.
+
+    Raises:
+        UserError: it is not safetensors, or not a model.
+    """
+    try:
+        with safe_open(file, framework="numpy") as content:
+            names = list(content.keys())
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file} is not a safetensors file, and no other kind is loaded ({reason})") from error
+    if "v_pred" in names:
+        advice = "give it as a folder in diffusers' layout, whose scheduler says so"
+        raise UserError(
+            f"{file} predicts velocity, which a single file cannot say in a way that is read here: {advice}"
+        )
+    # SDXL's base has two text encoders, its refiner the larger one alone.
+    is_refiner = any(name.startswith("conditioner.embedders.0.model.") for name in names)
+    small = _in([*WITH_WEIGHTS, *WITHOUT_WEIGHTS], ["*.json", "*.txt"])
+    return _download(REFINER_LAYOUT if is_refiner else BASE_LAYOUT, None, ["model_index.json", *small])
+
+
+def has_weights(folder: Path, variant: str | None) -> bool:
+    """Whether weights in that variant are there, whole or in shards; None means plain ones."""
+    return bool(weight_files(folder, variant))
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    names = [name for name in _weight_names(variant) if name.endswith(".safetensors")]
+    return sorted(path for name in names for path in folder.glob(name))
+
+
+def read_ahead(source: str, parts: Sequence[str], variant: str | None) -> None:
+    """Have weights read from a slow disk on a thread, while something else is at work.
+
+    They come into the system's cache, which gives way where memory is needed for other things.
+    """
+    files = [Path(source)] if Path(source).is_file() else []
+    for folder in (Path(source, part) for part in parts):
+        files += weight_files(folder, variant if has_weights(folder, variant) else None)
+
+    def read() -> None:
+        buffer = bytearray(2**24)
+        with suppress(OSError):  # loading will tell
+            for file in files:
+                with open(file, "rb", buffering=0) as content:
+                    while content.readinto(buffer):
+                        pass
+
+    threading.Thread(target=read, daemon=True).start()
+
+
+def _weight_names(variant: str | None) -> list[str]:
+    """The names that diffusers and transformers give to weights, as patterns."""
+    dot = f".{variant}" if variant else ""
+    numbers = "-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]"
+    ends = [f"{dot}.safetensors", f"{dot}{numbers}.safetensors", f"{numbers}{dot}.safetensors"]
+    ends += [f".safetensors.index{dot}.json"]
+    return [stem + end for stem in ("model", "diffusion_pytorch_model") for end in ends]
+
+
+def _in(folders: Iterable[str], names: Sequence[str]) -> list[str]:
+    return [f"{folder}/{name}" if folder else name for folder in folders for name in names]
+
+
+def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
+    """`snapshot_download` with its failures as sentences. Without a connection it answers from the cache."""
+    name = f"{source} (revision {revision})" if revision else source
+    try:
+        return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError as error:
+        how = "agree to its terms on its page on the hub, then log in with `hf auth login` or set HF_TOKEN"
+        raise UserError(f"{name} is only for those who agreed to its terms: {how}") from error
+    except errors.RepositoryNotFoundError as error:
+        how = "check the name; if it is private, log in with `hf auth login` or set HF_TOKEN"
+        raise UserError(f"there is no model {name} on the hub, nor a folder of that name: {how}") from error
+    except (errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name} is not a model on the hub, nor a folder ({reason}): check name and revision"
+        ) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+        refused = {getattr(getattr(each, "response", None), "status_code", 0) for each in (error, error.__cause__)}
+        if refused & {401, 403}:
+            how = "it may have expired: log in anew with `hf auth login`, or set HF_TOKEN"
+            raise UserError(f"the hub refuses your token for {name}: {how}") from error
+        if isinstance(error, errors.HfHubHTTPError):
+            raise UserError(_BROKEN.format(name, str(error).strip().splitlines()[0][:200]), DISK_OR_DRIVE) from error
+        how = "connect (and unset HF_HUB_OFFLINE), then run the same command again"
+        raise UserError(
+            f"{name} is not all on this machine, and the hub is not reached: {how}", DISK_OR_DRIVE
+        ) from error
+    except _CONNECTION_LOST as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(_BROKEN.format(name, reason), DISK_OR_DRIVE) from error

@@ -1,0 +1,180 @@
+"""A checkpoint as one thing: a folder that is whole and proven, or not there.
+
+`publish` lets the caller write files on a local disk, notes their sizes and SHA-256 sums in a manifest, copies all
+beside their final place, flushes them, and gives the folder its name by a rename. `verify` reads everything back and
+compares it with what was written locally, so that bytes lost on the way to a Drive are noticed. Knows no tensors.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from lace_lora.files import remove_unfinished
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_DISPLACED = re.compile(r"\.(checkpoint-\d+)\.\d+\.old")
+
+
+def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+    """Write `output_dir/checkpoint-<step>` through `write(folder)`, then drop the oldest beyond `keep`.
+
+    Raises:
+        OSError: a disk is full or gone; whatever stood under the final name before is untouched.
+    """
+    folder = output_dir / f"checkpoint-{step}"
+    temporary = output_dir / f".{folder.name}.{os.getpid()}.tmp"
+    local = _local_folder(output_dir)
+    for leftover in (temporary, local):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        local.mkdir(mode=0o700)
+        write(local)
+        written = sorted(local.iterdir())
+        files = {path.name: _seal(path) for path in written}
+        temporary.mkdir()  # not its parents: a Drive that is gone must not be replaced by a folder of that name
+        for path in written:
+            shutil.copyfile(path, temporary / path.name)
+            _flush(temporary / path.name)
+        manifest = temporary / MANIFEST
+        manifest.write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
+        _flush(manifest)
+        _flush_names(temporary)
+        if folder.exists():  # one of the same step: a rename cannot replace a full folder
+            os.replace(folder, output_dir / f".{folder.name}.{os.getpid()}.old")
+        os.replace(temporary, folder)
+        _flush_names(output_dir)
+    finally:
+        for unfinished in (temporary, local):
+            shutil.rmtree(unfinished, ignore_errors=True)
+    if reason := verify(folder):
+        folder.stat()  # a disk that is gone says so itself
+        raise OSError(errno.EIO, f"it did not read back as it was written: {reason}", str(folder))
+    clean_up(output_dir)
+    others = [path for path, _ in checkpoints(output_dir) if path != folder]  # newer ones may be there, damaged
+    for path in others[: max(0, len(others) + 1 - keep)]:
+        # Out of its name first: a removal that is killed must not leave half a checkpoint.
+        leaving = output_dir / f".{path.name}.{os.getpid()}.tmp"
+        os.replace(path, leaving)
+        shutil.rmtree(leaving)
+    return folder
+
+
+class Publisher:
+    """Publishes beside other work, one checkpoint at a time. What fails is raised by the next `wait` or `look`."""
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.under_way: Future[Path] | None = None
+
+    def publish(self, output_dir: Path, step: int, write: Callable[[Path], None], keep: int) -> None:
+        """Begin; what `write` reads must stay as it is until the end."""
+        self.wait()
+        self.under_way = self.thread.submit(publish, output_dir, step, write, keep)
+
+    def wait(self) -> None:
+        """
+        Raises:
+            OSError: see `publish`.
+        """
+        if self.under_way:
+            ended, self.under_way = self.under_way, None
+            ended.result()
+
+    def look(self) -> None:
+        """Wait only if there is nothing to wait for any more."""
+        if self.under_way and self.under_way.done():
+            self.wait()
+
+
+def _local_folder(output_dir: Path) -> Path:
+    """One for each output folder, so that what a killed write left in it goes with the next."""
+    digest = hashlib.sha256(str(output_dir.absolute()).encode()).hexdigest()
+    return Path(tempfile.gettempdir(), f"lace-lora-{digest[:16]}")
+
+
+def _seal(path: Path) -> dict[str, int | str]:
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _flush(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_names(folder: Path) -> None:
+    try:
+        _flush(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # what Drives say that cannot do it
+            raise
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(folder: Path) -> str:
+    """Why the checkpoint is not whole, or an empty string when every byte is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, seal in manifest["files"].items():
+            path = folder / Path(name).name
+            if path.stat().st_size != seal["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {seal['size']}"
+            if _sha256(path) != seal["sha256"]:
+                return f"{name} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return ""
+
+
+def checkpoints(output_dir: Path) -> list[tuple[Path, int]]:
+    """All checkpoint folders with their steps, oldest first, whole or not."""
+    if not output_dir.is_dir():
+        return []
+    found = [(path, _NAME.fullmatch(path.name)) for path in output_dir.iterdir() if path.is_dir()]
+    return sorted(((path, int(match[1])) for path, match in found if match), key=lambda item: item[1])
+
+
+def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each newer one that was passed over, with the reason."""
+    skipped: list[str] = []
+    for path, _ in reversed(checkpoints(output_dir)):
+        reason = verify(path)
+        if not reason:
+            return path, skipped
+        skipped.append(f"{path.name}: {reason}")
+    return None, skipped
+
+
+def step_of(folder: Path) -> int:
+    """The step a verified checkpoint was made at."""
+    return int(json.loads((folder / MANIFEST).read_text())["step"])
+
+
+def clean_up(output_dir: Path) -> None:
+    """Remove what writes that were killed left behind; a checkpoint killed while it changed places gets its name back.
+
+    Only for whoever has the folder to itself: another run's unfinished writes look the same.
+    """
+    for path in output_dir.glob(".checkpoint-*.old"):
+        if (match := _DISPLACED.fullmatch(path.name)) and not (output_dir / match[1]).exists():
+            os.replace(path, output_dir / match[1])
+        elif match:
+            shutil.rmtree(path, ignore_errors=True)
+    remove_unfinished(output_dir)

@@ -1,0 +1,81 @@
+"""Prior preservation's class pictures: those that exist, and those that the base has to draw.
+
+Ruiz et al. 2022, "DreamBooth", section 3.3: what the class's prompt draws is kept as it is by learning it too.
+"""
+
+import logging
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from lace_lora.config import CLASS_PICTURE, IMAGE_EXTENSIONS, Config
+from lace_lora.errors import UserError
+from lace_lora.files import json_digest
+from lace_lora.pictures import image_files
+
+logger = logging.getLogger(__name__)
+
+_DRAWN = re.compile(r"class_[0-9a-f]{8}_\d{4,}\.png")
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.class_data_dir or Path(config.lora_output_dir, "class_images"))
+
+
+def existing(config: Config) -> dict[Path, str]:
+    """The good class pictures, at most `num_class_images`; none that were drawn with other settings.
+
+    Returns:
+        The SHA-256 of each.
+    """
+    folder, digest = folder_of(config), _digest(config)
+    if config.class_data_dir and not folder.is_dir():
+        raise UserError(f"class_data_dir: {folder} is no folder: make it, or leave the key empty")
+    if not folder.is_dir():
+        return {}
+    found = sorted(image_files.named_as_pictures(folder, IMAGE_EXTENSIONS), key=_is_drawn)  # the user's own first
+    usable = [path for path in found if not _is_drawn(path) or path.name.startswith(f"class_{digest}_")]
+    pictures = image_files.check_pictures(usable, 1, kinds())
+    for picture in pictures:
+        if not picture.used:
+            logger.warning("class picture %s is skipped: %s", picture.path, picture.reason)
+    good = [picture for picture in pictures if picture.used][: config.num_class_images]
+    return {picture.path: picture.sha256 for picture in good}
+
+
+def to_draw(config: Config, existing: Collection[Path]) -> dict[Path, int]:
+    """Files of the pictures that are still missing, each with its number, which stands for its seed.
+
+    For the settings as the user wrote them: the training process knows models as paths, and would find other names.
+    """
+    missing: dict[Path, int] = {}
+    number = 0
+    while len(existing) + len(missing) < config.num_class_images:
+        path = folder_of(config) / f"class_{_digest(config)}_{number:04d}.png"
+        if path not in existing:
+            missing[path] = number
+        number += 1
+    return missing
+
+
+def fingerprint(config: Config, existing: dict[Path, str]) -> dict[str, Any]:
+    """What tells which class pictures a run learns: the user's own by content, drawn ones by their settings."""
+    users_own = sorted(content for path, content in existing.items() if not _is_drawn(path))
+    values: dict[str, Any] = {"num_class_images": config.num_class_images, "class_pictures": users_own}
+    if len(users_own) < config.num_class_images:
+        values |= config.subset(CLASS_PICTURE)
+    return values
+
+
+def kinds() -> tuple[str, ...]:
+    """The decoders that class pictures may need: they may be of any kind that is known."""
+    return image_files.formats(IMAGE_EXTENSIONS)
+
+
+def _is_drawn(path: Path) -> bool:
+    return bool(_DRAWN.fullmatch(path.name))
+
+
+def _digest(config: Config) -> str:
+    return json_digest(config.subset(CLASS_PICTURE), length=8)

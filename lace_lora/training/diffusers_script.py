@@ -1,0 +1,88 @@
+"""`train_script: path`, seen from main.py: what diffusers' own script takes, read from its source and never run here.
+
+It is `train_dreambooth_lora_sdxl.py` in place of train_lora.py; `run_diffusers_script.py` is what accelerate runs.
+"""
+
+import ast
+import logging
+from pathlib import Path
+from typing import Any
+
+from lace_lora.config import SCRIPT, Config
+from lace_lora.errors import UserError
+from lace_lora.sdxl import hub
+from lace_lora.training import class_pictures
+
+logger = logging.getLogger(__name__)
+
+# Where the script has another name for a setting.
+_FLAG_OF = {"pretrained_vae": "pretrained_vae_model_name_or_path"}
+
+
+def check(config: Config) -> None:
+    """Name the settings that the script has no flag for.
+
+    Raises:
+        UserError: the script is not there, or is not one; a model in a single file, which it cannot read.
+    """
+    path = Path(str(config.train_script))
+    flags = flags_of(path)
+    if Path(config.pretrained_model).is_file():
+        raise UserError("train_script reads no model in a single file: name a hub model or a folder, or leave it empty")
+    if lost := without_flag(config, flags):
+        logger.warning("%s has no flag for: %s; they have no effect", path.name, ", ".join(lost))
+
+
+def flags_of(path: Path) -> dict[str, bool]:
+    """The flags that a script declares, and whether each is a switch; read from its source, which is not run."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"train_script: {path} cannot be read as a Python script ({error})") from error
+    flags: dict[str, bool] = {}
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
+            names = [part.value for part in call.args if isinstance(part, ast.Constant)]
+            switch = any(word.arg == "action" for word in call.keywords)
+            flags |= {str(name).removeprefix("--"): switch for name in names}
+    if not {"instance_data_dir", "pretrained_model_name_or_path", "output_dir"} <= set(flags):
+        raise UserError(f"train_script: {path} is not diffusers' train_dreambooth_lora_sdxl.py: its flags are missing")
+    return flags
+
+
+def without_flag(config: Config, flags: dict[str, bool]) -> list[str]:
+    """Settings that differ from their defaults and that the script has no flag for."""
+    changed = [name for name, value in config.subset(SCRIPT).items() if value != getattr(Config, name)]
+    return [name for name in changed if _FLAG_OF.get(name, name) not in flags]
+
+
+def command_line(config: Config, flags: dict[str, bool], pictures: Path, folder: Path, precision: str) -> list[str]:
+    """The script's arguments for these settings."""
+    values: dict[str, Any] = {_FLAG_OF.get(name, name): value for name, value in config.subset(SCRIPT).items()}
+    values |= {
+        "pretrained_model_name_or_path": config.pretrained_model,
+        "variant": config.variant if hub.has_weights(Path(config.pretrained_model, "unet"), config.variant) else None,
+        "instance_data_dir": pictures,
+        "output_dir": folder,
+        "mixed_precision": precision,
+        "center_crop": True,  # as ours
+        "enable_xformers_memory_efficient_attention": config.attention == "xformers",
+        "resume_from_checkpoint": "latest" if any(folder.glob("checkpoint-*")) else None,
+    }
+    if config.with_prior_preservation:
+        # With larger batches the script pairs pictures and prompts wrongly: it repeats [instance, class] over a row of
+        # all instances and then all classes.
+        values |= {
+            "train_batch_size": 1,
+            "gradient_accumulation_steps": config.train_batch_size * config.gradient_accumulation_steps,
+            "with_prior_preservation": True,
+            "class_data_dir": class_pictures.folder_of(config).absolute(),
+            "class_prompt": config.class_prompt,
+            "num_class_images": config.num_class_images,
+            "prior_loss_weight": config.prior_loss_weight,
+        }
+    arguments = []
+    for name, value in values.items():
+        if name in flags and value is not None and value is not False:
+            arguments += [f"--{name}"] if flags[name] else [f"--{name}={value}"]
+    return arguments

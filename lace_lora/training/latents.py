@@ -1,0 +1,141 @@
+"""Pictures to latents: decoded ahead, through the VAE once, and kept for the next run."""
+
+import hashlib
+import io
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import ImageOps
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lace_lora.errors import UserError
+from lace_lora.pictures import image_files
+from lace_lora.sdxl.vae import encode_pixels, to_tensor
+from lace_lora.training import cache
+
+Shape = tuple[int, int]  # height and width in pixels
+
+# Longer sides by the shorter one, for SDXL at 1024 pixels. Podell et al. 2023, "SDXL", appendix I, and 1344x704, which
+# stands there upright only.
+_BUCKETS = {
+    512: (2048, 1984, 1920, 1856),
+    576: (1792, 1728, 1664),
+    640: (1600, 1536),
+    704: (1472, 1408, 1344),
+    768: (1344, 1280),
+    832: (1216, 1152),
+    896: (1152, 1088),
+    960: (1088, 1024),
+    1024: (1024,),
+}
+_VERSION = 1  # of what is kept: count up when pictures are encoded in another way
+
+
+@dataclass(frozen=True)
+class Latents:
+    """N pictures, each in F versions: as it is, and mirrored where that is wanted."""
+
+    mean: list[Tensor]  # N of (F, 4, h, w): the VAE's posterior, in the UNet's scale
+    std: list[Tensor]  # N of (F, 4, h, w)
+    time_ids: Tensor  # (N, 6) original height and width, crop top and left, target height and width
+
+    def __add__(self, other: "Latents") -> "Latents":
+        return Latents(self.mean + other.mean, self.std + other.std, torch.cat([self.time_ids, other.time_ids]))
+
+
+def shapes(resolution: int, buckets: bool) -> list[Shape]:
+    """What pictures are cut to: a square, or SDXL's bucket list scaled to `resolution`, in whole 32 pixels."""
+    if not buckets:
+        return [(resolution, resolution)]
+    pairs = [(short, long) for short, longs in _BUCKETS.items() for long in longs]
+    scaled = [tuple(max(32, round(side * resolution / 1024 / 32) * 32) for side in pair) for pair in pairs]
+    return list(dict.fromkeys(shape for short, long in scaled for shape in ((short, long), (long, short))))
+
+
+def encode_pictures(
+    load_vae: Callable[[], AutoencoderKL],
+    contents: Mapping[Path, str],
+    allowed: Sequence[Shape],
+    mirrored: bool,
+    kinds: Sequence[str] = ("JPEG",),
+    depends_on: Any = None,
+) -> Latents:
+    """Every picture through the VAE once, or not at all if an earlier run has done it.
+
+    The posterior's mean and deviation are kept, not a sample of it: sampling belongs into the step. A mirrored version
+    is encoded on its own, because mirrored latents are not the latents of the mirrored picture.
+
+    Args:
+        load_vae: called if it is needed.
+        contents: SHA-256 of each picture file.
+        allowed: each picture is scaled and cut to the one that is most like it.
+        depends_on: what else earlier latents must have in common: the VAE, its number format.
+
+    Raises:
+        UserError: a picture is no longer what it was, or the VAE makes no finite numbers of it (exit 5).
+    """
+
+    def make() -> dict[str, Tensor]:
+        means, stds, time_ids = [], [], []
+        vae = load_vae()
+        cut = partial(_cut, contents=contents, allowed=allowed, mirrored=mirrored, kinds=kinds)
+        decoded = tqdm(_ahead(cut, contents), desc="encoding pictures", unit="picture", total=len(contents))
+        for path, (pixels, ids) in zip(contents, decoded, strict=True):
+            mean, std = encode_pixels(vae, pixels, path)
+            means.append(mean)
+            stds.append(std)
+            time_ids.append(ids)
+        numbered = {f"{name}.{number}": value for name, values in (("mean", means), ("std", stds))
+                    for number, value in enumerate(values)}  # fmt: skip
+        return numbered | {"time_ids": torch.tensor(time_ids, dtype=torch.float32)}
+
+    key = {"version": _VERSION, "pictures": list(contents.values()), "shapes": allowed, "mirrored": mirrored,
+           "depends_on": depends_on}  # fmt: skip
+    kept = cache.remembered(key, make)
+    means, stds = ([kept[f"{name}.{number}"] for number in range(len(contents))] for name in ("mean", "std"))
+    return Latents(means, stds, kept["time_ids"])
+
+
+def _cut(
+    path: Path, contents: Mapping[Path, str], allowed: Sequence[Shape], mirrored: bool, kinds: Sequence[str]
+) -> tuple[Tensor, list[int]]:
+    """A picture file as pixels (F, 3, height, width), and its time ids."""
+    try:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != contents[path]:
+            raise UserError(f"{path} was changed while the program was running: run the same command again")
+        # Twice the training size is enough to scale down from, and much faster to decode.
+        picture, (width, height) = image_files.open_picture(io.BytesIO(content), 2 * max(map(min, allowed)), kinds)
+    except image_files.BROKEN as error:
+        raise UserError(f"{path} can no longer be read ({error}): was it changed or moved meanwhile?") from error
+    shape = min(allowed, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
+    part, corner = image_files.fit(picture, shape)
+    versions = [part, ImageOps.mirror(part)] if mirrored else [part]
+    return torch.stack([to_tensor(version) for version in versions]), [height, width, *corner, *shape]
+
+
+def _ahead(function: Callable[[Path], Any], items: Iterable[Path]) -> Iterator[Any]:
+    """`map` on several threads, with few results waiting at any time.
+
+    Threads do: Pillow decodes and scales without Python's lock, and every byte of these files has been read by the same
+    decoder before, in a process that it could have taken along.
+    """
+    most = min(8, os.cpu_count() or 1)
+    waiting: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(most) as pool:
+        for item in items:
+            if len(waiting) == most:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(function, item))
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,94 @@
+"""How the training process is started: what it is told, the command, and accelerate's settings file for it."""
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lace_lora.config import Config
+from lace_lora.errors import UserError, first_line
+
+_ROOT = Path(__file__).resolve().parents[2]
+# What accelerate runs: ours, or what runs the user's `train_script`.
+_TRAINING_SCRIPT, _SCRIPT_RUNNER = (
+    [str(_ROOT / "train_lora.py")],
+    ["--module", "lace_lora.training.run_diffusers_script"],
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the training process is told besides the settings, as JSON in a file."""
+
+    captions: dict[str, str]  # by picture file
+    contents: dict[str, str]  # SHA-256 of each picture file
+    fingerprint: dict[str, Any]  # see train.run_fingerprint
+    resume: str | None  # the checkpoint to go on from
+    models: dict[str, Any]  # settings that name models, as paths
+    class_pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that are there
+    class_to_draw: dict[str, int] = field(default_factory=dict)  # files to draw, with the number that gives the seed
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> "Job":
+        return cls(**json.loads(path.read_text()))
+
+
+def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list[str]:
+    """The whole launch. accelerate gets a file, the user's or ours: one cached on the machine would win over flags."""
+    return [
+        sys.executable, "-m", "lace_lora.process",
+        "--config_file", config.accelerate_config or str(accelerate_file),
+        "--num_cpu_threads_per_process", str(_threads(config.accelerate_config)),  # its own default is one
+        "--quiet",  # we say why a training failed, once
+        *(_SCRIPT_RUNNER if config.train_script else _TRAINING_SCRIPT),
+        "--config", str(Path(config.lora_output_dir) / "config.yaml"),
+        "--job", str(job_file),
+    ]  # fmt: skip
+
+
+def _threads(accelerate_config: str | None) -> int:
+    """What OMP_NUM_THREADS asks for, or this process's share of the CPUs."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) else max(1, cpus // _processes_here(accelerate_config))
+
+
+def _processes_here(accelerate_config: str | None) -> int:
+    settings = yaml.safe_load(Path(accelerate_config).read_text()) if accelerate_config else {}
+    return max(1, int(settings.get("num_processes") or 1) // int(settings.get("num_machines") or 1))
+
+
+def accelerate_settings() -> str:
+    """accelerate's file for one process on whatever this machine has; precision is train_lora.py's own matter."""
+    settings = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "NO",
+        "mixed_precision": "no",
+        "num_machines": 1,
+        "num_processes": 1,
+        "machine_rank": 0,
+        "use_cpu": False,
+    }
+    return yaml.safe_dump(settings)
+
+
+def check_accelerate_config(path: Path) -> None:
+    """
+    Raises:
+        UserError: the file is missing, or asks for DeepSpeed or FSDP.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text())
+        kind = str(settings.get("distributed_type", "NO")).upper()
+        _processes_here(str(path))
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"accelerate_config: {path} is not an accelerate file ({first_line(error)})") from error
+    if kind in ("DEEPSPEED", "FSDP") or settings.get("deepspeed_config") or settings.get("fsdp_config"):
+        raise UserError(f"accelerate_config: {path} asks for DeepSpeed or FSDP; a LoRA needs neither: use MULTI_GPU")

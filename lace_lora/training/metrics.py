@@ -1,0 +1,155 @@
+"""The run's record: metrics.csv, TensorBoard, loss.png, and the progress bar."""
+
+import csv
+import io
+import itertools
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lace_lora.config import Config
+from lace_lora.errors import LOSS_NOT_FINITE, UserError
+from lace_lora.files import write_atomically
+
+COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
+# Updates in a row that may be left out because the loss or the gradients are not finite; fp16 begins with a few such.
+MOST_LOST, MOST_OVERFLOWN = 5, 25
+READ_EVERY = 10  # steps between readings of the loss: each costs the CPU a little
+
+
+logger = logging.getLogger("train_lora")
+
+
+class PendingScalars:
+    """Numbers that a GPU is still calculating; they come to the CPU by themselves, and only reading waits for them."""
+
+    def __init__(self, *values: Tensor) -> None:
+        together = torch.stack([value.detach().float() for value in values])
+        self.numbers = together.to("cpu", non_blocking=together.is_cuda)
+        self.arrived = torch.cuda.Event() if together.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def read(self) -> list[float]:
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.numbers.tolist()
+
+
+class Metrics:
+    """Collects one row per step and publishes them with every checkpoint.
+
+    metrics.csv is written whole, by a rename: a file that is only ever appended to may never reach Google Drive, and
+    rows past the last checkpoint would stand twice after a resume.
+    """
+
+    def __init__(self, config: Config, first_step: int, quiet: bool) -> None:
+        self.folder, self.learning_rate = Path(config.lora_output_dir), config.learning_rate
+        self.rows = _read_rows(self.folder / "metrics.csv", before=first_step)
+        self.pending: list[tuple[int, float, PendingScalars]] = []
+        self.started = time.monotonic()
+        self.bar = tqdm(total=config.max_train_steps, initial=first_step, desc="training", unit="step", disable=quiet)
+        self.writer = _tensorboard(self.folder / "logs", first_step) if config.report_to == "tensorboard" else None
+
+    def record(self, step: int, loss: Tensor, learning_rate: float, grad_norm: Tensor) -> None:
+        """Note one step, counted from 1; loss and norm may still be in the making."""
+        self.pending.append((step, learning_rate, PendingScalars(loss, grad_norm)))
+        self.bar.update()
+
+    def read(self, latest: bool) -> None:
+        """Take losses and norms into `rows` and show the last; without `latest` all but one that may still be due."""
+        ready = self.pending if latest else self.pending[:-1] or self.pending
+        self.pending = self.pending[len(ready) :]
+        for step, learning_rate, numbers in ready:
+            loss, grad_norm = numbers.read()
+            seconds = time.monotonic() - self.started
+            row = dict(zip(COLUMNS, (step, loss, learning_rate, grad_norm, seconds), strict=True))
+            self.rows.append(row)
+            if self.writer:
+                for name in COLUMNS[1:4]:
+                    self.writer.add_scalar(f"train/{name}", row[name], step)
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}")
+
+    def check_finite(self, ending: bool) -> bool:
+        """Whether what was learnt may be saved: the last loss read is a finite number, or the run is ending.
+
+        Raises:
+            UserError: too many in a row are not (exit 5).
+        """
+        lost, overflown = (self._longest_not_finite(column) for column in ("loss", "grad_norm"))
+        if lost < MOST_LOST and overflown < MOST_OVERFLOWN:
+            return ending or math.isfinite(self.rows[-1]["loss"])
+        raise UserError(
+            f"the loss is not a finite number at step {self.rows[-1]['step']}, nor shortly before; those updates were "
+            f"left out: lower learning_rate ({self.learning_rate:g}), or, if it was fp16, use mixed_precision: bf16 or "
+            "no; the same command then goes on from the last checkpoint",
+            LOSS_NOT_FINITE,
+        )
+
+    def _longest_not_finite(self, column: str) -> int:
+        finite = itertools.groupby(self.rows, key=lambda row: math.isfinite(row[column]))
+        return max((len(list(rows)) for good, rows in finite if not good), default=0)
+
+    def publish(self) -> None:
+        """Write metrics.csv and loss.png as they stand."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([row["step"], *(f"{row[name]:.6g}" for name in COLUMNS[1:])] for row in self.rows)
+        write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+        write_atomically(self.folder / "loss.png", _plot(self.rows))
+        if self.writer:
+            self.writer.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    # purge_step: curves of a run that is gone on with show no second branch.
+    return SummaryWriter(str(folder), purge_step=first_step or None)
+
+
+def _read_rows(path: Path, before: int) -> list[dict[str, float]]:
+    """Rows of an earlier run up to the step that this one goes on from."""
+    if not before or not path.exists():
+        return []
+    try:
+        with open(path, newline="") as file:
+            rows = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
+    except (ValueError, KeyError, TypeError):
+        logger.warning("%s is damaged: the curves begin anew", path)
+        return []
+    return [row | {"step": int(row["step"])} for row in rows if row["step"] <= before]
+
+
+def _plot(rows: list[dict[str, float]]) -> bytes:
+    """The loss by step as a PNG: every step faint, and its running mean, since single steps tell little."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    smooth, mean = [], next(filter(math.isfinite, losses), 0.0)
+    weight = max(0.02, 2 / (len(losses) + 1))
+    for loss in losses:
+        mean += weight * (loss - mean) if math.isfinite(loss) else 0
+        smooth.append(mean)
+    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
+    axes.plot(steps, smooth, color="tab:blue", label="running mean")
+    axes.set(xlabel="step", ylabel="loss", title="Training loss")
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()

@@ -1,0 +1,80 @@
+"""The finished LoRA's files: for diffusers, for kohya's programs, and the card with the trigger words."""
+
+import json
+import re
+import time
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+
+from torch import Tensor
+
+from lace_lora.config import LORA_FILE, Config
+from lace_lora.files import write_atomically
+from lace_lora.sdxl.lora_weights import _LAYERS_PER_BLOCK, kohya_state, save_lora
+from lace_lora.training.launch import Job
+
+
+def kohya_metadata(config: Config, alpha: float, steps: int, job: Job, prediction_type: str) -> dict[str, str]:
+    """What those programs show of a LoRA: base model, size, captions. Keys and values as sd-scripts write them."""
+    name, captions, side = config.lora_name, list(job.captions.values()), config.resolution
+    tags = Counter(tag for caption in captions for part in caption.split(",") if (tag := part.strip().lower()))
+    model = str(job.fingerprint.get("pretrained_model", config.pretrained_model))
+    buckets = {"0": {"resolution": [side, side], "count": len(captions)}}
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": name,
+        "modelspec.date": datetime.now().isoformat(timespec="seconds"),
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
+        "modelspec.trigger_phrase": trigger_words(config.instance_prompt),
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_v2": "False",
+        "ss_sd_model_name": model if re.fullmatch(r"[\w-]+/[\w.-]+", model) else Path(model).name,  # no one's folders
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.rank),
+        "ss_network_alpha": str(alpha),
+        "ss_resolution": f"({side}, {side})",
+        "ss_output_name": name,
+        "ss_training_started_at": str(time.time()),
+        "ss_steps": str(steps),
+        "ss_max_train_steps": str(config.max_train_steps),
+        "ss_learning_rate": str(config.learning_rate),
+        "ss_lr_scheduler": config.lr_scheduler,
+        "ss_optimizer": config.optimizer,
+        "ss_seed": str(config.seed),
+        "ss_num_train_images": str(len(captions)),
+        "ss_batch_size_per_device": str(config.train_batch_size),
+        "ss_gradient_accumulation_steps": str(config.gradient_accumulation_steps),
+        "ss_bucket_info": json.dumps({"buckets": buckets, "mean_img_ar_error": 0.0}),
+        "ss_dataset_dirs": json.dumps({f"1_{name}": {"n_repeats": 1, "img_count": len(captions)}}),
+        "ss_tag_frequency": json.dumps({f"1_{name}": tags}, ensure_ascii=False),
+    }
+
+
+def trigger_words(instance_prompt: str) -> str:
+    """The tokens in angle brackets that call the style up, or the whole prompt where there are none."""
+    return ", ".join(dict.fromkeys(re.findall(r"<[^<>\s]+>", instance_prompt))) or instance_prompt
+
+
+def save_results(
+    config: Config, state: dict[str, Tensor], alpha: float, steps: int, job: Job,
+    layers_per_block: int = _LAYERS_PER_BLOCK, prediction_type: str = "epsilon",
+) -> Path:  # fmt: skip
+    """Write a finished LoRA, as `lora_state` gives it, for diffusers and for kohya's programs; returns the first file.
+
+    That one comes last, since it is what says that the run is finished.
+    """
+    folder = Path(config.lora_output_dir)
+    # A1111 and InvokeAI read the trigger words from here alone.
+    card = {"description": config.instance_prompt, "sd version": "SDXL", "preferred weight": 1.0}
+    card |= {"activation text": trigger_words(config.instance_prompt)}
+    write_atomically(folder / f"{config.lora_name}.json", json.dumps(card, indent=2, ensure_ascii=False).encode())
+    metadata = kohya_metadata(config, alpha, steps, job, prediction_type)
+    save_lora(folder / f"{config.lora_name}.safetensors", kohya_state(state, alpha, layers_per_block), metadata)
+    scale = alpha / config.rank
+    folded = {key: weight * scale if "lora_B" in key else weight for key, weight in state.items()}
+    save_lora(folder / LORA_FILE, folded, {"step": str(steps), "learns": json.dumps(job.fingerprint)})
+    return folder / LORA_FILE
