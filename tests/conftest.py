@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from helpers import Make
 from lace_lora.config import Config
-from pictures import Make
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", GOMP_SPINCOUNT="10000")  # the last as main.py
 # What is compared bit by bit is compared on the CPU; `make test-gpu` asks for the rest. Before anything imports torch.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import data_utils
-from pictures import jpgs, refused, snapshot
+from helpers import jpgs, refused, snapshot
 
 PROMPT = "a photo of <lace>"
 

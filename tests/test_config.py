@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers import ROOT
 from lace_lora.config import Config, describe, dump_config, load_config
 from lace_lora.errors import UserError
-from pictures import ROOT
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 REQUIRED = {

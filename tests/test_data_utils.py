@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import data_utils
+from helpers import gradient, jpg, jpgs, truncated_jpg
 from lace_lora import files
 from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.errors import UserError
 from lace_lora.pictures import image_files
-from pictures import gradient, jpg, jpgs, truncated_jpg
 
 
 def test_list_images(tmp_path: Path) -> None:

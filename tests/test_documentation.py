@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import main
+from helpers import ROOT, jpgs, main_py, snapshot
 from lace_lora.config import Config, load_config
-from pictures import ROOT, jpgs, main_py, snapshot
 
 DOCUMENTS = ("README.md", "documentation.md", "CHANGELOG.md")
 

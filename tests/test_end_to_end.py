@@ -14,8 +14,8 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from helpers import ROOT, Make, main_py, snapshot
 from lace_lora.config import dump_config, load_config
-from pictures import ROOT, Make, main_py, snapshot
 
 
 def files(folder: Path) -> set[str]:

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image, ImageChops
 
 import inference
+from helpers import Make, gradient, jpg, names, refused, snapshot
 from lace_lora import files
 from lace_lora.config import Config
 from lace_lora.errors import UserError
-from pictures import Make, gradient, jpg, names, refused, snapshot
 
 
 class Artist(ModuleType):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import main
+from helpers import ROOT, jpgs, main_py, snapshot
 from lace_lora.config import Config
-from pictures import ROOT, jpgs, main_py, snapshot
 
 # Runs main.py's own main and tells what it loaded.
 PROBE = """

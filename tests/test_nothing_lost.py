@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import inference
+from helpers import ROOT, Make, main_py, names, refused
 from lace_lora import errors, files
 from lace_lora.config import Config, dump_config
 from lace_lora.errors import DISK_OR_DRIVE, UserError
 from lace_lora.sdxl import lora_weights
 from lace_lora.training import checkpoint
-from pictures import ROOT, Make, main_py, names, refused
-from test_train_lora import StopAt, train_here
+from training_helpers import StopAt, train_here
 
 KILLS = int(os.environ.get("KILLS", "3"))  # `make torture` asks for 100
 LORA = "pytorch_lora_weights.safetensors"

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data_utils
+from helpers import as_file, gradient, names, refused
 from lace_lora.config import Config, dump_config, load_config
 from lace_lora.errors import UserError
 from lace_lora.pictures import image_files
 from lace_lora.training import checkpoint
-from pictures import as_file, gradient, names, refused
 
 # `make torture` asks for many more.
 EXAMPLES = int(os.environ.get("EXAMPLES", "60"))

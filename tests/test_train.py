@@ -11,13 +11,13 @@ import yaml
 from safetensors.numpy import save_file
 
 import data_utils
-import pictures
+import helpers
 import train
+from helpers import ROOT, Make, gradient, jpg, jpgs, names, snapshot, truncated_jpg
 from lace_lora import process
 from lace_lora.config import Config, load_config
 from lace_lora.errors import UserError
 from lace_lora.training import checkpoint, launch
-from pictures import ROOT, Make, gradient, jpg, jpgs, names, snapshot, truncated_jpg
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -75,7 +75,7 @@ def make(tmp_path: Path) -> Make:
 
 
 def refused(config: Config, part: str, code: int = 2, dry_run: bool = False) -> None:
-    pictures.refused(lambda: train.run(config, dry_run), part, code)
+    helpers.refused(lambda: train.run(config, dry_run), part, code)
 
 
 def test_what_the_training_is_given(tmp_path: Path, launched: Launch, make: Make) -> None:

@@ -4,19 +4,15 @@ import json
 import math
 import shutil
 import threading
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from PIL import Image
@@ -24,44 +20,19 @@ from safetensors.torch import load_file, save_file
 
 import data_utils
 import train_lora
+from helpers import Make, contents, gradient, jpg, refused, snapshot
 from lace_lora import seeds
-from lace_lora.config import LORA_FILE, Config
+from lace_lora.config import LORA_FILE
 from lace_lora.errors import LOSS_NOT_FINITE, UserError
 from lace_lora.pictures import image_files
 from lace_lora.process import Stopped
 from lace_lora.sdxl import lora_weights, models, prompts, sampling
 from lace_lora.sdxl.vae import to_tensor
 from lace_lora.training import batches, checkpoint, class_pictures
-from lace_lora.training.encode import Captions, encode
-from lace_lora.training.latents import Latents
-from lace_lora.training.launch import Job
+from lace_lora.training.encode import encode
 from lace_lora.training.loss import loss_weights, training_loss
 from lace_lora.training.metrics import Metrics
-from lace_lora.training.optimizer import make_optimizer
-from lace_lora.training.train_step import TrainStep
-from pictures import Make, contents, gradient, jpg, refused, snapshot
-
-CPU = torch.device("cpu")
-
-
-def noise_schedule(prediction_type: str = "epsilon") -> DDPMScheduler:
-    return DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
-    )
-
-
-def random_batch(count: int) -> batches.Batch:
-    generator = torch.Generator().manual_seed(5)
-    return batches.Batch(
-        latents=torch.randn(count, 4, 8, 8, generator=generator),
-        noise=torch.randn(count, 4, 8, 8, generator=generator),
-        timesteps=torch.randint(1000, (count,), generator=generator),
-        time_ids=torch.tensor([[90.0, 70.0, 10.0, 0.0, 64.0, 64.0]] * count),
-        caption=torch.arange(count),
-        prompt_embeds=torch.randn(count, 77, 256, generator=generator),
-        pooled_prompt_embeds=torch.randn(count, 128, generator=generator),
-        weights=torch.ones(count),
-    )
+from training_helpers import CPU, StopAt, as_json, job_of, make_run, noise_schedule, random_batch, train_here
 
 
 class Echo(torch.nn.Module):
@@ -97,28 +68,6 @@ def test_snr_weights_equal_diffusers() -> None:
     snr = compute_snr(schedule, timesteps)
     expected = torch.stack([snr, torch.full_like(snr, 5.0)], dim=1).min(dim=1)[0] / snr
     torch.testing.assert_close(loss_weights(timesteps, schedule, 5.0), expected)
-
-
-def make_run(config: Config, data: batches.Encoded | None = None) -> train_lora.Run:
-    """The parts of a run on the CPU, with made-up encodings unless given."""
-    unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
-    torch.manual_seed(0)
-    networks = {"unet": unet}
-    lora = lora_weights.add_lora(networks, config)
-    if data is None:
-        batch = random_batch(6)
-        latents = Latents(list(batch.latents[:, None]), list(torch.zeros(6, 1, 4, 8, 8)), batch.time_ids)
-        data = batches.Encoded(latents, torch.arange(6), batch.prompt_embeds, batch.pooled_prompt_embeds, 6)
-    process: Any = SimpleNamespace(device=CPU, num_processes=1, process_index=0, is_main_process=True)
-    noise_scheduler = noise_schedule()
-    loss = partial(train_lora._loss, config, Captions([], {}), unet, noise_scheduler)
-    train_step = TrainStep(config, networks, loss, CPU, torch.float32)
-    optimizer = make_optimizer(config, train_step.trainable_params(lora))
-    job = Job({}, {}, {}, None, {})
-    preview: Any = None
-    return train_lora.Run(
-        config, job, data, networks, lora, noise_scheduler, optimizer, train_step, process, preview,
-    )  # fmt: skip
 
 
 def test_only_the_lora_changes(settings: Make) -> None:
@@ -187,45 +136,6 @@ def test_cached_latents_give_the_loss_of_encoding_in_the_step(settings: Make, ph
     uncached = replace(batch, latents=sampled, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
     direct = training_loss(run.unet, uncached, run.noise_scheduler, None)
     torch.testing.assert_close(cached, direct, rtol=1e-4, atol=1e-5)
-
-
-class StopAt:
-    """A stop signal that comes before the n-th step is over."""
-
-    deferred = False
-
-    def __init__(self, step: int | None) -> None:
-        self.step, self.asked = step, 0
-
-    @property
-    def requested(self) -> bool:
-        self.asked += 1
-        return self.step is not None and self.asked >= self.step
-
-
-def as_json(by_path: dict[Path, Any]) -> dict[str, Any]:
-    return {str(path): value for path, value in by_path.items()}
-
-
-def job_of(captions: dict[str, str], **others: Any) -> Job:
-    values = {"fingerprint": {}, "resume": None, "models": {}} | others
-    return Job(captions, as_json(contents(map(Path, captions))), **values)
-
-
-def train_here(
-    config: Config, resume: Path | None = None, stop: StopAt | None = None, of_class: Iterable[Path] = ()
-) -> str:
-    """Runs `train_lora.train` in this process, from scratch or from a checkpoint."""
-    images = data_utils.list_images(config.images_dir)
-    job = job_of(
-        {str(path): config.instance_prompt for path in images},
-        class_pictures=as_json(contents(of_class)),
-        class_to_draw=as_json(class_pictures.to_draw(config, list(of_class))),
-        fingerprint={"rank": config.rank},
-        resume=str(resume) if resume else None,
-    )
-    Path(config.lora_output_dir).mkdir(parents=True, exist_ok=True)
-    return train_lora.train(config, job, stop or StopAt(None))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

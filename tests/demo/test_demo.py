@@ -12,7 +12,7 @@ from demo import measure
 from demo.making import draw_textiles
 from demo.making.draw_textiles import COLOURS, PATTERNS, SIDE, Textile, caption, choose, draw
 from demo.measure import KINDS
-from pictures import ROOT
+from helpers import ROOT
 
 TOKEN = "myspecialstyle"
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageFilter
 
+from helpers import gradient
 from lace_lora.drawing import refining
-from pictures import gradient
 
 
 def lace() -> Image.Image:

@@ -21,8 +21,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
-from PIL import Image, ImageChops
 
+from drawing_helpers import NEGATIVE, PROMPT, Pictures, difference, drawn
+from helpers import Make, refused
 from lace_lora.config import LORA_FILE, Config
 from lace_lora.drawing import phases, saving
 from lace_lora.errors import LOSS_NOT_FINITE, UserError
@@ -30,10 +31,6 @@ from lace_lora.pictures.recipe import Design
 from lace_lora.sdxl import lora_weights, models, sampling
 from lace_lora.sdxl.vae import decode_latents
 from lace_lora.seeds import stream_seed
-from pictures import Make, refused
-
-PROMPT, NEGATIVE = "a photo of <myspecialstyle>", "blurry"
-Pictures = dict[tuple[int, bool], Image.Image]
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +44,6 @@ def lora(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lora") / LORA_FILE
     lora_weights.save_lora(path, lora_weights.lora_state({"unet": unet}, 1.0), {})
     return path
-
-
-def drawn(config: Config, lora: Path | None, seeds: list[int], batch_size: int = 1, prompt: str = PROMPT) -> Pictures:
-    """Every picture by (seed, refined)."""
-    designs = [Design(index, prompt, seed) for index, seed in enumerate(seeds)]
-    groups = [designs[start : start + batch_size] for start in range(0, len(designs), batch_size)]
-    pictures: Pictures = {}
-
-    def finish(design: Design, base: Image.Image | None, refined: Image.Image | None, _: float | None) -> None:
-        pictures.update({(design.seed, is_refined): picture
-                         for is_refined, picture in ((False, base), (True, refined)) if picture})  # fmt: skip
-
-    with tempfile.TemporaryDirectory() as kept:
-        phases.draw_pictures(config, lora, groups, Path(kept), finish)
-    return pictures
-
-
-def difference(one: Image.Image, two: Image.Image) -> int:
-    """The largest difference of any channel of any pixel, 0..255."""
-    extrema: Any = ImageChops.difference(one, two).getextrema()
-    return max(high for _, high in extrema)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import train_lora
+from helpers import Make
 from lace_lora.config import Config
 from lace_lora.fast.cuda_graph import CudaGraphs
 from lace_lora.sdxl import lora_weights, models
 from lace_lora.training import batches
 from lace_lora.training.encode import Captions
 from lace_lora.training.train_step import TrainStep, why_plain
-from pictures import Make
-from test_train_lora import CPU, noise_schedule, random_batch
+from training_helpers import CPU, noise_schedule, random_batch
 
 
 def make_learner(config: Config, device: torch.device = CPU, plain: bool = False) -> tuple[TrainStep, Any]:

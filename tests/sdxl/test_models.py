@@ -9,10 +9,10 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from helpers import Make, refused
 from lace_lora.config import LORA_FILE, Config
 from lace_lora.errors import UserError
 from lace_lora.sdxl import lora_weights, models, prompts
-from pictures import Make, refused
 
 CPU = torch.device("cpu")
 PROMPTS = ["a photo of <myspecialstyle>", "white lace, scalloped edge"]

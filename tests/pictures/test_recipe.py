@@ -10,11 +10,11 @@ import pytest
 from PIL import ExifTags, Image, ImageChops, ImageStat, PngImagePlugin
 
 import main
+from helpers import Make, gradient, jpg, names, refused, snapshot
 from lace_lora.config import PICTURE, Config, settings_that_affect
 from lace_lora.drawing import rebuild
 from lace_lora.pictures import recipe
 from lace_lora.pictures.recipe import Design, Recipe
-from pictures import Make, gradient, jpg, names, refused, snapshot
 
 PROMPT = 'weiße Spitze 🧵, "scalloped" <myspecialstyle> & net'
 BATCH = [Design(2, "edge", 9), Design(3, PROMPT, 10)]

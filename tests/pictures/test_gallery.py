@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
+from helpers import gradient, jpg, refused
 from lace_lora.pictures import gallery
 from lace_lora.pictures.gallery import Card
 from lace_lora.pictures.recipe import Design
-from pictures import gradient, jpg, refused
 
 PROMPT = 'weiße Spitze 🧵, "scalloped" <myspecialstyle> & net'
 RECIPE = {"seed": 7, "negative_prompt": "blur <b>", "prompts": [PROMPT, "edge"], "refine": True, "lora_sha256": None}

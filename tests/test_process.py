@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from helpers import ROOT
 from lace_lora import errors, process
 from lace_lora.errors import UserError
-from pictures import ROOT
 
 # Like accelerate's: any failure becomes 1, and its own end is not passed on.
 LAUNCHER = "import subprocess, sys; sys.exit(1 if subprocess.run([sys.executable, *sys.argv[1:]]).returncode else 0)"

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import Hub
+from original_names import original_checkpoint
 from safetensors.torch import save_file
 
-from hub_server import Hub
+from helpers import ROOT, Make, refused
 from lace_lora.sdxl import hub, models, prompts
-from original_names import original_checkpoint
-from pictures import ROOT, Make, refused
 
 BASE, REFINER = "lace/base", "lace/refiner"
 FETCH = """

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import ROOT, names, snapshot
 from lace_lora.training import checkpoint
-from pictures import ROOT, names, snapshot
 
 CONTENT = {"weights.bin": bytes(range(256)) * 40, "state.json": b'{"step": 4}\n', "empty.bin": b""}
 

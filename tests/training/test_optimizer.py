@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
+from helpers import refused
 from lace_lora.config import Config
 from lace_lora.training.optimizer import (
     make_optimizer,
@@ -15,7 +16,6 @@ from lace_lora.training.optimizer import (
     restore_optimizer,
     update_weights,
 )
-from pictures import refused
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from helpers import Make, jpg, main_py, names, refused, truncated_jpg
 from lace_lora.config import Config, dump_config
 from lace_lora.training import diffusers_script
-from pictures import Make, jpg, main_py, names, refused, truncated_jpg
 
 FLAGS = (
     "pretrained_model_name_or_path", "variant", "instance_data_dir", "instance_prompt", "output_dir", "resolution",

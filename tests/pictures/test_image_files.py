@@ -14,9 +14,9 @@ import pytest
 from PIL import Image, ImageChops, ImageCms, ImageStat
 
 import data_utils
+from helpers import ROOT, as_file, gradient, jpg, jpgs, snapshot, swapped_profile, truncated_jpg
 from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.pictures import image_files
-from pictures import ROOT, as_file, gradient, jpg, jpgs, snapshot, swapped_profile, truncated_jpg
 
 Transpose = Image.Transpose
 # What a viewer has to do with a picture of each EXIF orientation (Exif 2.3, tag 0x0112).

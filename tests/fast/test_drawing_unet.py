@@ -9,14 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from drawing_helpers import Pictures, difference, drawn
+from helpers import Make
 from lace_lora.config import Config
 from lace_lora.drawing import phases
 from lace_lora.fast import drawing_unet
 from lace_lora.pictures.recipe import Design
 from lace_lora.sdxl import models, sampling
-from lace_lora.sdxl.vae import decode_latents
-from pictures import Make
-from test_draw import Pictures, difference, drawn
 
 CUDA = torch.device("cuda")
 

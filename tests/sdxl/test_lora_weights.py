@@ -10,19 +10,19 @@ import pytest
 import torch
 import transformers
 from diffusers import StableDiffusionXLPipeline
+from original_names import unet_name
 from packaging.version import Version
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_models import CPU, PROMPTS, run_unet, trained_unet
 
+from helpers import Make, refused
 from lace_lora.config import LORA_FILE, Config
 from lace_lora.sdxl import lora_weights, models, prompts
 from lace_lora.training import results
 from lace_lora.training.launch import Job
-from original_names import unet_name
-from pictures import Make, refused
-from test_models import CPU, PROMPTS, run_unet, trained_unet
 
 TEXT = ("text_encoder", "text_encoder_2")
 

@@ -14,12 +14,12 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 
 import data_utils
+from helpers import Make, contents
 from lace_lora.config import Config
 from lace_lora.errors import UserError
 from lace_lora.sdxl import models
 from lace_lora.training import latents
 from lace_lora.training.latents import Latents
-from pictures import Make, contents
 
 CPU = torch.device("cpu")
 SQUARE = [(64, 64)]
