@@ -54,35 +54,34 @@ class Config:
     )
     output_dir: str = setting("/content/drive/MyDrive/refined_output", NOTHING, "folder for the new pictures")
     image_extensions: tuple[str, ...] = setting(
-        (".jpg",), NOTHING, "files used as pictures, e.g. [.jpg, .jpeg, .png]", each_of=IMAGE_EXTENSIONS
+        (".jpg",), NOTHING, "kinds of picture files to use, e.g. [.jpg, .jpeg, .png]", each_of=IMAGE_EXTENSIONS
     )
     instance_prompt: str = setting(
-        "a photo of <myspecialstyle>", SCRIPT, "what every picture shows, with the token to teach"
+        "a photo of <myspecialstyle>", SCRIPT, "caption of your pictures, with a token: a made-up word for your style"
     )
     class_prompt: str = setting(
-        "a photo of a painting", CLASS_PICTURE, "the wider class your pictures belong to, for prior preservation"
+        "a photo of a painting", CLASS_PICTURE, "what your pictures are in general; only for with_prior_preservation"
     )
     pretrained_model: str = setting(
         "stabilityai/stable-diffusion-xl-base-1.0", TRAINING | CLASS_PICTURE | PICTURE,
-        "base model: a hub name, a folder in diffusers' layout, or a .safetensors checkpoint",
+        "base model: a name on the Hugging Face hub, a folder in diffusers' layout, or a .safetensors file",
     )  # fmt: skip
     refiner_model: str = setting(
         "stabilityai/stable-diffusion-xl-refiner-1.0", PICTURE,
-        "refiner: a hub name, a folder in diffusers' layout, or a .safetensors checkpoint",
+        "refiner: a name on the Hugging Face hub, a folder in diffusers' layout, or a .safetensors file",
     )  # fmt: skip
-    resolution: int = setting(512, TRAINING | SCRIPT, "side of the training square in pixels", least=64, multiple_of=8)
-    train_batch_size: int = setting(2, SCRIPT, "pictures per step on each GPU", least=1)
-    gradient_checkpointing: bool = setting(False, SCRIPT, "less memory, a third slower")
-    max_train_steps: int = setting(1000, SCRIPT, "how many optimizer steps to make", least=1)
-    learning_rate: float = setting(1e-4, SCRIPT, "learning rate of the LoRA", above=0)
+    resolution: int = setting(
+        512, TRAINING | SCRIPT, "side in pixels of the square that training crops to", least=64, multiple_of=8
+    )
+    train_batch_size: int = setting(2, SCRIPT, "pictures in each batch, on each GPU; more need more memory", least=1)
+    gradient_checkpointing: bool = setting(False, SCRIPT, "train in less GPU memory, a third slower")
+    max_train_steps: int = setting(1000, SCRIPT, "how many training steps to make; each updates the LoRA once", least=1)
+    learning_rate: float = setting(1e-4, SCRIPT, "learning rate: how far each step changes the LoRA", above=0)
     rank: int = setting(16, TRAINING | SCRIPT, "rank of the LoRA: how much it can learn, and its file size", least=1)
     seed: int = setting(
-        42,
-        TRAINING | CLASS_PICTURE | PICTURE | SCRIPT,
-        "same seed, same run and same pictures",
-        least=0,
-        most=2**63 - 1,
-    )
+        42, TRAINING | CLASS_PICTURE | PICTURE | SCRIPT,
+        "where all random numbers start; another seed draws other pictures", least=0, most=2**63 - 1,
+    )  # fmt: skip
     prompt: tuple[str, ...] | None = setting(
         None, NOTHING, "what to draw: one prompt or a list; empty means instance_prompt"
     )
@@ -94,97 +93,96 @@ class Config:
         1.0, PICTURE, "strength of the LoRA in the pictures; 0 is the base model alone", least=0
     )
     refiner_strength: float = setting(
-        0.2, PICTURE, "how much the refiner repaints (refiner_flow img2img)", above=0, most=1
+        0.2, PICTURE, "how much refiner_flow img2img repaints; stay at 0.2 or below", above=0, most=1
     )
 
     revision: str | None = setting(
         None, TRAINING | CLASS_PICTURE | PICTURE,
-        "branch, tag or commit of pretrained_model on the hub; empty means its newest", group="models",
+        "version of pretrained_model on the hub: a branch, tag or commit; empty means the newest", group="models",
     )  # fmt: skip
     variant: str | None = setting(
-        "fp16", NOTHING, "which weight files to prefer, half the download; plain ones if absent"
+        "fp16", NOTHING, "which weight files to prefer; fp16 is half the download; if absent, the plain ones are used"
     )
     pretrained_vae: str | None = setting(
-        None,
-        TRAINING | PICTURE | SCRIPT,
+        None, TRAINING | PICTURE | SCRIPT,
         "another VAE, e.g. madebyollin/sdxl-vae-fp16-fix; empty means the model's own",
-    )
+    )  # fmt: skip
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
-        "auto", PICTURE, "dtype of the frozen model; auto: bf16, fp16 on older GPUs, no (fp32) on a CPU"
+        "auto", PICTURE, "dtype of the frozen model; auto means bf16, fp16 on older GPUs, no (fp32) on a CPU"
     )
     attention: Literal["auto", "sdpa", "xformers"] = setting(
         "auto", NOTHING, "attention implementation: auto means PyTorch's own, sdpa; xformers must be installed"
     )
 
     min_image_size: int = setting(
-        256, NOTHING, "pictures with a shorter side below this (pixels) are skipped", least=8, group="training"
+        256, NOTHING, "pictures whose shorter side has fewer pixels than this are skipped", least=8, group="training"
     )
-    min_images: int = setting(3, NOTHING, "with fewer good pictures than this, training does not start", least=1)
+    min_images: int = setting(3, NOTHING, "how many good pictures training needs at least", least=1)
     skip_bad_images: bool = setting(False, NOTHING, "train even if more than a tenth of the pictures are skipped")
-    random_flip: bool = setting(False, SCRIPT, "also learn every picture mirrored")
+    random_flip: bool = setting(False, SCRIPT, "also train on every picture mirrored")
     aspect_ratio_buckets: bool = setting(
         False, TRAINING | SCRIPT, "crop each picture to the nearest of SDXL's shapes; false: to a square"
     )
     with_prior_preservation: bool = setting(
-        False, TRAINING, "keep what class_prompt draws as it is, by learning pictures of it too"
+        False, TRAINING, "keep what class_prompt draws as it was, by training on pictures of it too"
     )
     class_data_dir: str | None = setting(
-        None, NOTHING, "class pictures; missing ones are drawn; empty means class_images in lora_output_dir"
+        None, NOTHING, "folder of class pictures; missing ones are drawn; empty means class_images in lora_output_dir"
     )
     num_class_images: int = setting(100, NOTHING, "how many class pictures there should be", least=1)
-    prior_loss_weight: float = setting(1.0, NOTHING, "weight of the class pictures in the loss", least=0)
+    prior_loss_weight: float = setting(1.0, NOTHING, "how much the class pictures count in the loss", least=0)
     gradient_accumulation_steps: int = setting(
-        1, SCRIPT, "batches whose gradients are summed for one step; saves memory", least=1
+        1, SCRIPT, "batches added up for each step; acts like a larger batch, in less memory", least=1
     )
     train_text_encoder: bool = setting(False, TRAINING | SCRIPT, "also train the attention of both text encoders")
     text_encoder_lr: float = setting(
-        5e-6, SCRIPT, "learning rate of the text encoders; Prodigy uses learning_rate for all", above=0
+        5e-6, SCRIPT, "learning rate of the text encoders; prodigy uses learning_rate for all", above=0
     )
     optimizer: Literal["adamw", "prodigy"] = setting(
-        "adamw", TRAINING | SCRIPT, "adamw, or prodigy, which finds the rate by itself: set learning_rate to 1 for it"
+        "adamw", TRAINING | SCRIPT, "adamw; or prodigy, which finds the rate by itself: set learning_rate to 1 for it"
     )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = setting("constant", SCRIPT, "learning-rate schedule, by diffusers' name")
     lr_warmup_steps: int = setting(0, SCRIPT, "steps over which the learning rate rises from 0", least=0)
     lr_num_cycles: int = setting(1, SCRIPT, "cosine_with_restarts: how many times it starts from the top", least=1)
-    lr_power: float = setting(1.0, SCRIPT, "polynomial: its exponent", above=0)
+    lr_power: float = setting(1.0, SCRIPT, "polynomial: its exponent; 1 is a straight line", above=0)
     lora_alpha: float | None = setting(
-        None, TRAINING | SCRIPT, "scale of the LoRA is lora_alpha / rank; empty means equal to rank", above=0
+        None, TRAINING | SCRIPT, "the LoRA is scaled by lora_alpha / rank; empty means equal to rank", above=0
     )
     lora_dropout: float = setting(
         0.0, SCRIPT, "share of the LoRA's inputs dropped, against overfitting", least=0, most=0.99
     )
     snr_gamma: float | None = setting(None, SCRIPT, "min-SNR weighting of the loss, e.g. 5.0; empty is off", above=0)
     noise_offset: float = setting(
-        0.0, SCRIPT, "shift of the noise's brightness, e.g. 0.05, for very dark or light pictures", least=0
+        0.0, SCRIPT, "for very dark or light pictures: shifts the noise's brightness, e.g. 0.05", least=0
     )
-    adam_beta1: float = setting(0.9, SCRIPT, "the optimizer's first beta", least=0, most=0.9999)
-    adam_beta2: float = setting(0.999, SCRIPT, "the optimizer's second beta", least=0, most=0.99999)
+    adam_beta1: float = setting(0.9, SCRIPT, "the optimizer's beta1", least=0, most=0.9999)
+    adam_beta2: float = setting(0.999, SCRIPT, "the optimizer's beta2", least=0, most=0.99999)
     adam_weight_decay: float = setting(0.01, SCRIPT, "the optimizer's weight decay", least=0)
     adam_epsilon: float = setting(1e-8, SCRIPT, "the optimizer's epsilon", above=0)
     max_grad_norm: float = setting(1.0, SCRIPT, "gradients are clipped to this norm", above=0)
-    checkpointing_steps: int = setting(250, SCRIPT, "a checkpoint every so many steps", least=1)
-    checkpoints_total_limit: int = setting(2, SCRIPT, "how many checkpoints to keep", least=1)
+    checkpointing_steps: int = setting(250, SCRIPT, "save a checkpoint every so many steps, to go on from", least=1)
+    checkpoints_total_limit: int = setting(2, SCRIPT, "how many checkpoints to keep; older ones are deleted", least=1)
     resume_from_checkpoint: str | None = setting(
         "latest", NOTHING,
-        "latest goes on where the last run stopped; or a checkpoint folder; empty: a new run in a new folder",
+        "latest: go on where the last run stopped; or a checkpoint folder; empty: begin anew, in a new lora_output_dir",
     )  # fmt: skip
     validation_prompt: str | None = setting(None, SCRIPT, "prompt of the sample pictures; empty means instance_prompt")
-    validation_steps: int = setting(250, SCRIPT, "sample pictures every so many steps; 0 is off", least=0)
+    validation_steps: int = setting(250, SCRIPT, "draw sample pictures every so many steps; 0 means never", least=0)
     num_validation_images: int = setting(4, SCRIPT, "how many sample pictures each time", least=1, most=64)
     report_to: Literal["tensorboard", "none"] = setting("tensorboard", NOTHING, "where curves go besides metrics.csv")
     accelerate_config: str | None = setting(None, NOTHING, "your own accelerate file, for several GPUs or machines")
     train_script: str | None = setting(
-        None, NOTHING, "train with diffusers' train_dreambooth_lora_sdxl.py at this path instead"
+        None, NOTHING, "path of diffusers' train_dreambooth_lora_sdxl.py, to train with that script instead"
     )
 
     prompts_file: str | None = setting(
         None, NOTHING, "text file with a prompt on each line, instead of prompt", group="drawing"
     )
-    num_inference_steps: int = setting(30, CLASS_PICTURE | PICTURE, "denoising steps", least=1, most=499)
+    num_inference_steps: int = setting(30, CLASS_PICTURE | PICTURE, "denoising steps for a picture", least=1, most=499)
     guidance_scale: float = setting(
-        5.0, CLASS_PICTURE | PICTURE, "how closely the prompt is followed; 1 is off", least=1
+        5.0, CLASS_PICTURE | PICTURE, "how closely the prompt is followed; 1 turns guidance off", least=1
     )
     scheduler: Literal[
         "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
@@ -195,19 +193,17 @@ class Config:
     )  # fmt: skip
     lora_path: str | None = setting(None, NOTHING, "LoRA file or folder to draw with; empty means lora_output_dir")
     inference_batch_size: int | None = setting(
-        None, NOTHING, "pictures drawn at once; empty: chosen automatically", least=1
+        None, NOTHING, "pictures drawn at once; empty means chosen automatically", least=1
     )
 
     refine: bool = setting(True, PICTURE, "refine every picture; false saves base pictures only", group="refining")
     refiner_flow: Literal["img2img", "ensemble"] = setting(
-        "img2img", PICTURE, "img2img: finished base latents; ensemble: the refiner takes over at refiner_start"
+        "img2img", PICTURE, "img2img: repaints the base's finished latents; ensemble: takes over at refiner_start"
     )
     refiner_start: float = setting(0.8, PICTURE, "ensemble: share of the steps that the base makes", above=0, most=0.99)
-    refiner_prompt: str | None = setting(
-        None, PICTURE, "prompt for the refiner alone; empty means the prompt of the picture"
-    )
-    aesthetic_score: float = setting(6.0, PICTURE, "score the refiner aims at", least=0, most=10)
-    negative_aesthetic_score: float = setting(2.5, PICTURE, "score the refiner keeps away from", least=0, most=10)
+    refiner_prompt: str | None = setting(None, PICTURE, "prompt for the refiner alone; empty means the picture's own")
+    aesthetic_score: float = setting(6.0, PICTURE, "aesthetic score that the refiner aims at", least=0, most=10)
+    negative_aesthetic_score: float = setting(2.5, PICTURE, "aesthetic score that it keeps away from", least=0, most=10)
 
     image_format: Literal["png", "jpg"] = setting("png", PICTURE, "file format of the pictures", group="saving")
     save_base: bool = setting(False, PICTURE, "also save every picture as it was before refining")
@@ -216,7 +212,7 @@ class Config:
         None, NOTHING, "also write the report on the pictures to this file, as JSON", group="once"
     )
     rebuild: str | None = setting(
-        None, NOTHING, "a picture that this program has drawn: make it again, from its own recipe"
+        None, NOTHING, "a picture that this program drew: draw it again, from the recipe in it"
     )
 
     def __post_init__(self) -> None:
