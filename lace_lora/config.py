@@ -162,11 +162,11 @@ class Config:
     adam_weight_decay: float = setting(0.01, SCRIPT, "the optimizer's weight decay", least=0)
     adam_epsilon: float = setting(1e-8, SCRIPT, "the optimizer's epsilon", above=0)
     max_grad_norm: float = setting(1.0, SCRIPT, "gradients are clipped to this norm", above=0)
-    checkpointing_steps: int = setting(250, SCRIPT, "save a checkpoint every so many steps, to go on from", least=1)
+    checkpointing_steps: int = setting(250, SCRIPT, "save a checkpoint every so many steps, to resume from", least=1)
     checkpoints_total_limit: int = setting(2, SCRIPT, "how many checkpoints to keep; older ones are deleted", least=1)
     resume_from_checkpoint: str | None = setting(
         "latest", NOTHING,
-        "latest: go on where the last run stopped; or a checkpoint folder; empty: begin anew, in a new lora_output_dir",
+        "latest: resume where the last run stopped; or a checkpoint folder; empty: start over, in a new lora_output_dir",
     )  # fmt: skip
     validation_prompt: str | None = setting(None, SCRIPT, "prompt of the sample pictures; empty means instance_prompt")
     validation_steps: int = setting(250, SCRIPT, "draw sample pictures every so many steps; 0 means never", least=0)
