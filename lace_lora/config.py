@@ -166,7 +166,7 @@ class Config:
     checkpoints_total_limit: int = setting(2, SCRIPT, "how many checkpoints to keep; older ones are deleted", least=1)
     resume_from_checkpoint: str | None = setting(
         "latest", NOTHING,
-        "latest: resume where the last run stopped; or a checkpoint folder; empty: start over, in a new lora_output_dir",
+        "latest: resume where the last run stopped; or a checkpoint folder; empty: start over in a new lora_output_dir",
     )  # fmt: skip
     validation_prompt: str | None = setting(None, SCRIPT, "prompt of the sample pictures; empty means instance_prompt")
     validation_steps: int = setting(250, SCRIPT, "draw sample pictures every so many steps; 0 means never", least=0)
