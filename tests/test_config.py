@@ -1,4 +1,4 @@
-"""The settings: what is declared, what config.yaml says, and what a user's mistakes are answered with."""
+"""The settings: what is declared, what config.yaml contains, and the message for each mistake of a user's."""
 
 import dataclasses
 import re
@@ -48,8 +48,9 @@ def test_the_keys_of_the_requirements_keep_name_and_default(key: str, default: A
 
 def test_config_yaml_holds_every_default() -> None:
     assert load_config(ROOT / "config.yaml") == Config()
-    plain = yaml.safe_load((ROOT / "config.yaml").read_text())
-    assert list(plain) == list(FIELDS)
+    text = (ROOT / "config.yaml").read_text()
+    assert list(yaml.safe_load(text)) == list(FIELDS)
+    assert "\nlearning_rate: 1e-4 " in text  # as the requirements write it
 
 
 def test_config_yaml_explains_every_key_as_it_is_declared() -> None:
@@ -145,7 +146,7 @@ def test_lists_in_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "\ufeffseed: 42\n", "seed: 42\r\nrank: 16\r\n"])
-def test_files_that_say_nothing_new(tmp_path: Path, text: str) -> None:
+def test_files_that_change_nothing(tmp_path: Path, text: str) -> None:
     assert load(tmp_path, text) == Config()
 
 
@@ -179,17 +180,18 @@ def test_files_that_say_nothing_new(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_a_mistake_is_one_line_with_its_place(tmp_path: Path, line: str, parts: list[str]) -> None:
-    [said] = refusal(tmp_path, f"# mine\n\n{line}\n")
-    assert said.startswith("my.yaml:3: ")
+    [message] = refusal(tmp_path, f"# mine\n\n{line}\n")
+    assert message.startswith("my.yaml:3: ")
     for part in parts:
-        assert part in said
+        assert part in message
 
 
-def test_all_mistakes_are_said_at_once(tmp_path: Path) -> None:
-    said = refusal(tmp_path, "ranks: 4\nseed: x\nrank: 8\nwidth: 7\n", "hight=512", "height=1")
-    assert [line.split(": ")[0] for line in said] == ["my.yaml:1", "my.yaml:2", "my.yaml:4", *2 * ["command line"]]
-    assert "rank?" in said[0]
-    assert "height?" in said[3]
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    messages = refusal(tmp_path, "ranks: 4\nseed: x\nrank: 8\nwidth: 7\n", "hight=512", "height=1")
+    places = [message.split(": ")[0] for message in messages]
+    assert places == ["my.yaml:1", "my.yaml:2", "my.yaml:4", *2 * ["command line"]]
+    assert "rank?" in messages[0]
+    assert "height?" in messages[3]
 
 
 @pytest.mark.parametrize(
@@ -210,8 +212,8 @@ def test_all_mistakes_are_said_at_once(tmp_path: Path) -> None:
     ],
 )
 def test_other_mistakes(tmp_path: Path, text: str, overrides: list[str], part: str) -> None:
-    [said] = refusal(tmp_path, text, *overrides)
-    assert part in said
+    [message] = refusal(tmp_path, text, *overrides)
+    assert part in message
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
-"""What the documents say is so: commands, targets, settings, links, files."""
+"""What the documents say is true: commands, modules, targets, settings, links, files."""
 
+import dataclasses
+import importlib.util
 import json
 import re
 import shlex
@@ -9,7 +11,7 @@ import pytest
 
 import main
 from helpers import ROOT, jpgs, main_py, snapshot
-from lace_lora.config import Config, load_config
+from lace_lora.config import Config, describe, load_config
 
 DOCUMENTS = ("README.md", "documentation.md", "CHANGELOG.md")
 
@@ -60,9 +62,18 @@ def test_a_command_parses(arguments: list[str], tmp_path: Path) -> None:
     assert isinstance(load_config(file, options.overrides), Config)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["--mode", "train", "--dry-run"]])
-def test_short_commands_run(arguments: list[str], tmp_path: Path) -> None:
-    assert arguments in [*main_py_commands("README.md"), *main_py_commands("documentation.md")]
+def test_the_commands_that_only_print_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for document, arguments in ("README.md", []), ("documentation.md", ["--help"]):
+        assert arguments in main_py_commands(document)
+    assert main.main([]) == 0
+    with pytest.raises(SystemExit, match="^0$"):
+        main.main(["--help"])
+    assert capsys.readouterr().out.count(describe()) == 2
+
+
+def test_a_dry_run_as_shown_runs_and_writes_nothing(tmp_path: Path) -> None:
+    arguments = ["--mode", "train", "--dry-run"]
+    assert arguments in main_py_commands("documentation.md")
     jpgs(tmp_path / "photos")
     folders = f"images_dir: {tmp_path}/photos\nlora_output_dir: {tmp_path}/lora\noutput_dir: {tmp_path}/out\n"
     (tmp_path / "config.yaml").write_text(folders + "min_image_size: 16\n")
@@ -71,6 +82,22 @@ def test_short_commands_run(arguments: list[str], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "demo/model/README.md"])
+def test_modules_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    started = set(re.findall(r"python -m ([\w.]+)", text)) - {"venv", "pip"}
+    imported = set(
+        re.findall(r"^(?:from|import) ((?:lace_lora|demo|benchmarks|main|train|inference)\b[\w.]*)", text, re.M)
+    )
+    for module in started | imported:
+        assert importlib.util.find_spec(module), module
+
+
+def test_what_the_manual_imports_is_there() -> None:
+    [line] = [line for line in code_lines("documentation.md") if line.startswith("from lace_lora")]
+    exec(line, {})
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -85,13 +112,23 @@ def test_the_manual_lists_every_setting_with_default_and_explanation() -> None:
     text = (ROOT / "documentation.md").read_text(encoding="utf-8")
     section = text[text.index("## 6. All settings") : text.index("## 7.")]
     rows = {
-        key: (default, told) for key, default, told in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", section, re.M)
+        key: (default, explanation)
+        for key, default, explanation in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", section, re.MULTILINE)
     }
-    written = dict(re.findall(r"^(\w+): *(.*?)  # ", (ROOT / "config.yaml").read_text(), re.MULTILINE))
+    in_file = dict(re.findall(r"^(\w+): *(.*?)  # ", (ROOT / "config.yaml").read_text(), re.MULTILINE))
     assert list(rows) == list(Config.__dataclass_fields__)
-    for key, (default, told) in rows.items():
-        assert default.strip("`") == written[key].strip(), key
-        assert told == Config.__dataclass_fields__[key].metadata["explanation"]
+    for key, (default, explanation) in rows.items():
+        assert default.strip("`") == in_file[key].strip(), key
+        assert explanation == Config.__dataclass_fields__[key].metadata["explanation"]
+
+
+def test_the_manual_groups_settings_as_they_are_declared() -> None:
+    text = (ROOT / "documentation.md").read_text(encoding="utf-8")
+    section = text[text.index("## 6. All settings") : text.index("## 7.")]
+    first = re.findall(r"^### (.*?)$.*?^\| `(\w+)`", section, re.MULTILINE | re.DOTALL)
+    assert {heading.lower(): key for heading, key in first} == {
+        item.metadata["group"]: item.name for item in dataclasses.fields(Config) if "group" in item.metadata
+    }
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -108,19 +145,21 @@ def test_local_links_lead_somewhere(document: str) -> None:
 
 def test_the_directory_structure_names_what_is_there() -> None:
     block = (ROOT / ".notes" / "directory_structure.md").read_text(encoding="utf-8").split("```")[1]
-    folder, named = "", set()
+    folders: list[tuple[int, str]] = []  # those that a line stands in, each with its indentation
+    named = set()
     for line in block.splitlines():
         if not (entry := re.match(r"( *)(\S+)(.*)", line)):
             continue
-        folder = folder if entry[1] else ""
-        path = folder + entry[2]
-        if path.endswith("/") and not entry[1]:
-            folder = path
+        while folders and folders[-1][0] >= len(entry[1]):
+            folders.pop()
+        path = (folders[-1][1] if folders else "") + entry[2]
+        if path.endswith("/"):
+            folders.append((len(entry[1]), path))
         if "not in git" not in entry[3]:
             assert (ROOT / path).exists(), path
         named.add(path.rstrip("/"))
-    modules = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *ROOT.glob("demo/*.py")]}
-    assert modules <= named
+    modules = [*ROOT.glob("*.py"), *(ROOT / "lace_lora").rglob("*.py"), *(ROOT / "demo").rglob("*.py")]
+    assert {str(path.relative_to(ROOT)) for path in modules if path.name != "__init__.py"} <= named
 
 
 def test_the_notebook_is_clean() -> None:
