@@ -229,7 +229,7 @@ class SideStream:
 
     @contextmanager
     def __call__(self, *tensors: Tensor) -> Iterator[None]:
-        """Run what follows there. `tensors` live until the next call: the allocator knows only the stream they came from."""
+        """Run what follows there. `tensors` live until the next call: the allocator knows no second stream."""
         if self.stream is None:
             yield
             return

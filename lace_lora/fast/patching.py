@@ -1,5 +1,6 @@
 """Replaces forwards of diffusers' modules, so that a frozen UNet or VAE runs on the Triton kernels. Needs Triton."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,19 +29,19 @@ def use_kernels(model: UNet2DConditionModel | AutoencoderKL) -> None:
         plain = isinstance(module, ResnetBlock2D) and _is_plain(module)
         for child in module.children():
             if isinstance(child, nn.GroupNorm) and not isinstance(module, Attention):  # there it is of tokens
-                child.forward = partial(_group_norm, child, plain)
+                _replace_forward(child, _group_norm, plain)
         if plain:
             first = _move_bias(module.conv1, module.time_emb_proj)
             second = _move_bias(module.conv2, module.conv_shortcut)
-            module.forward = partial(_resnet, module, first, second)
+            _replace_forward(module, _resnet, first, second)
         elif isinstance(module, Upsample2D) and _only_doubles(module):
-            module.forward = partial(_upsample, module, module.forward)
+            _replace_forward(module, _upsample, module.forward)
         elif isinstance(module, Transformer2DModel) and module.use_linear_projection:
-            module.forward = partial(_transformer, module)
+            _replace_forward(module, _transformer)
         elif isinstance(module, BasicTransformerBlock) and module.norm_type == "layer_norm":
-            module.forward = partial(_transformer_block, module)
+            _replace_forward(module, _transformer_block)
         elif isinstance(module, GEGLU):
-            module.forward = partial(_geglu, module)
+            _replace_forward(module, _geglu)
 
 
 def try_kernels(device: torch.device, dtype: torch.dtype) -> None:
@@ -50,6 +51,10 @@ def try_kernels(device: torch.device, dtype: torch.dtype) -> None:
         OSError, RuntimeError, CalledProcessError: Triton finds no C compiler or no Python.h, or cannot write its cache.
     """
     kernels.Geglu.apply(torch.zeros(1, 2048, device=device, dtype=dtype))
+
+
+def _replace_forward(module: Any, forward: Callable[..., Any], *first: Any) -> None:
+    module.forward = partial(forward, module, *first)
 
 
 def _is_plain(block: Any) -> bool:
