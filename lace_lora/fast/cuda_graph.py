@@ -1,4 +1,4 @@
-"""A function of tensors, replayed from CUDA graphs: what costs Python and the driver milliseconds is said once."""
+"""A function of tensors as CUDA graphs: one launch replays it, which saves Python and the driver milliseconds."""
 
 import gc
 from collections.abc import Callable
@@ -6,26 +6,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Kind = tuple[tuple[torch.Size, torch.dtype], ...]  # shapes and number formats of inputs
+from lace_lora.errors import first_line
+
+Signature = tuple[tuple[torch.Size, torch.dtype], ...]  # shape and dtype of each input
 
 
 class CaptureError(RuntimeError):
-    """The function does what a graph cannot hold, or memory ran out."""
+    """The function does what a CUDA graph cannot hold, or memory ran out."""
 
 
 class CudaGraphs:
-    """Calls `function`, which launches work on the GPU and returns a tensor, from a graph for each kind of inputs.
+    """Calls `function`, which launches work on the GPU and returns a tensor, with one CUDA graph per input signature.
 
-    The first call with a new kind is made plainly, on a stream of its own, so that libraries choose their kernels and
-    make their buffers; the second one is captured. All graphs share one pool of memory, since one runs at a time.
+    The first call with a new signature runs eagerly, on a side stream, to let libraries choose their kernels and
+    allocate their buffers; the second captures it, the others replay. All graphs share one memory pool, since only one
+    runs at a time.
 
     `function` must not wait for the GPU, nor draw random numbers on it, and whatever it writes to must stay in place.
     """
 
     def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
         self.function, self.device = function, device
-        self.called: set[Kind] = set()
-        self.graphs: dict[Kind, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.warmed_up: set[Signature] = set()
+        self.graphs: dict[Signature, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -34,53 +37,51 @@ class CudaGraphs:
             inputs: in pinned memory or on the GPU.
 
         Raises:
-            CaptureError: there can be no graph of this function; nothing was done.
+            CaptureError: this function cannot be captured; none of it has run.
         """
-        kind = tuple((value.shape, value.dtype) for value in inputs)
-        if kind not in self.called:
-            output = self._on_own_stream(self._moved(inputs))
-            self.called.add(kind)
+        signature = tuple((value.shape, value.dtype) for value in inputs)
+        if signature not in self.warmed_up:
+            output = self._warm_up(self._static(inputs))
+            self.warmed_up.add(signature)
             return output
-        if kind not in self.graphs:
-            self.graphs[kind] = self._capture(self._moved(inputs))
-        graph, places, output = self.graphs[kind]
-        for place, value in zip(places, inputs, strict=True):
-            place.copy_(value, non_blocking=True)
+        if signature not in self.graphs:
+            self.graphs[signature] = self._capture(self._static(inputs))
+        graph, static_inputs, output = self.graphs[signature]
+        for static, value in zip(static_inputs, inputs, strict=True):
+            static.copy_(value, non_blocking=True)
         graph.replay()
         return output.clone()
 
-    def forget(self) -> bool:
-        """Let go of all graphs, so that their memory can be freed, and tell whether there were any."""
-        had, self.graphs, self.pool = bool(self.graphs), {}, torch.cuda.graph_pool_handle()
-        return had
+    def drop(self) -> None:
+        """Drop all graphs, so that their memory can be freed."""
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
 
-    def _moved(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """In memory of their own, since a graph reads its inputs where they were when it was captured."""
+    def _static(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Copies of the inputs, since a graph reads from the addresses that it was captured with."""
         return [torch.empty_like(value, device=self.device).copy_(value, non_blocking=True) for value in inputs]
 
-    def _on_own_stream(self, inputs: list[Tensor]) -> Tensor:
+    def _warm_up(self, inputs: list[Tensor]) -> Tensor:
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream):
                 return self.function(*inputs)
-        finally:  # without memory too: nobody may write to what is still being read
+        finally:  # after an error too: what the side stream still reads must not be written to
             current.wait_stream(stream)
 
-    def _capture(self, places: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        gc.collect()  # a graph that is no longer used must not be destroyed while another one is captured
-        torch.cuda.empty_cache()  # the pool cannot use what the first call left behind
+    def _capture(self, static_inputs: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        gc.collect()  # an unused graph must not be destroyed while another one is captured
+        torch.cuda.empty_cache()  # the pool cannot use what the warm-up left cached
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # Of this thread: others may copy from the GPU meanwhile.
+            # Errors for this thread only: others may copy from the GPU meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                output = self.function(*places)
+                output = self.function(*static_inputs)
         except RuntimeError as error:
-            # PyTorch stays on the stream of the capture, and leaves its generator as if that still went on: no random
-            # number could be drawn any more.
+            # PyTorch stays on the capture's stream, and its generator still believes in a capture, so that drawing a
+            # random number would fail.
             torch.cuda.set_stream(stream)
             fresh = torch.Generator(self.device).graphsafe_get_state()
             torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
-            reason = str(error).strip().split("\n")[0]
-            raise CaptureError(reason) from error
-        return graph, places, output
+            raise CaptureError(first_line(error)) from error
+        return graph, static_inputs, output

@@ -1,16 +1,16 @@
-"""The LoRA of a UNet's attention in few large products: peft's weights and results, in a fraction of its kernels.
+"""The LoRA of a UNet's attention in a few large matmuls: peft's weights and results with a fraction of its kernels.
 
 At 512² an SDXL step is thousands of kernels of a few microseconds, and most of them were peft's: each of its 560
-linears casts its two matrices, multiplies, scales and adds on its own, and does it all backwards. Here
+linears casts its two matrices, multiplies, scales and adds on its own, and does it all again backwards. Here
 
-- linears that read the same input are one product: q, k and v of a self-attention, and the keys and values of all
+- linears that read the same input are one matmul: q, k and v of a self-attention, and the keys and values of all
   cross-attentions, since all of them read the same caption;
-- the weights of all linears lie in one fp32 buffer, their copy in the UNet's format in another, and so do gradients:
-  one cast before a step and one sum after it, in place of a thousand;
-- everything on the way is in the UNet's format, so there is no autocast.
+- all weights lie in one flat fp32 buffer, and so do their gradients: one cast before a step and one sum after it,
+  instead of a thousand;
+- everything in between is in the UNet's dtype, so that there is no autocast.
 
-peft's layers stay where they are, but what they hold are views into these buffers: whoever saves or restores the LoRA
-need not know, and whoever updates it can take `weights` as one. What this gains is measured by `benchmarks/train.py`.
+peft's layers stay, but their weights become views into these buffers: whoever saves or restores the LoRA need not know,
+and an optimizer can update `weights` as one parameter. `benchmarks/train.py` measures what this gains.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,156 +22,202 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from lace_lora.fast.attention import attend
+from lace_lora.fast.attention import AttentionProcessor, attentions, fuse_weights
 
-# Up to so many tokens it pays to make one product of two: 0.6 ms of a step at 512² on an H100. Beyond, the rows that
-# the LoRA adds cost the GPU's processors another round.
-_FEW = 2048
+# Up to so many tokens one matmul is faster than two: it saves 0.6 ms of a step at 512² on an H100. Beyond, the LoRA's
+# additional rows cost the GPU's processors another round.
+_FEW_TOKENS = 2048
 
-# Numbers that rows begin at a multiple of: attention on GPUs, which reads 16 bytes at once, is wrong on others.
-_ALIGNED = 8
+# Rows begin at a multiple of so many numbers: attention on GPUs reads 16 bytes at once, and is wrong on others.
+_ALIGNMENT = 8
 
 
 class FusedLora:
-    """Takes over the attention of a UNet that has a LoRA of peft's, without dropout.
+    """Replaces the attention of a UNet that has a LoRA of peft's, without dropout.
 
     Args:
-        scale: alpha / rank, by which the LoRA acts.
+        scale: alpha / rank, the factor of what the LoRA adds.
 
     Attributes:
-        weights: all of the LoRA in one row, in fp32, with its gradient.
+        weights: the whole LoRA as one flat fp32 parameter: all A, then all B. `gradients` is its gradient.
     """
 
     weights: torch.nn.Parameter
+    gradients: Tensor
 
     def __init__(self, unet: UNet2DConditionModel, scale: float) -> None:
         self.scale = scale
-        self.groups: list[Group] = []
         self.side_stream = SideStream(unet.device)
-        self.read: dict[int, tuple[Tensor, ...]] = {}  # keys and values of the caption, by width
-        attentions = [module for name, module in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
-        places: dict[int, list[Any]] = {}  # cross-attentions by width: members of one product have one shape
-        for attention in attentions:
+        self.fused: list[FusedLinears] = []
+        self.keys_values: dict[Any, tuple[Tensor, Tensor]] = {}  # of the caption, for each cross-attention
+        by_width: dict[int, list[Any]] = {}  # cross-attentions: the linears of one matmul have one shape
+        for attention in attentions(unet):
             if attention.is_cross_attention:
-                alike = places.setdefault(attention.inner_dim, [])
-                attention.set_processor(CrossAttention(self, attention, len(alike)))
-                alike.append(attention)
+                by_width.setdefault(attention.inner_dim, []).append(attention)
+                self._replace(attention, attention.to_q)
             else:
-                attention.set_processor(SelfAttention(self, attention))
-        self.readers = {
-            width: self.group(*(linear for one in alike for linear in (one.to_k, one.to_v)))
-            for width, alike in places.items()
-        }
-        self._share_buffers({id(weight): name for name, weight in unet.named_parameters()})
-        unet.register_forward_pre_hook(self._read_text, with_kwargs=True)
+                self._replace(attention, attention.to_q, attention.to_k, attention.to_v)
+        self.caption_readers = [
+            (same_width, self._fuse(*(linear for one in same_width for linear in (one.to_k, one.to_v))))
+            for same_width in by_width.values()
+        ]
+        self._flatten_weights({id(weight): name for name, weight in unet.named_parameters()})
+        unet.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
-    def group(self, *linears: Any) -> "Group":
-        self.groups.append(Group(linears, self.side_stream))
-        return self.groups[-1]
+    def _replace(self, attention: Any, *projections: Any) -> None:
+        project, out = self._fuse(*projections), self._fuse(attention.to_out[0])
 
-    def _share_buffers(self, names: dict[int, str]) -> None:
-        """Lay all A, then all B, into one buffer each: fp32 weights, their gradients, and both in the UNet's format."""
-        weights = [weight for group in self.groups for weight in group.downs]
-        self.border = sum(weight.numel() for weight in weights)
-        weights += [weight for group in self.groups for weight in group.ups]
-        self.shapes = {names[id(weight)]: weight.shape for weight in weights}
-        self.weights = torch.nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
+        def query_key_value(hidden_states: Tensor) -> tuple[Tensor, ...]:
+            return project(hidden_states) + self.keys_values.get(attention, ())
+
+        attention.set_processor(AttentionProcessor(query_key_value, lambda attended: out(attended)[0]))
+
+    def _fuse(self, *linears: Any) -> "FusedLinears":
+        self.fused.append(FusedLinears(linears, self.side_stream))
+        return self.fused[-1]
+
+    def _flatten_weights(self, names: dict[int, str]) -> None:
+        """Make the weights, and their gradients, of peft's layers views into flat buffers.
+
+        Matmuls read and write copies in the UNet's dtype. Those of A lie in the matrices of `FusedLinears`; those of B,
+        and both gradients, are flat too.
+        """
+        lora_a = [weight for fused in self.fused for weight in fused.lora_a]
+        lora_b = [weight for fused in self.fused for weight in fused.lora_b]
+        halves = [sum(weight.numel() for weight in half) for half in (lora_a, lora_b)]
+        self.shapes = {names[id(weight)]: weight.shape for weight in lora_a + lora_b}
+        self.weights = torch.nn.Parameter(torch.cat([weight.detach().flatten() for weight in lora_a + lora_b]))
         self.weights.grad = self.gradients = torch.zeros_like(self.weights)
-        views = (self.unflatten(row).values() for row in (self.weights.data, self.gradients))
-        for weight, value, gradient in zip(weights, *views, strict=True):
-            weight.data, weight.grad = value, gradient
-        kind = self.groups[0].weight.dtype
-        self.copies = torch.zeros_like(self.gradients[self.border :], dtype=kind)
-        self.copy_gradients = torch.zeros_like(self.gradients, dtype=kind)
-        downs, ups = [group.down.shape for group in self.groups], [group.up_shape for group in self.groups]
-        self.sources = _cut(self.weights.data[: self.border], downs)
-        gradients = _cut(self.copy_gradients, downs + ups)
-        for number, (group, copy) in enumerate(zip(self.groups, _cut(self.copies, ups), strict=True)):
-            group.up, group.down_gradient, group.up_gradient = copy, gradients[number], gradients[number - len(ups)]
+        values, gradients = self.unflatten(self.weights.data), self.unflatten(self.gradients)
+        for name, weight in zip(self.shapes, lora_a + lora_b, strict=True):
+            weight.data, weight.grad = values[name], gradients[name]
 
-    def unflatten(self, row: Tensor) -> dict[str, Tensor]:
-        """What there is of all weights in one row, or once for all, for each by its name in the UNet."""
-        if not row.dim():
-            return {name: row.clone() for name in self.shapes}
-        return dict(zip(self.shapes, _cut(row, self.shapes.values()), strict=True))
+        gradient_copies = torch.zeros_like(self.gradients, dtype=self.fused[0].weight.dtype)
+        down, self.up = self.weights.data.split(halves)
+        self.down_gradient, self.up_gradient = self.gradients.split(halves)
+        self.down_gradient_copy, self.up_gradient_copy = gradient_copies.split(halves)
+        self.up_copy = torch.zeros_like(self.up_gradient_copy)
+
+        down_shapes, up_shapes = [fused.down.shape for fused in self.fused], [fused.up_shape for fused in self.fused]
+        self.downs = _views(down, down_shapes)
+        buffers = (self.up_copy, up_shapes), (self.down_gradient_copy, down_shapes), (self.up_gradient_copy, up_shapes)
+        views_of_each = zip(*(_views(flat, shapes) for flat, shapes in buffers), strict=True)
+        for fused, views in zip(self.fused, views_of_each, strict=True):
+            fused.up, fused.down_gradient, fused.up_gradient = views
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """What belongs to each weight, by its name in the UNet; a scalar belongs to each of them."""
+        if not flat.dim():
+            return {name: flat.clone() for name in self.shapes}
+        return dict(zip(self.shapes, _views(flat, self.shapes.values()), strict=True))
 
     def flatten(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The reverse of `unflatten`.
 
         Raises:
-            KeyError: one is missing.
+            KeyError: a weight is missing.
         """
-        wanted = [parts[name] for name in self.shapes]
-        if not any(part.dim() for part in wanted):
-            return wanted[0]
-        sizes = [shape.numel() for shape in self.shapes.values()]
-        return torch.cat([part.flatten().expand(size) for part, size in zip(wanted, sizes, strict=True)])
+        tensors = {name: parts[name] for name in self.shapes}
+        if not any(tensor.dim() for tensor in tensors.values()):
+            return next(iter(tensors.values()))
+        return torch.cat([tensor.flatten().expand(self.shapes[name].numel()) for name, tensor in tensors.items()])
 
     @torch.no_grad()
-    def _read_text(self, _unet: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Before each forward: the weights as they are now, and what all cross-attentions see of the captions."""
-        torch._foreach_copy_([group.down for group in self.groups], self.sources)
-        torch.mul(self.weights[self.border :], self.scale, out=self.copies)
+    def _before_forward(self, _unet: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Copy the weights as they are now, and compute what all cross-attentions need of the captions."""
+        torch._foreach_copy_([fused.down for fused in self.fused], self.downs)
+        torch.mul(self.up, self.scale, out=self.up_copy)
+        captions = named["encoder_hidden_states"] if "encoder_hidden_states" in named else arguments[2]
         with torch.enable_grad():
-            text = named["encoder_hidden_states"] if "encoder_hidden_states" in named else arguments[2]
-            self.read = {width: group(text) for width, group in self.readers.items()}
+            for same_width, fused in self.caption_readers:
+                outputs = fused(captions)
+                pairs = zip(outputs[::2], outputs[1::2], strict=True)
+                self.keys_values.update(zip(same_width, pairs, strict=True))
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
-        """After each backward, and after `side_stream.join`: add what it found to the weights' gradients."""
-        self.gradients[: self.border] += self.copy_gradients[: self.border]
-        self.gradients[self.border :].add_(self.copy_gradients[self.border :], alpha=self.scale)
+        """After each backward, and after `side_stream.join`: add its gradients to those of the weights."""
+        self.down_gradient += self.down_gradient_copy
+        self.up_gradient.add_(self.up_gradient_copy, alpha=self.scale)
 
 
-def _cut(row: Tensor, shapes: Iterable[torch.Size]) -> list[Tensor]:
-    """The parts of a row that lie side by side, each in its shape."""
+def _views(flat: Tensor, shapes: Iterable[torch.Size]) -> list[Tensor]:
+    """The parts of a flat tensor, each in its shape."""
     shapes = list(shapes)
-    return [part.view(shape) for part, shape in zip(row.split([s.numel() for s in shapes]), shapes, strict=True)]
+    parts = flat.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-class Group:
-    """n linears (k -> d) that read the same input: their frozen weights as one, and their LoRA of rank r.
+class FusedLinears:
+    """n linears (k -> d) that read the same input, with their LoRA of rank r: frozen weights W, A (down) and B (up).
 
-    Where there is no bias, the first product of the LoRA can be one with the frozen ones.
+    Without a bias, W and A are rows of one matrix, so that one matmul reads the input.
     """
 
-    matrix: Tensor  # (n * d, k), or with the LoRA's n * r rows and a few of nothing
     weight: Tensor  # (n * d, k)
-    down: Tensor  # (n * r, k), peft's lora_A
-    up: Tensor  # (n, d, r), lora_B, times the scale
+    down: Tensor  # (n * r, k), a copy of peft's lora_A
+    up: Tensor  # (n, d, r), a copy of lora_B times the scale
     down_gradient: Tensor
     up_gradient: Tensor
 
     def __init__(self, linears: Sequence[Any], side_stream: "SideStream") -> None:
         self.side_stream = side_stream
         layers = [linear.base_layer for linear in linears]
-        self.downs = [linear.lora_A["default"].weight for linear in linears]
-        self.ups = [linear.lora_B["default"].weight for linear in linears]
+        self.lora_a = [linear.lora_A["default"].weight for linear in linears]
+        self.lora_b = [linear.lora_B["default"].weight for linear in linears]
         self.count, self.width, self.bias = len(layers), layers[0].out_features, layers[0].bias
-        rank = len(self.downs[0])
+        rank = len(self.lora_a[0])
         self.up_shape = torch.Size((self.count, self.width, rank))
-        rows, low_rows = self.count * self.width, self.count * rank
-        self.down = layers[0].weight.new_zeros(low_rows, layers[0].in_features)
+        self.rows = (self.count * self.width, self.count * rank, -self.count * rank % _ALIGNMENT)
+        self.down = layers[0].weight.new_zeros(self.rows[1], layers[0].in_features)
         self.weight = self.matrix = layers[0].weight.data
-        self.parts = (rows, low_rows, -low_rows % _ALIGNED)
         if self.bias is None:
-            nothing = self.down.new_zeros(self.parts[2], layers[0].in_features)
-            self.matrix = torch.cat([*(layer.weight.data for layer in layers), self.down, nothing])
-            self.weight, self.down, _ = self.matrix.split(self.parts)
-            for layer, part in zip(layers, self.weight.split(self.width), strict=True):
-                layer.weight.data = part
+            padding = self.down.new_zeros(self.rows[2], layers[0].in_features)
+            self.matrix = fuse_weights(layers, self.down, padding)
+            self.weight, self.down, _ = self.matrix.split(self.rows)
         # Makes autograd call `backward` where the input itself needs no gradient: that is all it is for. On the CPU,
         # since autograd would wait for the stream that it was first used on, which a graph cannot be captured with.
         self.anchor = torch.zeros((), requires_grad=True)
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Inputs (..., k) to the outputs (..., d) of each linear."""
-        outputs = _Product.apply(inputs, self.anchor, self)
-        return outputs.unbind(-2) if self.count > 1 else (outputs.squeeze(-2),)  # unbinding one makes a copy backwards
+        outputs = _FusedMatmul.apply(inputs, self.anchor, self)
+        return outputs.unbind(-2) if self.count > 1 else (outputs.squeeze(-2),)  # unbinding one copies its gradient
 
-    def members(self, side_by_side: Tensor) -> Tensor:
+    def each(self, side_by_side: Tensor) -> Tensor:
         """(tokens, n * x) as (n, tokens, x)."""
         return side_by_side.unflatten(1, (self.count, -1)).transpose(0, 1)
+
+
+class _FusedMatmul(torch.autograd.Function):
+    """y = x Wᵀ + x Aᵀ Bᵀ for all linears at once; the gradients of A and B go straight into their buffers."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, _anchor: Tensor, fused: FusedLinears) -> Tensor:
+        tokens = inputs.reshape(-1, inputs.shape[-1])
+        if fused.bias is None and len(tokens) <= _FEW_TOKENS:
+            outputs, low, _ = (tokens @ fused.matrix.T).split(fused.rows, dim=1)
+        else:
+            outputs, low = F.linear(tokens, fused.weight, fused.bias), tokens @ fused.down.T
+        fused.each(outputs).baddbmm_(fused.each(low), fused.up.transpose(1, 2))
+        ctx.save_for_backward(tokens, low)
+        ctx.fused = fused
+        return outputs.unflatten(1, (fused.count, fused.width)).unflatten(0, inputs.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        fused: FusedLinears = ctx.fused
+        tokens, low = ctx.saved_tensors
+        grad_outputs = gradient.reshape(len(tokens), -1)
+        grad_low = torch.empty_like(low)
+        torch.bmm(fused.each(grad_outputs), fused.up, out=fused.each(grad_low))
+        with fused.side_stream(tokens, low, grad_low, grad_outputs):
+            torch.bmm(fused.each(grad_outputs).transpose(1, 2), fused.each(low), out=fused.up_gradient)
+            torch.mm(grad_low.T, tokens, out=fused.down_gradient)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        grad_tokens = (grad_outputs @ fused.weight).addmm_(grad_low, fused.down)
+        return grad_tokens.view(*gradient.shape[:-2], -1), None, None
 
 
 class SideStream:
@@ -183,7 +229,7 @@ class SideStream:
 
     @contextmanager
     def __call__(self, *tensors: Tensor) -> Iterator[None]:
-        """Do what follows there. `tensors` are kept until the next use, since memory is managed for one stream."""
+        """Run what follows there. `tensors` live until the next call: the allocator knows no second stream."""
         if self.stream is None:
             yield
             return
@@ -197,59 +243,3 @@ class SideStream:
         if self.stream and self.in_use:
             torch.cuda.current_stream().wait_stream(self.stream)
         self.in_use = ()
-
-
-class _Product(torch.autograd.Function):
-    """y = x Wᵀ + x Aᵀ Bᵀ for all linears of a group; the gradients of A and B go straight to where they belong."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, _anchor: Tensor, group: Group) -> Tensor:
-        tokens = inputs.reshape(-1, inputs.shape[-1])
-        if group.bias is None and len(tokens) <= _FEW:
-            outputs, low, _ = (tokens @ group.matrix.T).split(group.parts, dim=1)
-        else:
-            outputs, low = F.linear(tokens, group.weight, group.bias), tokens @ group.down.T
-        group.members(outputs).baddbmm_(group.members(low), group.up.transpose(1, 2))
-        ctx.save_for_backward(tokens, low)
-        ctx.group = group
-        return outputs.unflatten(1, (group.count, group.width)).unflatten(0, inputs.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
-        group: Group = ctx.group
-        tokens, low = ctx.saved_tensors
-        of_outputs = gradient.reshape(len(tokens), -1)
-        of_low = torch.empty_like(low)
-        torch.bmm(group.members(of_outputs), group.up, out=group.members(of_low))
-        with group.side_stream(tokens, low, of_low, of_outputs):
-            torch.bmm(group.members(of_outputs).transpose(1, 2), group.members(low), out=group.up_gradient)
-            torch.mm(of_low.T, tokens, out=group.down_gradient)
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        of_tokens = (of_outputs @ group.weight).addmm_(of_low, group.down)
-        return of_tokens.view(*gradient.shape[:-2], -1), None, None
-
-
-class SelfAttention:
-    """diffusers' attention processor for a group of q, k and v."""
-
-    def __init__(self, lora: FusedLora, attention: Any) -> None:
-        self.project = lora.group(attention.to_q, attention.to_k, attention.to_v)
-        self.out = lora.group(attention.to_out[0])
-
-    def __call__(self, attention: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        query, key, value = self.project(hidden_states)
-        return self.out(attend(query, key, value, attention.heads))[0]
-
-
-class CrossAttention:
-    """The same where keys and values of the caption are there already."""
-
-    def __init__(self, lora: FusedLora, attention: Any, place: int) -> None:
-        self.project, self.out = lora.group(attention.to_q), lora.group(attention.to_out[0])
-        self.lora, self.place = lora, place
-
-    def __call__(self, attention: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        [query] = self.project(hidden_states)
-        key, value = self.lora.read[attention.inner_dim][2 * self.place : 2 * self.place + 2]
-        return self.out(attend(query, key, value, attention.heads))[0]

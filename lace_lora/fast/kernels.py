@@ -1,11 +1,11 @@
-"""What PyTorch makes of a UNet in many passes, in one each, by Triton: GEGLU, norms with what stands around them.
-
-The group norm is `group_norm.py`'s.
+"""Triton kernels that do in one pass what takes PyTorch several: norms with what stands around them, GEGLU, additions.
 
 At 512² the passes are so short that launching them takes as long as they do; at 1024² it is memory traffic that counts.
 Convolutions on tensor cores want channels-last pictures, but PyTorch's group norm and diffusers' transformer do not
-keep them: without what follows, every step copies pictures, and the weights of all convolutions, from one layout into
-the other and back.
+keep that layout: without these kernels, and `patching.py`, every step copies pictures, and the weights of all
+convolutions, from one layout into the other and back.
+
+All of them compute in fp32 and store in the dtype of their inputs.
 """
 
 from typing import Any
@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-_COLUMNS, _BLOCK = 1024, 1024
+_BLOCK = 1024  # elements of a program
+_TILE = {"PIXELS": 128, "CHANNELS": 64}  # of a program of the group norm
 
 
-class _AddNorm(torch.autograd.Function):
+class AddLayerNorm(torch.autograd.Function):
     """The sum of (…, c) and (…, c), and its layer norm."""
 
     @staticmethod
@@ -27,7 +28,7 @@ class _AddNorm(torch.autograd.Function):
         width = one.shape[-1]
         total, normed = torch.empty_like(one), torch.empty_like(one)
         statistics = one.new_empty(one.numel() // width, 2, dtype=torch.float32)
-        _add_norm[(len(statistics),)](
+        _add_layer_norm[(len(statistics),)](
             one, other, norm.weight, norm.bias, total, normed, statistics, width, norm.eps,
             BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
@@ -36,51 +37,52 @@ class _AddNorm(torch.autograd.Function):
         return total, normed
 
     @staticmethod
-    def backward(ctx: Any, of_total: Tensor, of_normed: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_total: Tensor, grad_normed: Tensor) -> tuple[Tensor, Tensor, None]:
         total, statistics = ctx.saved_tensors
-        width, gradient = total.shape[-1], torch.empty_like(total)
-        _add_norm_backward[(len(statistics),)](
-            total, ctx.weight, statistics, of_total.contiguous(), of_normed.contiguous(), gradient, width,
+        width, grad_input = total.shape[-1], torch.empty_like(total)
+        _add_layer_norm_backward[(len(statistics),)](
+            total, ctx.weight, statistics, grad_total.contiguous(), grad_normed.contiguous(), grad_input, width,
             BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
-        return gradient, gradient, None
+        return grad_input, grad_input, None
 
 
 @triton.jit
-def _add_norm(one, other, weight, bias, total, normed, statistics, width, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_layer_norm(one, other, weight, bias, total, normed, statistics, width, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside, place = column < width, row * width + column
-    value = tl.load(one + place, mask=inside, other=0.0).to(tl.float32)
-    value += tl.load(other + place, mask=inside, other=0.0).to(tl.float32)
+    mask, offset = column < width, row * width + column
+    value = tl.load(one + offset, mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(other + offset, mask=mask, other=0.0).to(tl.float32)
     value = value.to(total.dtype.element_ty)
-    tl.store(total + place, value, mask=inside)
+    tl.store(total + offset, value, mask=mask)
     value = value.to(tl.float32)
     mean = tl.sum(value) / width
-    centred = tl.where(inside, value - mean, 0.0)
+    centred = tl.where(mask, value - mean, 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred) / width + eps)
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed + place, centred * rstd * scale + shift, mask=inside)
+    scale = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(normed + offset, centred * rstd * scale + shift, mask=mask)
     tl.store(statistics + row * 2, mean)
     tl.store(statistics + row * 2 + 1, rstd)
 
 
 @triton.jit
-def _add_norm_backward(  # type: ignore[no-untyped-def]
-    total, weight, statistics, of_total, of_normed, gradient, width, BLOCK: tl.constexpr
+def _add_layer_norm_backward(  # type: ignore[no-untyped-def]
+    total, weight, statistics, grad_total, grad_normed, grad_input, width, BLOCK: tl.constexpr
 ):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside, place = column < width, row * width + column
+    mask, offset = column < width, row * width + column
     mean, rstd = tl.load(statistics + row * 2), tl.load(statistics + row * 2 + 1)
-    value = (tl.load(total + place, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
-    value = tl.where(inside, value, 0.0)
-    slope = tl.load(of_normed + place, mask=inside, other=0.0).to(tl.float32)
-    slope *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    through = rstd * (slope - tl.sum(slope) / width - value * (tl.sum(slope * value) / width))
-    tl.store(gradient + place, tl.load(of_total + place, mask=inside, other=0.0).to(tl.float32) + through, mask=inside)
+    value = (tl.load(total + offset, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+    value = tl.where(mask, value, 0.0)
+    grad = tl.load(grad_normed + offset, mask=mask, other=0.0).to(tl.float32)
+    grad *= tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    through_norm = rstd * (grad - tl.sum(grad) / width - value * (tl.sum(grad * value) / width))
+    direct = tl.load(grad_total + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(grad_input + offset, direct + through_norm, mask=mask)
 
 
-class _GegluFunction(torch.autograd.Function):
+class Geglu(torch.autograd.Function):
     """hidden * gelu(gate) of (…, [hidden, gate])."""
 
     @staticmethod
@@ -88,180 +90,166 @@ class _GegluFunction(torch.autograd.Function):
         ctx.save_for_backward(both)
         width = both.shape[-1] // 2
         out = both.new_empty(*both.shape[:-1], width)
-        _geglu[both.numel() // (2 * width), triton.cdiv(width, _COLUMNS)](both, out, width, BLOCK=_COLUMNS)
+        _geglu[both.numel() // (2 * width), triton.cdiv(width, _BLOCK)](both, out, width, BLOCK=_BLOCK)
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_out: Tensor) -> Tensor:
         [both] = ctx.saved_tensors
-        width, of_both = both.shape[-1] // 2, torch.empty_like(both)
-        grid = both.numel() // (2 * width), triton.cdiv(width, _COLUMNS)
-        _geglu_backward[grid](both, gradient.contiguous(), of_both, width, BLOCK=_COLUMNS)
-        return of_both
+        width, grad_both = both.shape[-1] // 2, torch.empty_like(both)
+        grid = both.numel() // (2 * width), triton.cdiv(width, _BLOCK)
+        _geglu_backward[grid](both, grad_out.contiguous(), grad_both, width, BLOCK=_BLOCK)
+        return grad_both
 
 
 @triton.jit
 def _halves(both, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    place = row * 2 * width + column
-    hidden = tl.load(both + place, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(both + place + width, mask=inside, other=0.0).to(tl.float32)
-    return hidden, gate, 0.5 * (1 + tl.math.erf(gate * 0.7071067811865476)), place, row * width + column, inside
+    mask = column < width
+    offset = row * 2 * width + column
+    hidden = tl.load(both + offset, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(both + offset + width, mask=mask, other=0.0).to(tl.float32)
+    return hidden, gate, 0.5 * (1 + tl.math.erf(gate * 0.7071067811865476)), offset, row * width + column, mask
 
 
 @triton.jit
 def _geglu(both, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    hidden, gate, share, _, place, inside = _halves(both, width, BLOCK)
-    tl.store(out + place, hidden * gate * share, mask=inside)
+    hidden, gate, cdf, _, offset, mask = _halves(both, width, BLOCK)
+    tl.store(out + offset, hidden * gate * cdf, mask=mask)
 
 
 @triton.jit
-def _geglu_backward(both, gradient, of_both, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    hidden, gate, share, place, out_place, inside = _halves(both, width, BLOCK)
-    upstream = tl.load(gradient + out_place, mask=inside, other=0.0).to(tl.float32)
-    slope = share + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
-    tl.store(of_both + place, upstream * gate * share, mask=inside)
-    tl.store(of_both + place + width, upstream * hidden * slope, mask=inside)
+def _geglu_backward(both, grad_out, grad_both, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    hidden, gate, cdf, offset, out_offset, mask = _halves(both, width, BLOCK)
+    grad = tl.load(grad_out + out_offset, mask=mask, other=0.0).to(tl.float32)
+    derivative = cdf + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    tl.store(grad_both + offset, grad * gate * cdf, mask=mask)
+    tl.store(grad_both + offset + width, grad * hidden * derivative, mask=mask)
 
 
-class _AddBiased(torch.autograd.Function):
+class AddWithBias(torch.autograd.Function):
     """The sum of two channels-last (n, c, h, w) and a frozen (c,)."""
 
     @staticmethod
     def forward(_: Any, one: Tensor, other: Tensor, bias: Tensor) -> Tensor:
         one, other = (value.contiguous(memory_format=torch.channels_last) for value in (one, other))
         out = torch.empty_like(one)
-        _add_biased[(triton.cdiv(one.numel(), _BLOCK),)](one, other, bias, out, one.numel(), len(bias), BLOCK=_BLOCK)
+        _add_with_bias[(triton.cdiv(one.numel(), _BLOCK),)](one, other, bias, out, one.numel(), len(bias), BLOCK=_BLOCK)
         return out
 
     @staticmethod
-    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        return gradient, gradient, None
+    def backward(_: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad_out, grad_out, None
 
 
 @triton.jit
-def _add_biased(one, other, bias, out, size, channels, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_with_bias(one, other, bias, out, size, channels, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < size
-    value = tl.load(one + index, mask=inside, other=0.0).to(tl.float32)
-    value += tl.load(other + index, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + index, value + tl.load(bias + index % channels).to(tl.float32), mask=inside)
+    mask = index < size
+    value = tl.load(one + index, mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(other + index, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + index, value + tl.load(bias + index % channels).to(tl.float32), mask=mask)
 
 
-_BLOCK = 1024
+class GroupNorm(torch.autograd.Function):
+    """The group norm of channels-last (n, c, h, w), after adding a frozen (n, c) and, with `silu`, before SiLU.
 
-_TILE = {"PIXELS": 128, "CHANNELS": 64}  # of a program
-
-
-class GroupNorm(nn.Module):
-    def __init__(self, norm: nn.GroupNorm, silu: bool) -> None:
-        super().__init__()
-        self.weight, self.bias, self.groups, self.eps, self.silu = (
-            norm.weight, norm.bias, norm.num_groups, norm.eps, silu,
-        )  # fmt: skip
-
-    def forward(self, pictures: Tensor, shift: Tensor | None = None) -> Tensor:
-        """Of (n, c, h, w), after adding a frozen (n, c)."""
-        return _GroupNormFunction.apply(pictures, shift, self)
-
-
-class _GroupNormFunction(torch.autograd.Function):
-    """Statistics first, as sums of each tile, which are added up for each group; then all elements are normalized."""
+    Statistics first: sums of each tile, which are added up for each group. Then all elements are normalized.
+    """
 
     @staticmethod
-    def forward(ctx: Any, pictures: Tensor, shift: Tensor | None, norm: GroupNorm) -> Tensor:
+    def forward(ctx: Any, pictures: Tensor, shift: Tensor | None, norm: nn.GroupNorm, silu: bool) -> Tensor:
         pictures = pictures.contiguous(memory_format=torch.channels_last)
         count, channels, height, width = pictures.shape
-        sizes = height * width, channels, norm.groups
+        sizes = height * width, channels, norm.num_groups
         tiles = triton.cdiv(height * width, _TILE["PIXELS"])
         grid = tiles, triton.cdiv(channels, _TILE["CHANNELS"]), count
-        notes = pictures.new_empty(count, channels, tiles, 2, dtype=torch.float32)
+        partials = pictures.new_empty(count, channels, tiles, 2, dtype=torch.float32)
         out = torch.empty_like(pictures)
-        _moments[grid](pictures, shift, notes, *sizes, **_TILE)
-        sums = _added_up(notes, norm.groups)
-        _normalize[grid](pictures, shift, sums, norm.weight, norm.bias, out, *sizes, norm.eps, SILU=norm.silu, **_TILE)
+        _moments[grid](pictures, shift, partials, *sizes, **_TILE)
+        sums = _sum_partials(partials, norm.num_groups)
+        _normalize[grid](pictures, shift, sums, norm.weight, norm.bias, out, *sizes, norm.eps, SILU=silu, **_TILE)
         ctx.save_for_backward(pictures, shift, sums)
-        ctx.norm, ctx.grid, ctx.sizes = norm, grid, sizes
+        ctx.norm, ctx.silu, ctx.grid, ctx.sizes = norm, silu, grid, sizes
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
         (pictures, shift, sums), norm, sizes = ctx.saved_tensors, ctx.norm, ctx.sizes
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
-        notes = sums.new_empty(len(pictures), pictures.shape[1], ctx.grid[0], 2)
-        of_pictures = torch.empty_like(pictures)
-        inputs, options = (pictures, shift, sums, norm.weight, norm.bias, gradient), {"SILU": norm.silu} | _TILE
-        _back_moments[ctx.grid](*inputs, notes, *sizes, norm.eps, **options)
-        back_sums = _added_up(notes, norm.groups)
-        _back_normalize[ctx.grid](*inputs, back_sums, of_pictures, *sizes, norm.eps, **options)
-        return of_pictures, None, None
+        grad_out = grad_out.contiguous(memory_format=torch.channels_last)
+        partials = sums.new_empty(len(pictures), pictures.shape[1], ctx.grid[0], 2)
+        grad_pictures = torch.empty_like(pictures)
+        inputs, options = (pictures, shift, sums, norm.weight, norm.bias, grad_out), {"SILU": ctx.silu} | _TILE
+        _backward_moments[ctx.grid](*inputs, partials, *sizes, norm.eps, **options)
+        grad_sums = _sum_partials(partials, norm.num_groups)
+        _backward_normalize[ctx.grid](*inputs, grad_sums, grad_pictures, *sizes, norm.eps, **options)
+        return grad_pictures, None, None, None
 
 
-def _added_up(notes: Tensor, groups: int) -> Tensor:
+def _sum_partials(partials: Tensor, groups: int) -> Tensor:
     """Pairs of (n, channels, tiles, 2) to sums of each group, (n, groups, 2)."""
-    count, channels, tiles, _ = notes.shape
-    sums = notes.new_empty(count, groups, 2)
-    _add_up[(count * groups,)](notes, sums, channels // groups * tiles, BLOCK=_BLOCK)
+    count, channels, tiles, _ = partials.shape
+    sums = partials.new_empty(count, groups, 2)
+    _sum_pairs[(count * groups,)](partials, sums, channels // groups * tiles, BLOCK=_BLOCK)
     return sums
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def _add_up(notes, sums, pairs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum_pairs(partials, sums, pairs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     group = tl.program_id(0).to(tl.int64)
     one = tl.zeros([BLOCK], tl.float32)
     other = tl.zeros([BLOCK], tl.float32)
-    for begin in range(0, pairs, BLOCK):
-        index = begin + tl.arange(0, BLOCK)
-        place = notes + (group * pairs + index) * 2
-        one += tl.load(place, mask=index < pairs, other=0.0)
-        other += tl.load(place + 1, mask=index < pairs, other=0.0)
+    for start in range(0, pairs, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        pair = partials + (group * pairs + index) * 2
+        one += tl.load(pair, mask=index < pairs, other=0.0)
+        other += tl.load(pair + 1, mask=index < pairs, other=0.0)
     tl.store(sums + group * 2, tl.sum(one))
     tl.store(sums + group * 2 + 1, tl.sum(other))
 
 
 @triton.jit
 def _tile(pixels, channels, groups, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's channels, the groups they are in, and where its elements (pixels, channels) and its notes are."""
+    """Of this program: channels and their mask, rows and groups of them, offsets (pixels, channels) and their mask."""
     picture = tl.program_id(2).to(tl.int64)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    real = channel < channels
-    place = (picture * pixels + pixel[:, None]) * channels + channel[None, :]
+    channel_mask = channel < channels
+    offset = (picture * pixels + pixel[:, None]) * channels + channel[None, :]
     row = picture * channels + channel  # of (n, channels)
     group = picture * groups + channel // (channels // groups)
-    return channel, real, row, group, place, (pixel < pixels)[:, None] & real[None, :]
+    return channel, channel_mask, row, group, offset, (pixel < pixels)[:, None] & channel_mask[None, :]
 
 
 @triton.jit
-def _load(x, shift, row, real, place, inside):  # type: ignore[no-untyped-def]
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+def _load(x, shift, row, channel_mask, offset, mask):  # type: ignore[no-untyped-def]
+    value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
     if shift is not None:
-        value += tl.load(shift + row, mask=real, other=0.0).to(tl.float32)[None, :]
-    return tl.where(inside, value, 0.0)
+        value += tl.load(shift + row, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+    return tl.where(mask, value, 0.0)
 
 
 @triton.jit
-def _note(notes, row, real, one, other):  # type: ignore[no-untyped-def]
-    """The sums of a tile's columns, where `_add_up` reads them."""
-    place = notes + (row * tl.num_programs(0) + tl.program_id(0)) * 2
-    tl.store(place, tl.sum(one, axis=0), mask=real)
-    tl.store(place + 1, tl.sum(other, axis=0), mask=real)
+def _store_partials(partials, row, channel_mask, one, other):  # type: ignore[no-untyped-def]
+    """The sums of a tile's columns, where `_sum_pairs` reads them."""
+    pair = partials + (row * tl.num_programs(0) + tl.program_id(0)) * 2
+    tl.store(pair, tl.sum(one, axis=0), mask=channel_mask)
+    tl.store(pair + 1, tl.sum(other, axis=0), mask=channel_mask)
 
 
 @triton.jit
-def _mean_and_rstd(sums, group, real, size, eps):  # type: ignore[no-untyped-def]
+def _mean_and_rstd(sums, group, channel_mask, size, eps):  # type: ignore[no-untyped-def]
     """Of each channel's group, as rows."""
-    mean = tl.load(sums + group * 2, mask=real, other=0.0) / size
-    variance = tl.load(sums + group * 2 + 1, mask=real, other=0.0) / size - mean * mean
+    mean = tl.load(sums + group * 2, mask=channel_mask, other=0.0) / size
+    variance = tl.load(sums + group * 2 + 1, mask=channel_mask, other=0.0) / size - mean * mean
     return mean[None, :], (1 / tl.sqrt(tl.maximum(variance, 0.0) + eps))[None, :]
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def _moments(x, shift, notes, pixels, channels, groups, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    _, real, row, _, place, inside = _tile(pixels, channels, groups, PIXELS, CHANNELS)
-    value = _load(x, shift, row, real, place, inside)
-    _note(notes, row, real, value, value * value)
+def _moments(x, shift, partials, pixels, channels, groups, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    _, channel_mask, row, _, offset, mask = _tile(pixels, channels, groups, PIXELS, CHANNELS)
+    value = _load(x, shift, row, channel_mask, offset, mask)
+    _store_partials(partials, row, channel_mask, value, value * value)
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -269,54 +257,54 @@ def _normalize(  # type: ignore[no-untyped-def]
     x, shift, sums, weight, bias, out, pixels, channels, groups, eps,
     SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    channel, real, row, group, place, inside = _tile(pixels, channels, groups, PIXELS, CHANNELS)
-    mean, rstd = _mean_and_rstd(sums, group, real, pixels * (channels // groups), eps)
-    value = (_load(x, shift, row, real, place, inside) - mean) * rstd
-    value = value * _row(weight, channel, real) + _row(bias, channel, real)
+    channel, channel_mask, row, group, offset, mask = _tile(pixels, channels, groups, PIXELS, CHANNELS)
+    mean, rstd = _mean_and_rstd(sums, group, channel_mask, pixels * (channels // groups), eps)
+    value = (_load(x, shift, row, channel_mask, offset, mask) - mean) * rstd
+    value = value * _load_channels(weight, channel, channel_mask) + _load_channels(bias, channel, channel_mask)
     if SILU:
         value *= tl.sigmoid(value)
-    tl.store(out + place, value, mask=inside)
+    tl.store(out + offset, value, mask=mask)
 
 
 @triton.jit
-def _row(values, channel, real):  # type: ignore[no-untyped-def]
-    return tl.load(values + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+def _load_channels(values, channel, channel_mask):  # type: ignore[no-untyped-def]
+    return tl.load(values + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def _back(value, gradient, weight, bias, channel, real, place, inside, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+def _grad_normalized(value, grad_out, weight, bias, channel, channel_mask, offset, mask, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
     """The gradient of a normalized value."""
-    scale = _row(weight, channel, real)
-    upstream = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+    scale = _load_channels(weight, channel, channel_mask)
+    grad = tl.load(grad_out + offset, mask=mask, other=0.0).to(tl.float32)
     if SILU:
-        before = value * scale + _row(bias, channel, real)
-        share = tl.sigmoid(before)
-        upstream *= share * (1 + before * (1 - share))
-    return upstream * scale
+        before = value * scale + _load_channels(bias, channel, channel_mask)
+        sigmoid = tl.sigmoid(before)
+        grad *= sigmoid * (1 + before * (1 - sigmoid))
+    return grad * scale
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def _back_moments(  # type: ignore[no-untyped-def]
-    x, shift, sums, weight, bias, gradient, notes, pixels, channels, groups, eps,
+def _backward_moments(  # type: ignore[no-untyped-def]
+    x, shift, sums, weight, bias, grad_out, partials, pixels, channels, groups, eps,
     SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    channel, real, row, group, place, inside = _tile(pixels, channels, groups, PIXELS, CHANNELS)
-    mean, rstd = _mean_and_rstd(sums, group, real, pixels * (channels // groups), eps)
-    value = (_load(x, shift, row, real, place, inside) - mean) * rstd
-    slope = _back(value, gradient, weight, bias, channel, real, place, inside, SILU)
-    _note(notes, row, real, slope, slope * value)
+    channel, channel_mask, row, group, offset, mask = _tile(pixels, channels, groups, PIXELS, CHANNELS)
+    mean, rstd = _mean_and_rstd(sums, group, channel_mask, pixels * (channels // groups), eps)
+    value = (_load(x, shift, row, channel_mask, offset, mask) - mean) * rstd
+    grad = _grad_normalized(value, grad_out, weight, bias, channel, channel_mask, offset, mask, SILU)
+    _store_partials(partials, row, channel_mask, grad, grad * value)
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def _back_normalize(  # type: ignore[no-untyped-def]
-    x, shift, sums, weight, bias, gradient, back_sums, of_x, pixels, channels, groups, eps,
+def _backward_normalize(  # type: ignore[no-untyped-def]
+    x, shift, sums, weight, bias, grad_out, grad_sums, grad_x, pixels, channels, groups, eps,
     SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    channel, real, row, group, place, inside = _tile(pixels, channels, groups, PIXELS, CHANNELS)
+    channel, channel_mask, row, group, offset, mask = _tile(pixels, channels, groups, PIXELS, CHANNELS)
     size = pixels * (channels // groups)
-    mean, rstd = _mean_and_rstd(sums, group, real, size, eps)
-    mean_slope = tl.load(back_sums + group * 2, mask=real, other=0.0)[None, :] / size
-    mean_product = tl.load(back_sums + group * 2 + 1, mask=real, other=0.0)[None, :] / size
-    value = (_load(x, shift, row, real, place, inside) - mean) * rstd
-    slope = _back(value, gradient, weight, bias, channel, real, place, inside, SILU)
-    tl.store(of_x + place, rstd * (slope - mean_slope - value * mean_product), mask=inside)
+    mean, rstd = _mean_and_rstd(sums, group, channel_mask, size, eps)
+    mean_grad = tl.load(grad_sums + group * 2, mask=channel_mask, other=0.0)[None, :] / size
+    mean_grad_value = tl.load(grad_sums + group * 2 + 1, mask=channel_mask, other=0.0)[None, :] / size
+    value = (_load(x, shift, row, channel_mask, offset, mask) - mean) * rstd
+    grad = _grad_normalized(value, grad_out, weight, bias, channel, channel_mask, offset, mask, SILU)
+    tl.store(grad_x + offset, rstd * (grad - mean_grad - value * mean_grad_value), mask=mask)

@@ -1,6 +1,6 @@
-"""The surgery on modules: a frozen UNet or VAE whose forwards call the kernels."""
+"""Replaces forwards of diffusers' modules, so that a frozen UNet or VAE runs on the Triton kernels. Needs Triton."""
 
-import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,59 +15,63 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from lace_lora.fast.kernels import _COLUMNS, GroupNorm, _AddBiased, _AddNorm, _GegluFunction
-
-logger = logging.getLogger(__name__)
+from lace_lora.fast import kernels
 
 
 def use_kernels(model: UNet2DConditionModel | AutoencoderKL) -> None:
-    """Let a frozen UNet or VAE on a GPU calculate by these, in channels-last layout: SDXL's, or one of its family.
+    """Make a frozen UNet or VAE of SDXL's family run on the kernels, in channels-last layout, on a GPU.
 
-    Its parameters may change: what is added anyway takes convolutions' biases along, since each is a pass of its own.
-    From then on the model must stay where it is, in its number format.
+    Its biases change: those of convolutions move into additions that are there anyway, since each is a pass of its own.
+    From then on the model must keep its device and dtype.
     """
     model.to(memory_format=torch.channels_last)
     for module in list(model.modules()):
         plain = isinstance(module, ResnetBlock2D) and _is_plain(module)
-        for name, child in list(module.named_children()):
-            if isinstance(child, GEGLU):
-                setattr(module, name, _Geglu(child))
-            elif isinstance(child, nn.GroupNorm) and not isinstance(module, Attention):  # where it is of rows
-                setattr(module, name, GroupNorm(child, silu=plain))
+        for child in module.children():
+            if isinstance(child, nn.GroupNorm) and not isinstance(module, Attention):  # there it is of tokens
+                _replace_forward(child, _group_norm, plain)
         if plain:
             first = _move_bias(module.conv1, module.time_emb_proj)
             second = _move_bias(module.conv2, module.conv_shortcut)
-            module.forward = partial(_resnet, module, first, second)
-        if isinstance(module, Upsample2D) and _only_doubles(module):
-            module.forward = partial(_upsample, module, module.forward)
-        if isinstance(module, Transformer2DModel) and module.use_linear_projection:
-            module.forward = partial(_transformer, module)
-        if isinstance(module, BasicTransformerBlock) and module.norm_type == "layer_norm":
-            module.forward = partial(_transformer_block, module)
+            _replace_forward(module, _resnet, first, second)
+        elif isinstance(module, Upsample2D) and _only_doubles(module):
+            _replace_forward(module, _upsample, module.forward)
+        elif isinstance(module, Transformer2DModel) and module.use_linear_projection:
+            _replace_forward(module, _transformer)
+        elif isinstance(module, BasicTransformerBlock) and module.norm_type == "layer_norm":
+            _replace_forward(module, _transformer_block)
+        elif isinstance(module, GEGLU):
+            _replace_forward(module, _geglu)
 
 
-def try_out(device: torch.device, dtype: torch.dtype) -> None:
+def try_kernels(device: torch.device, dtype: torch.dtype) -> None:
     """Build and run one of the kernels.
 
     Raises:
-        OSError, RuntimeError, CalledProcessError: Triton finds no C compiler or no Python.h, or cannot keep its files.
+        OSError, RuntimeError, CalledProcessError: Triton finds no C compiler or no Python.h, or cannot write its cache.
     """
-    _GegluFunction.apply(torch.zeros(1, 2 * _COLUMNS, device=device, dtype=dtype))
+    kernels.Geglu.apply(torch.zeros(1, 2048, device=device, dtype=dtype))
+
+
+def _replace_forward(module: Any, forward: Callable[..., Any], *first: Any) -> None:
+    module.forward = partial(forward, module, *first)
 
 
 def _is_plain(block: Any) -> bool:
+    """Whether `_resnet` does all that a block does."""
     extras = (block.upsample, block.downsample, block.dropout.p)
     # "group" is what a VAE's decoder calls a norm that knows no timestep.
     return not any(extras) and block.time_embedding_norm in ("default", "group") and block.output_scale_factor == 1
 
 
 def _only_doubles(module: Any) -> bool:
+    """Whether `_upsample` does all that a module does."""
     plain = module.use_conv and module.interpolate and not module.use_conv_transpose and module.norm is None
     return plain and module.name == "conv" and module.channels % 4 == 0
 
 
 def _move_bias(source: Any, target: Any) -> Tensor | None:
-    """Take a bias away from `source`: to `target`, whose output is added anyway, or to the caller if that is None."""
+    """Move a bias to `target`, whose output is added to that of `source` anyway; without a target, return it."""
     bias, source.bias = source.bias.data, None
     if target is None:
         return bias
@@ -78,21 +82,21 @@ def _move_bias(source: Any, target: Any) -> Tensor | None:
 def _resnet(
     self: Any, first: Any, second: Tensor | None, hidden_states: Tensor, temb: Tensor | None, *_: Any
 ) -> Tensor:
-    """ResnetBlock2D's forward, whose norms end in SiLU here; `first` and `second` are biases that it has to add."""
+    """ResnetBlock2D's forward where norms include SiLU; `first` and `second` are biases that it has to add."""
     shortcut = hidden_states
-    if self.conv_shortcut is not None:  # 1x1: a product, which adds the bias as it goes
+    if self.conv_shortcut is not None:  # 1x1: a matmul, which adds the bias at no cost
         weight = self.conv_shortcut.weight.flatten(1)
         shortcut = F.linear(hidden_states.permute(0, 2, 3, 1), weight, self.conv_shortcut.bias).permute(0, 3, 1, 2)
     hidden_states = self.conv1(self.norm1(hidden_states))
     shift = first.repeat(len(hidden_states), 1) if temb is None else self.time_emb_proj(F.silu(temb))
     hidden_states = self.conv2(self.norm2(hidden_states, shift))
-    return hidden_states + shortcut if second is None else _AddBiased.apply(hidden_states, shortcut, second)
+    return hidden_states + shortcut if second is None else kernels.AddWithBias.apply(hidden_states, shortcut, second)
 
 
 def _upsample(self: Any, plain: Any, hidden_states: Tensor, output_size: Any = None, *_: Any) -> Tensor:
-    """Upsample2D's forward, for drawing: each pixel four times, copied by eight bytes at once.
+    """Upsample2D's forward, for drawing: each pixel four times, copied eight bytes at a time.
 
-    Where a side is of one pixel, its channels need not be side by side in what PyTorch calls contiguous.
+    Not for a side of one pixel: there, channels need not be adjacent in what PyTorch calls contiguous.
     """
     if torch.is_grad_enabled() or output_size is not None or 1 in hidden_states.shape[-2:]:
         return plain(hidden_states, output_size)
@@ -102,7 +106,7 @@ def _upsample(self: Any, plain: Any, hidden_states: Tensor, output_size: Any = N
 
 
 def _transformer(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
-    """Transformer2DModel's forward on channels-last pictures, whose pixels are tokens already."""
+    """Transformer2DModel's forward on channels-last pictures, where pixels are tokens without a copy."""
     height, width = hidden_states.shape[-2:]
     tokens, change = self.proj_in(self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2)), None
     for block in self.transformer_blocks:
@@ -115,23 +119,22 @@ def _transformer(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor
 
 
 def _transformer_block(self: Any, tokens: Tensor, change: Tensor | None, text: Tensor) -> tuple[Tensor, Tensor]:
-    """BasicTransformerBlock's forward, with each addition and the norm after it as one.
+    """BasicTransformerBlock's forward, with each addition and the norm after it in one kernel.
 
-    What a block adds at its end is left to the next one: (tokens, change) are to be summed.
+    The last addition is left to the next block: the result is the sum of (tokens, change).
     """
     if change is None:
         normed = self.norm1(tokens)
     else:
-        tokens, normed = _AddNorm.apply(tokens, change, self.norm1)
-    tokens, normed = _AddNorm.apply(tokens, self.attn1(normed), self.norm2)
-    tokens, normed = _AddNorm.apply(tokens, self.attn2(normed, encoder_hidden_states=text), self.norm3)
+        tokens, normed = kernels.AddLayerNorm.apply(tokens, change, self.norm1)
+    tokens, normed = kernels.AddLayerNorm.apply(tokens, self.attn1(normed), self.norm2)
+    tokens, normed = kernels.AddLayerNorm.apply(tokens, self.attn2(normed, encoder_hidden_states=text), self.norm3)
     return tokens, self.ff(normed)
 
 
-class _Geglu(nn.Module):
-    def __init__(self, module: GEGLU) -> None:
-        super().__init__()
-        self.proj = module.proj
+def _geglu(self: Any, hidden_states: Tensor) -> Tensor:
+    return kernels.Geglu.apply(self.proj(hidden_states))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return _GegluFunction.apply(self.proj(hidden_states))
+
+def _group_norm(self: Any, silu: bool, pictures: Tensor, shift: Tensor | None = None) -> Tensor:
+    return kernels.GroupNorm.apply(pictures, shift, self, silu)

@@ -1,15 +1,15 @@
-"""A share of a training step, forward and backward: fast where that is right, in as much memory as there is.
+"""Forward and backward of a training step: fast where that is right, in as much memory as there is.
 
-The fast way is three things. `fused_lora.py` calculates the LoRA in a few large products, on CPUs and CUDA's GPUs.
-`gpu_kernels.py` does the passes between products in one each, on NVIDIA GPUs since Ampere. `captured.py` replays all of
-it as a CUDA graph. `benchmarks/train.py` measures what each brings.
+Fast means three things, and `benchmarks/train.py` measures each: `fast/fused_lora.py` computes the LoRA in a few large
+matmuls, on CPUs and NVIDIA GPUs; `fast/kernels.py` fuses the passes between matmuls, on NVIDIA GPUs since Ampere;
+`fast/cuda_graph.py` replays all of it as a CUDA graph.
 
-The optimizer is left out of the graph on purpose: what the CPU does for it is hidden behind the graph's own work, and
-any optimizer can be used.
+The optimizer stays outside the graph: what the CPU does for it is hidden behind the graph's work on the GPU, and any
+optimizer can be used.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -21,15 +21,15 @@ from torch.utils.checkpoint import checkpoint
 from lace_lora.config import Config
 from lace_lora.errors import is_out_of_memory
 from lace_lora.fast.cuda_graph import CaptureError, CudaGraphs
-from lace_lora.fast.drawing_unet import use_kernels_if_possible
 from lace_lora.fast.fused_lora import FusedLora
+from lace_lora.fast.triton_support import use_kernels_if_possible
 from lace_lora.sdxl import models
 from lace_lora.training.batches import Batch
 from lace_lora.training.optimizer import Weights
 
 logger = logging.getLogger("train_lora")
 
-_ALL = "unet.lora"  # the name of the weights as one
+_FLAT = "unet.lora"  # the name of all weights as one parameter
 
 
 class TrainStep:
@@ -38,7 +38,7 @@ class TrainStep:
     Args:
         networks: the UNet, and both text encoders if they train, with their LoRA.
         loss: of a batch on the device, as a scalar: the mean over its pictures.
-        dtype: the number format of the frozen weights.
+        dtype: of the frozen weights.
     """
 
     def __init__(
@@ -51,150 +51,159 @@ class TrainStep:
     ) -> None:
         self.networks, self.loss, self.device, self.dtype = networks, loss, device, dtype
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.at_once = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+        self.micro_batch_size = config.train_batch_size * (2 if config.with_prior_preservation else 1)
         self.checkpointing = False
         self.fused: FusedLora | None = None
-        self.captured: CudaGraphs | None = None
+        self.cuda_graphs: CudaGraphs | None = None
         if reason := why_plain(config, device):
-            logger.info("the plain way of training, since %s", reason)
+            logger.info("training without the fused LoRA, CUDA graphs and Triton kernels, since %s", reason)
         else:
             self.fused = FusedLora(networks["unet"], config.alpha / config.rank)
             use_kernels_if_possible(networks["unet"])
             if device.type == "cuda":
-                self.captured = CudaGraphs(self._learn_from, device)
+                self.cuda_graphs = CudaGraphs(self._forward_backward, device)
         if config.gradient_checkpointing:
-            self._checkpoint()
+            self._start_checkpointing()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Forward and backward over this process's part of the batch, by micro-batches; returns its mean loss.
+
+        Where memory runs out, the step starts again in a way that needs less, which changes results by rounding only.
+
+        Raises:
+            RuntimeError: no way is left: not even one picture at a time, with checkpointing and without a graph, fits.
+        """
+        memory_savers = self._memory_savers()
+        while True:
+            try:
+                losses = [self._micro_batch(part) for part in batch.split(self.micro_batch_size)]
+                return torch.stack(losses).sum()
+            except RuntimeError as error:
+                save_memory = next(memory_savers, None) if is_out_of_memory(error) else None
+                if save_memory is None:
+                    raise
+            # Not in the clause above, where the error still holds on to the memory that is to be freed.
+            for gradient in self.gradients():
+                gradient.zero_()
+            save_memory()
+            self.forget_graphs()  # in any case: they were captured for what did not fit
+
+    def _memory_savers(self) -> Iterator[Callable[[], Any]]:
+        """What to do each time that memory runs out in a step: the cheapest first, until nothing is left."""
+        if self.cuda_graphs and self.cuda_graphs.graphs:
+            yield self.forget_graphs  # those of other shapes may be all that is in the way
+        while self.micro_batch_size > 1:
+            yield self._reduce_micro_batch
+        if not self.checkpointing:
+            yield self._save_memory_by_checkpointing
+        if self.cuda_graphs:
+            yield self._stop_capturing
+
+    def _reduce_micro_batch(self) -> None:
+        size = self.micro_batch_size
+        self.micro_batch_size = max(smaller for smaller in range(1, size) if size % smaller == 0)
+        logger.warning("out of memory: the batch size stays, in micro-batches of %d from now on", self.micro_batch_size)
+
+    def _save_memory_by_checkpointing(self) -> None:
+        self._start_checkpointing()
+        logger.warning("out of memory: gradient checkpointing from now on, which takes a third longer")
+
+    def _stop_capturing(self) -> None:
+        self.cuda_graphs = None
+        logger.warning("out of memory: no CUDA graph from now on, which needs less memory and more time")
+
+    def forget_graphs(self) -> None:
+        """Free the memory that CUDA graphs occupy between steps; the next step captures them again."""
+        if self.cuda_graphs:
+            self.cuda_graphs.drop()
+        models.free(self.device)
+
+    def _start_checkpointing(self) -> None:
+        self.checkpointing = True
+        if self.cuda_graphs:  # anew, so that the first step with checkpointing is a warm-up
+            self.cuda_graphs = CudaGraphs(self._forward_backward, self.device)
+        # Nothing is random with the fused LoRA, and a graph cannot be captured where generators' states are read.
+        function = partial(checkpoint, use_reentrant=False, preserve_rng_state=not self.fused)
+        for name, network in self.networks.items():
+            if name == "unet":
+                network.enable_gradient_checkpointing(function)
+            else:
+                network.gradient_checkpointing_enable()
+
+    def _micro_batch(self, batch: Batch) -> Tensor:
+        if self.device.type == "cuda":
+            batch = batch.pinned()
+        if self.cuda_graphs:
+            try:
+                return self.cuda_graphs(*vars(batch).values())
+            except CaptureError as error:
+                if is_out_of_memory(error):
+                    raise
+                logger.warning("no CUDA graph here (%s): steps are several times slower at small sizes", error)
+                self.cuda_graphs = None
+        return self._forward_backward(*vars(batch.to(self.device)).values())
+
+    def _forward_backward(self, *fields: Tensor) -> Tensor:
+        """The loss of a batch, given by its fields on the device, after adding its gradients."""
+        try:
+            with self.autocast():
+                loss = self.loss(Batch(*fields))
+            self.scaler.scale(loss).backward()
+        finally:
+            if self.fused:
+                self.fused.side_stream.join()  # after an error too: no stream may be left forked when a capture ends
+        if self.fused:
+            self.fused.collect_gradients()
+        return loss.detach()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """PyTorch's mix of fp32 and `dtype`; with the fused LoRA everything is in `dtype` already."""
+        return torch.autocast(self.device.type, self.dtype, enabled=not self.fused and self.dtype != torch.float32)
 
     def train(self, mode: bool = True) -> None:
         for network in self.networks.values():
             network.train(mode)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The plain way mixes fp32 and `dtype` as PyTorch does; the fast one is in `dtype` all through."""
-        return torch.autocast(self.device.type, self.dtype, enabled=not self.fused and self.dtype != torch.float32)
-
     def gradients(self) -> list[Tensor]:
-        """All that there are, in one piece if they are kept so."""
+        """All gradients; of the fused LoRA as one flat tensor."""
         if self.fused:
             return [self.fused.gradients]
         return [p.grad for network in self.networks.values() for p in network.parameters() if p.grad is not None]
 
     def trainable_params(self, lora: Weights) -> Weights:
-        """The weights for an optimizer: as one if they lie side by side, since a thousand cost the CPU 20 ms a step."""
-        return {_ALL: self.fused.weights} if self.fused else lora
+        """The weights for an optimizer, by name: one flat parameter if possible, since a thousand cost 20 ms a step."""
+        return {_FLAT: self.fused.weights} if self.fused else lora
 
     def split_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An optimizer's state of what `trainable_params` gave, by `<what>.<weight>`, as if it had got each on its own."""
+        """The optimizer's state of `trainable_params` as that of each weight: `<what>.unet.<weight>`."""
         if not self.fused:
             return state
-        parts = {key.partition(".")[0]: self.fused.unflatten(value) for key, value in state.items()}
-        return {f"{what}.unet.{name}": part for what, named in parts.items() for name, part in named.items()}
+        split = {key.partition(".")[0]: self.fused.unflatten(value) for key, value in state.items()}
+        return {f"{what}.unet.{name}": part for what, parts in split.items() for name, part in parts.items()}
 
     def merge_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The reverse of `split_state`.
 
         Raises:
-            KeyError: something is missing of a weight.
+            KeyError: the state of a weight is missing.
         """
         if not self.fused:
             return state
-        parts: dict[str, dict[str, Tensor]] = {}
+        split: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             what, _, name = key.partition(".unet.")
-            parts.setdefault(what, {})[name] = value
-        return {f"{what}.{_ALL}": self.fused.flatten(named) for what, named in parts.items()}
-
-    def __call__(self, share: Batch) -> Tensor:
-        """Learn from this process's share of a step, a few pictures at once; returns the mean loss over the share.
-
-        Where memory runs out it begins again with fewer at once, which changes results by rounding only.
-
-        Raises:
-            RuntimeError: not even one picture at a time, with checkpointing and without a graph, fits.
-        """
-        only_graphs = True  # may be what is in the way: those of other shapes
-        while True:
-            try:
-                return torch.stack([self._pass(part) for part in share.split(self.at_once)]).sum()
-            except RuntimeError as error:
-                nothing_left = self.at_once == 1 and self.checkpointing and not self.captured
-                if nothing_left or not is_out_of_memory(error):
-                    raise
-            # Not in the clause above, where the error holds on to what is to be freed.
-            for gradient in self.gradients():
-                gradient.zero_()
-            if not (self.forget_graphs() and only_graphs):
-                self._save_memory()
-            only_graphs = False
-
-    def _pass(self, batch: Batch) -> Tensor:
-        if self.device.type == "cuda":
-            batch = batch.pinned()
-        if self.captured:
-            try:
-                return self.captured(*vars(batch).values())
-            except CaptureError as error:
-                if is_out_of_memory(error):
-                    raise
-                logger.warning("no CUDA graph here (%s): steps are several times slower at small sizes", error)
-                self.captured = None
-        return self._learn(batch.to(self.device))
-
-    def _learn_from(self, *values: Tensor) -> Tensor:
-        return self._learn(Batch(*values))
-
-    def _learn(self, batch: Batch) -> Tensor:
-        """Forward and backward over a batch on the device; returns its loss."""
-        try:
-            with self.autocast():
-                loss = self.loss(batch)
-            self.scaler.scale(loss).backward()
-        finally:
-            if self.fused:
-                self.fused.side_stream.join()  # even then: a graph's capture must not end with a stream astray
-        if self.fused:
-            self.fused.collect_gradients()
-        return loss.detach()
-
-    def _save_memory(self) -> None:
-        """One step down: a smaller part of the batch at once, then checkpointing, then no graph."""
-        if self.at_once > 1:
-            self.at_once = max(size for size in range(1, self.at_once) if self.at_once % size == 0)
-            logger.warning("out of memory: a step still learns from as many pictures, but %d at once", self.at_once)
-        elif not self.checkpointing:
-            self._checkpoint()
-            logger.warning("out of memory: gradient checkpointing from here on, a third slower")
-        else:
-            self.captured = None
-            logger.warning("out of memory: no CUDA graph from here on, which takes less memory and more time")
-
-    def forget_graphs(self) -> bool:
-        """Give back the memory that graphs keep between steps, if there are any; the next step makes them anew."""
-        had_any = self.captured is not None and self.captured.forget()
-        models.free(self.device)
-        return had_any
-
-    def _checkpoint(self) -> None:
-        self.checkpointing = True
-        if self.captured:  # so that the first step with it is a plain one again
-            self.captured = CudaGraphs(self._learn_from, self.device)
-        # Nothing random is in the fast way, and a graph cannot be captured where generators are read.
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=not self.fused)
-        for name, network in self.networks.items():
-            if name == "unet":
-                network.enable_gradient_checkpointing(again)
-            else:
-                network.gradient_checkpointing_enable()
+            split.setdefault(what, {})[name] = value
+        return {f"{what}.{_FLAT}": self.fused.flatten(parts) for what, parts in split.items()}
 
 
 def why_plain(config: Config, device: torch.device) -> str:
-    """What of the settings the fast way cannot do, or where; empty if it can do all."""
+    """Which setting or device needs peft's own LoRA and eager PyTorch; empty if none does."""
     if device.type not in ("cuda", "cpu"):
-        return f"the fast one has never been tried on {device.type}"
+        return f"they are untested on {device.type}"
     if config.lora_dropout:
-        return "lora_dropout drops inputs of each linear on its own"
+        return "lora_dropout drops inputs of each linear separately"
     if config.train_text_encoder:
         return "the text encoders train too"
     if config.attention == "xformers":
-        return "attention is xformers'"
+        return "attention is xformers"
     return ""

@@ -1,4 +1,4 @@
-"""Drawing on a GPU by graphs and kernels against diffusers' own way, and what is kept of a run that is interrupted."""
+"""The UNet and VAE decoder for drawing against diffusers' own, and what remains of a run that is interrupted."""
 
 import copy
 import tempfile
@@ -21,7 +21,7 @@ CUDA = torch.device("cuda")
 
 
 def inputs(rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What a pipeline gives to the tiny UNet."""
+    """As a pipeline calls the tiny UNet."""
     generator = torch.Generator().manual_seed(rows)
     sizes = {"sample": (rows, 4, 8, 12), "encoder_hidden_states": (rows, 77, 256), "text_embeds": (rows, 128)}
     values = {name: torch.randn(size, generator=generator).to(device, dtype) for name, size in sizes.items()}
@@ -29,7 +29,7 @@ def inputs(rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any
     return values | {"timestep": torch.tensor(500), "added_cond_kwargs": conditions, "return_dict": False}
 
 
-def test_on_a_cpu_nothing_is_changed(settings: Make) -> None:
+def test_nothing_changes_on_a_cpu(settings: Make) -> None:
     unet = models.load_unet(settings().pretrained_model, None, torch.device("cpu"), torch.float32)
     before = unet.forward
     drawing_unet.make_fast(unet)
@@ -38,43 +38,43 @@ def test_on_a_cpu_nothing_is_changed(settings: Make) -> None:
 
 @pytest.mark.parametrize("blank", [0, 1, 2, 3])
 @torch.no_grad()
-def test_larger_products_are_the_same_in_sum(settings: Make, blank: int) -> None:
+def test_fused_matmuls_give_the_same_prediction(settings: Make, blank: int) -> None:
     unet = models.load_unet(settings().pretrained_model, None, torch.device("cpu"), torch.float32)
     given = inputs(4, torch.device("cpu"), torch.float32)
     given["encoder_hidden_states"][:blank] = 0
     [expected] = unet(**given)
-    of_text = drawing_unet._join_products(unet)
-    text = drawing_unet._without_blank(given["encoder_hidden_states"])
-    assert len(text) == 4 - blank
-    [got] = unet(**given | {"encoder_hidden_states": text @ of_text.T})
+    caption_weights = drawing_unet._fuse_attention(unet)
+    captions = drawing_unet._without_empty_prompts(given["encoder_hidden_states"])
+    assert len(captions) == 4 - blank
+    [got] = unet(**given | {"encoder_hidden_states": captions @ caption_weights.T})
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_text_between_blank_ones_is_read_with_them() -> None:
+def test_empty_prompts_after_a_written_one_stay() -> None:
     embeddings = torch.zeros(4, 2, 3)
-    assert len(drawing_unet._without_blank(embeddings)) == 4
+    assert len(drawing_unet._without_empty_prompts(embeddings)) == 4
     embeddings[2, 1, 0] = -1
-    assert torch.equal(drawing_unet._without_blank(embeddings), embeddings[2:])
+    assert torch.equal(drawing_unet._without_empty_prompts(embeddings), embeddings[2:])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-3), (torch.bfloat16, 3e-2), (torch.float16, 1e-2)])
 @torch.no_grad()
-def test_a_fast_unet_gives_what_the_plain_one_does(settings: Make, dtype: torch.dtype, tolerance: float) -> None:
+def test_a_fast_unet_predicts_what_the_plain_one_does(settings: Make, dtype: torch.dtype, tolerance: float) -> None:
     unet = models.load_unet(settings().pretrained_model, None, CUDA, dtype)
     plain = copy.deepcopy(unet)
     drawing_unet.make_fast(unet)
-    for rows in (2, 2, 4, 2, 4, 4):  # a plain call, a capture, then replays
+    for rows in (2, 2, 4, 2, 4, 4):  # a warm-up, a capture, then replays
         given = inputs(rows, CUDA, dtype)
         [expected], [got] = plain(**given), unet(**given)
         assert (got - expected).float().norm() < tolerance * expected.float().norm()
-    assert len(unet.forward.replayed.captured.graphs) == 2
+    assert len(unet.forward.replayed.cuda_graphs.graphs) == 2
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("blank", [1, 2, 4])
 @torch.no_grad()
-def test_rows_without_a_text_are_as_if_they_had_been_read(settings: Make, blank: int) -> None:
+def test_rows_with_empty_prompts_are_predicted_as_by_the_plain_unet(settings: Make, blank: int) -> None:
     unet = models.load_unet(settings().pretrained_model, None, CUDA, torch.float32)
     plain = copy.deepcopy(unet)
     drawing_unet.make_fast(unet)
@@ -92,19 +92,19 @@ def test_a_fast_vae_decodes_what_the_plain_one_does(settings: Make) -> None:
     vae = models.load_vae(settings(), CUDA, torch.float32)
     plain = copy.deepcopy(vae)
     drawing_unet.make_decoder_fast(vae)
-    for seed in range(3):  # a plain call, a capture, a replay
+    for seed in range(3):  # a warm-up, a capture, a replay
         latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).to(CUDA)
         expected = plain.decode(latents).sample
         torch.testing.assert_close(vae.decode(latents).sample, expected, rtol=1e-2, atol=1e-2)
-    assert vae.decoder.forward.captured.graphs
+    assert vae.decoder.forward.cuda_graphs.graphs
 
 
 @pytest.mark.gpu
-def test_pictures_are_those_of_the_plain_way(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_those_of_the_plain_unet(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = drawn(settings(mixed_precision="bf16"), None, [1, 2])
     monkeypatch.setattr(drawing_unet, "make_fast", lambda _: None)
     plain = drawn(settings(mixed_precision="bf16"), None, [1, 2])
-    assert all(difference(fast[key], plain[key]) < 40 for key in plain)  # bf16, and weights without sense
+    assert all(difference(fast[key], plain[key]) < 40 for key in plain)  # bf16, and random weights
 
 
 def drawn_in_parts(config: Config, seeds: list[int], stop_at: int, kept: Path) -> Pictures:
@@ -141,20 +141,20 @@ def drawn_in_parts(config: Config, seeds: list[int], stop_at: int, kept: Path) -
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(("stop_at", "roomy"), [(2, False), (3, True), (5, False), (6, True)])
 def test_an_interrupted_run_makes_the_very_same_pictures(
-    settings: Make, device: str, stop_at: int, roomy: bool, monkeypatch: pytest.MonkeyPatch
+    settings: Make, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, seeds = settings(mixed_precision="bf16" if device == "cuda" else "no"), [1, 2, 3]
-    straight = drawn(config, None, seeds, prompt="lace")
-    monkeypatch.setattr(phases, "_ROOM", 0 if roomy else 10**6)
-    with tempfile.TemporaryDirectory() as kept:
-        parted = drawn_in_parts(config, seeds, stop_at, Path(kept))
-    assert straight.keys() == parted.keys()
-    assert all(difference(straight[key], parted[key]) == 0 for key in straight)
+    uninterrupted = drawn(config, None, seeds, prompt="lace")
+    for stop_at, roomy in ((2, False), (3, True), (5, False), (6, True)):
+        monkeypatch.setattr(phases, "_ROOM", 0 if roomy else 10**6)
+        with tempfile.TemporaryDirectory() as latents:
+            interrupted = drawn_in_parts(config, seeds, stop_at, Path(latents))
+        assert interrupted.keys() == uninterrupted.keys()
+        assert all(difference(interrupted[key], uninterrupted[key]) == 0 for key in uninterrupted), (stop_at, roomy)
 
 
-def test_kept_latents_that_are_damaged_are_made_anew(settings: Make, tmp_path: Path) -> None:
+def test_damaged_latents_are_made_again(settings: Make, tmp_path: Path) -> None:
     config, groups = settings(), [[Design(0, "lace", 1)]]
     pictures: list[Image.Image | None] = []
     for _ in range(2):

@@ -1,0 +1,29 @@
+"""Whether Triton's kernels run here, asked without importing it: CPU builds of PyTorch, and Macs, come without."""
+
+import importlib.util
+import logging
+import subprocess
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from lace_lora.errors import first_line
+
+logger = logging.getLogger("train_lora")
+
+
+def use_kernels_if_possible(model: UNet2DConditionModel | AutoencoderKL) -> None:
+    """Make a frozen model run on our Triton kernels: on NVIDIA GPUs since Ampere, if there is a C compiler."""
+    device = model.device
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return
+    if importlib.util.find_spec("triton") is None:
+        return
+    try:
+        from lace_lora.fast import patching
+
+        patching.try_kernels(device, model.dtype)
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        logger.warning("Triton cannot build its kernels here (%s): steps are slower without them", first_line(error))
+        return
+    patching.use_kernels(model)
