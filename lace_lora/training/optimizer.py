@@ -22,7 +22,7 @@ def make_optimizer(config: Config, lora: Weights) -> torch.optim.Optimizer:
     """AdamW or Prodigy over the UNet's LoRA and, at a rate of their own, the text encoders'.
 
     Prodigy with the options that diffusers' scripts give it. Mishchenko and Defazio 2023, "Prodigy: An Expeditiously
-    Adaptive Parameter-Free TrainStep".
+    Adaptive Parameter-Free Learner".
 
     Raises:
         UserError: Prodigy is wanted and not installed.
