@@ -1,4 +1,4 @@
-"""The tiny model's networks, loaded once for a test file and copied for each test, and their output for a fixed input."""
+"""The tiny model's networks, loaded once for a test file and copied for each test; their output for a fixed input."""
 
 from copy import deepcopy
 from pathlib import Path
