@@ -146,10 +146,15 @@ def load_part(
         options["variant"] = variant if hub.has_weights(Path(source, subfolder), variant) else None
     try:
         if Path(source).is_file():
-            return _load_from_file(part, Path(source), subfolder, dtype)
-        if device and device.type == "cuda" and dtype is not None:
-            return load_piecemeal(part, Path(source, subfolder), options["variant"], dtype, device)
-        return part.from_pretrained(source, subfolder=subfolder, **options)
+            loaded = _load_from_file(part, Path(source), subfolder, dtype)
+        elif device and device.type == "cuda" and dtype is not None:
+            loaded = load_piecemeal(part, Path(source, subfolder), options["variant"], dtype, device)
+        else:
+            loaded = part.from_pretrained(source, subfolder=subfolder, **options)
+        missing = [] if dtype is None else [name for name, weight in loaded.state_dict().items() if weight.is_meta]
+        if missing:
+            raise ValueError(f"there are no weights for {missing[0]}")
+        return loaded
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and explain(error, ""):
             raise  # out of memory
@@ -164,7 +169,7 @@ def load_piecemeal(part: Any, folder: Path, variant: str | None, dtype: torch.dt
     `from_pretrained` has all of them there twice, as mapped file and converted: 10 GB for SDXL's UNet.
 
     Raises:
-        ValueError, RuntimeError, SafetensorError, OSError: the weights are not there, or not this model's.
+        RuntimeError, SafetensorError, OSError: the weights are not there, or not this model's.
     """
     with torch.device("meta"):
         model = part.from_config(part.load_config(folder))
@@ -181,9 +186,6 @@ def load_piecemeal(part: Any, folder: Path, variant: str | None, dtype: torch.dt
             for some in pool.map(partial(read, file), [names[n : n + 50] for n in range(0, len(names), 50)]):
                 weights |= some
     model.load_state_dict(weights, strict=False, assign=True)
-    missing = [name for name, weight in model.state_dict().items() if weight.is_meta]
-    if missing:
-        raise ValueError(f"there are no weights for {missing[0]}")
     return model
 
 

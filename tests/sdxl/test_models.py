@@ -97,14 +97,26 @@ def test_piece_by_piece_a_unet_is_the_same(tiny: Path, tmp_path: Path, shard: st
     assert all(torch.equal(found[name], value.bfloat16()) for name, value in expected.items())
 
 
-def test_piece_by_piece_missing_and_foreign_weights_are_noticed(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
+def test_missing_and_foreign_weights_are_noticed(tiny: Path, tmp_path: Path, device: torch.device) -> None:
     shutil.copytree(tiny / "base" / "unet", tmp_path / "unet")
     file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
-    place = (UNet2DConditionModel, tmp_path / "unet", None, torch.float32, torch.device("cpu"))
     save_file({name: weight for name, weight in weights.items() if name != "conv_in.bias"}, file)
-    with pytest.raises(ValueError, match=r"no weights for conv_in.bias"):
-        models.load_piecemeal(*place)
+    refused(lambda: models.load_unet(str(tmp_path), None, device, torch.float32), "no weights for conv_in.bias")
     save_file(weights | {"conv_in.bias": torch.zeros(3)}, file)
-    with pytest.raises(RuntimeError, match=r"size mismatch for conv_in.bias"):
-        models.load_piecemeal(*place)
+    refused(
+        lambda: models.load_unet(str(tmp_path), None, device, torch.float32), "unet cannot be loaded .*conv_in.bias"
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shard", ["10GB", "200KB"])
+def test_on_a_gpu_a_unet_has_the_same_weights(tiny: Path, tmp_path: Path, shard: str) -> None:
+    unet = UNet2DConditionModel.from_pretrained(tiny / "base", subfolder="unet", torch_dtype=torch.float32)
+    unet.save_pretrained(tmp_path / "unet", max_shard_size=shard)
+    loaded = models.load_unet(str(tmp_path), None, torch.device("cuda"), torch.bfloat16)
+    expected, found = unet.state_dict(), loaded.state_dict()
+    assert set(found) == set(expected)
+    assert all(value.device.type == "cuda" for value in found.values())
+    assert all(torch.equal(found[name].cpu(), value.bfloat16()) for name, value in expected.items())
