@@ -36,7 +36,7 @@ def fetch_models(config: Config) -> dict[str, Any]:
     Everything that is used of the base, and the refiner's UNet: its VAE and text encoder are the base's.
 
     Raises:
-        UserError: a model is not there, not for you, not what it should be (exit 2), or its download failed (exit 4).
+        UserError: a model does not exist, needs a login, or is not SDXL (exit 2); its download failed (exit 4).
     """
     parts = [part for part in WITH_WEIGHTS if part != "vae" or not config.pretrained_vae]
     base = fetch(config.pretrained_model, [*parts, *WITHOUT_WEIGHTS], config.variant, config.revision)
