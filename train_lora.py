@@ -58,6 +58,7 @@ def main() -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
     threading.excepthook = _leave_disks_to_others
+    models.prepare_process()
 
     def work(stop: StopSignal) -> str:
         job = Job.load(arguments.job)

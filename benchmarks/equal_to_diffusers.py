@@ -62,6 +62,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="SDXL in diffusers' layout; without it a tiny one is built")
     parser.add_argument("--pictures", type=Path, default=Path("demo/lace"), help="folder of JPEGs")
     arguments = parser.parse_args()
+    models.prepare_process()
     os.environ["ACCELERATE_USE_CPU"] = "true"  # where fp32 means fp32
     equal = True
     print("| case | quantity | largest absolute difference | largest relative difference | equal |")

@@ -27,6 +27,7 @@ from lace_lora.config import IMAGE_EXTENSIONS, Config
 from lace_lora.drawing import phases
 from lace_lora.pictures import image_files
 from lace_lora.pictures.recipe import Design
+from lace_lora.sdxl import models
 from lace_lora.sdxl.vae import to_tensor
 
 HERE = Path(__file__).resolve().parent
@@ -203,7 +204,9 @@ def figures(paths: Sequence[Path]) -> Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders that main.py drew into")
-    for folder in parser.parse_args().folders:
+    folders = parser.parse_args().folders
+    models.prepare_process()
+    for folder in folders:
         for kind in ("base", "refined"):
             if paths := sorted(folder.glob(f"{kind}_output_*")):
                 print(f"{folder}, {kind}: {figures(paths)}")

@@ -20,6 +20,7 @@ from demo import measure
 from demo.making import draw_textiles
 from demo.measure import Figures
 from lace_lora.config import LORA_FILE
+from lace_lora.sdxl import models
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -129,6 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=48, help="pictures in each set (default: 48)")
     seeds = parser.parse_args().seeds
+    models.prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         is_proven = prove(Path(folder), seeds)
     print("\n" + ("proven" if is_proven else "NOT PROVEN"))

@@ -1,4 +1,4 @@
-"""Google Drive in Colab: is it mounted, can it be, and what to tell the user when it cannot."""
+"""Google Drive in Colab: whether it is mounted, mounting it, and what the user can do when that is impossible."""
 
 import importlib.util
 import logging
@@ -60,7 +60,7 @@ def in_kernel() -> bool:
 
 
 def is_mounted(mount_path: str, mounts: str | Path = "/proc/mounts") -> bool:
-    """Whether something is mounted at `mount_path`. The mount table knows it in every process; Colab's API does not."""
+    """Whether something is mounted at `mount_path`: by the mount table, which every process has, unlike Colab's API."""
     try:
         table = Path(mounts).read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:

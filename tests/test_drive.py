@@ -72,7 +72,7 @@ def test_outside_colab_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     drive.ensure_mounted(ON_DRIVE)
 
 
-def test_colab_is_known_by_its_module_alone(monkeypatch: pytest.MonkeyPatch, mounted: list[str]) -> None:
+def test_colab_is_recognised_by_its_module_alone(monkeypatch: pytest.MonkeyPatch, mounted: list[str]) -> None:
     outside_colab(monkeypatch)
     assert drive.in_colab()
 
@@ -102,7 +102,7 @@ def test_a_mounted_drive_is_left_alone(mounted: list[str]) -> None:
     assert mounted == []
 
 
-def test_under_a_shell_the_two_lines_are_told(mounted: list[str]) -> None:
+def test_under_a_shell_the_two_lines_are_printed(mounted: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         drive.ensure_mounted(ON_DRIVE)
     assert caught.value.exit_code == 2

@@ -30,6 +30,7 @@ from demo import measure
 from demo.making import build_model, draw_lace
 from demo.making.draw_textiles import COLOURS, FINE, PATTERNS, SIDE, Textile, caption, draw
 from demo.making.learning import Critic, DiffusionBatch, Learner, difference, diffusion_loss, progress, tokenize
+from lace_lora.sdxl import models
 
 HERE = Path(__file__).resolve().parent
 SCALING_FACTOR = 0.13025  # SDXL's; the latents are brought to its scale, not the factor to the latents
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="everything in miniature")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
+    models.prepare_process()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     workshop = Workshop(arguments.work, SMALL if arguments.small else FULL)
     if (arguments.work / "figures.json").exists():

@@ -66,13 +66,14 @@ def draw_pictures(
         UserError: base or refiner would make no step, a model or the LoRA cannot be loaded, or the device cannot do
             what is asked for.
     """
+    models.prepare_process()
     device = models.pick_device()
     _draw_in_phases(config, lora, batches, kept, finish, device)
     models.free(device)  # in a notebook, other work comes after
 
 
 def _draw_in_phases(
-    config: Config, lora: Path | None, batches: Sequence[Sequence[Design]], kept: Path, finish: saving.Finish,
+    config: Config, lora_file: Path | None, batches: Sequence[Sequence[Design]], kept: Path, finish: saving.Finish,
     device: torch.device,
 ) -> None:  # fmt: skip
     dtype = models.pick_dtype(config.mixed_precision, device)
@@ -88,6 +89,7 @@ def _draw_in_phases(
     last_files = refined_files if config.refine else base_files
     # Whether pictures are saved while the last UNet is at work; asked before anything is on the GPU.
     meanwhile = _has_room(config, len(batches[0])) and not all(file.exists() for file in last_files)
+    lora = lora_weights.read_lora(lora_file) if lora_file else None
     both = embed_for_both(config, prompts, lora, device, dtype)
     for_base, for_refiner = (one.to(device, dtype) for one in both)
     models.free(device)
@@ -141,8 +143,9 @@ def _save_all(
 
 
 def _load_unet(
-    config: Config, source: str, device: torch.device, dtype: torch.dtype, lora: Path | None = None
-) -> UNet2DConditionModel:
+    config: Config, source: str, device: torch.device, dtype: torch.dtype,
+    lora: lora_weights.Lora | None = None,
+) -> UNet2DConditionModel:  # fmt: skip
     unet = models.load_unet(source, config.variant, device, dtype, config.attention)
     if lora:
         lora_weights.merge_lora({"unet": unet}, lora, config.lora_scale)

@@ -1,9 +1,8 @@
-"""Models by name: on the hub, in a folder, or in one file. What is needed of one is downloaded once.
+"""Models by name: on the hub, in a folder, or in one file. Only what is needed of a model is downloaded, once.
 
-Nothing here imports torch, so that a wrong name or a dead connection is told before anything heavy starts.
+Nothing here imports torch, so that a wrong name or a dead connection is reported before anything heavy starts.
 """
 
-import logging
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -15,17 +14,14 @@ from huggingface_hub import errors
 from safetensors import SafetensorError, safe_open
 
 from lace_lora.config import Config
-from lace_lora.errors import DISK_OR_DRIVE, UserError
-
-logger = logging.getLogger(__name__)
+from lace_lora.errors import DISK_OR_DRIVE, UserError, first_line
 
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
-# A checkpoint in one file has weights only; shapes, vocabulary and noise schedule are those of the model it is one of.
+# A checkpoint in one file has weights only; its config, vocabulary and noise schedule are those of these repositories.
 BASE_LAYOUT, REFINER_LAYOUT = "stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-refiner-1.0"
 
-_BROKEN = "{} did not arrive whole ({}): run the same command again, it goes on with what is missing; is the disk full?"
-# What a connection that breaks raises: that of huggingface_hub's network library, which differs by version, and of Xet.
+# What a broken connection raises: huggingface_hub's network library, which differs by version, and Xet.
 _CONNECTION_LOST: tuple[type[Exception], ...] = (
     next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"),
     getattr(errors, "XetDownloadError", RuntimeError),
@@ -35,12 +31,12 @@ _CONNECTION_LOST: tuple[type[Exception], ...] = (
 
 
 def fetch_models(config: Config) -> dict[str, Any]:
-    """Where the models of `config` are on this machine, by setting, after what is missing of them was downloaded.
+    """Download what is missing of the models of `config`; returns their places on this machine by setting.
 
-    Of the base all that is used, of the refiner its UNet alone: its VAE and text encoder are the base's.
+    Everything that is used of the base, and the refiner's UNet: its VAE and text encoder are the base's.
 
     Raises:
-        UserError: a model is not there, not for you, not what it should be (exit 2), or did not arrive (exit 4).
+        UserError: a model does not exist, needs a login, or is not SDXL (exit 2); its download failed (exit 4).
     """
     parts = [part for part in WITH_WEIGHTS if part != "vae" or not config.pretrained_vae]
     base = fetch(config.pretrained_model, [*parts, *WITHOUT_WEIGHTS], config.variant, config.revision)
@@ -52,7 +48,7 @@ def fetch_models(config: Config) -> dict[str, Any]:
 def fetch(source: str, parts: Sequence[str], variant: str | None = None, revision: str | None = None) -> Path:
     """The folder or file of a model; `parts` are the subfolders that are needed, "" for the folder itself.
 
-    Weights are taken in the variant where there are such, else plain ones; safetensors only.
+    Weights are downloaded in the variant where there are such, else plain ones; safetensors only.
     """
     path = Path(source)
     if path.is_file():
@@ -77,22 +73,21 @@ def fetch(source: str, parts: Sequence[str], variant: str | None = None, revisio
 
 
 def layout(file: Path) -> Path:
-    """The folder with everything but weights for a checkpoint in one file.
+    """The folder with everything but the weights of a checkpoint in one file.
 
     Raises:
-        UserError: it is not safetensors, or not a model.
+        UserError: it is not safetensors, or its noise schedule cannot be known.
     """
     try:
         with safe_open(file, framework="numpy") as content:
             names = list(content.keys())
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file} is not a safetensors file, and no other kind is loaded ({reason})") from error
-    if "v_pred" in names:
-        advice = "give it as a folder in diffusers' layout, whose scheduler says so"
         raise UserError(
-            f"{file} predicts velocity, which a single file cannot say in a way that is read here: {advice}"
-        )
+            f"{file} is not a safetensors file, and no other kind is loaded ({first_line(error)})"
+        ) from error
+    if "v_pred" in names:
+        advice = "use it as a folder in diffusers' layout, whose scheduler config has the prediction type"
+        raise UserError(f"{file} is a v-prediction model, which is not supported as a single file: {advice}")
     # SDXL's base has two text encoders, its refiner the larger one alone.
     is_refiner = any(name.startswith("conditioner.embedders.0.model.") for name in names)
     small = _in([*WITH_WEIGHTS, *WITHOUT_WEIGHTS], ["*.json", "*.txt"])
@@ -100,7 +95,7 @@ def layout(file: Path) -> Path:
 
 
 def has_weights(folder: Path, variant: str | None) -> bool:
-    """Whether weights in that variant are there, whole or in shards; None means plain ones."""
+    """Whether there are weights in that variant, in one file or in shards; None means plain ones."""
     return bool(weight_files(folder, variant))
 
 
@@ -110,9 +105,9 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def read_ahead(source: str, parts: Sequence[str], variant: str | None) -> None:
-    """Have weights read from a slow disk on a thread, while something else is at work.
+    """Read weights from a slow disk on a thread, while other work goes on.
 
-    They come into the system's cache, which gives way where memory is needed for other things.
+    They go into the system's page cache, which shrinks when memory is needed for other things.
     """
     files = [Path(source)] if Path(source).is_file() else []
     for folder in (Path(source, part) for part in parts):
@@ -120,7 +115,7 @@ def read_ahead(source: str, parts: Sequence[str], variant: str | None) -> None:
 
     def read() -> None:
         buffer = bytearray(2**24)
-        with suppress(OSError):  # loading will tell
+        with suppress(OSError):  # loading will report it
             for file in files:
                 with open(file, "rb", buffering=0) as content:
                     while content.readinto(buffer):
@@ -143,32 +138,28 @@ def _in(folders: Iterable[str], names: Sequence[str]) -> list[str]:
 
 
 def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
-    """`snapshot_download` with its failures as sentences. Without a connection it answers from the cache."""
+    """`snapshot_download` with its failures as one-line errors. Without a connection it uses the cache."""
     name = f"{source} (revision {revision})" if revision else source
     try:
         return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:
-        how = "agree to its terms on its page on the hub, then log in with `hf auth login` or set HF_TOKEN"
-        raise UserError(f"{name} is only for those who agreed to its terms: {how}") from error
+        how = "accept its terms on its page on the hub, then log in with `hf auth login` or set HF_TOKEN"
+        raise UserError(f"{name} is only for those who accepted its terms: {how}") from error
     except errors.RepositoryNotFoundError as error:
         how = "check the name; if it is private, log in with `hf auth login` or set HF_TOKEN"
         raise UserError(f"there is no model {name} on the hub, nor a folder of that name: {how}") from error
     except (errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{name} is not a model on the hub, nor a folder ({reason}): check name and revision"
-        ) from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+        how = "check name and revision"
+        raise UserError(f"{name} is not a model on the hub, nor a folder ({first_line(error)}): {how}") from error
+    except _CONNECTION_LOST as error:  # among them HfHubHTTPError and LocalEntryNotFoundError
         refused = {getattr(getattr(each, "response", None), "status_code", 0) for each in (error, error.__cause__)}
         if refused & {401, 403}:
-            how = "it may have expired: log in anew with `hf auth login`, or set HF_TOKEN"
+            how = "it may have expired: log in again with `hf auth login`, or set HF_TOKEN"
             raise UserError(f"the hub refuses your token for {name}: {how}") from error
-        if isinstance(error, errors.HfHubHTTPError):
-            raise UserError(_BROKEN.format(name, str(error).strip().splitlines()[0][:200]), DISK_OR_DRIVE) from error
-        how = "connect (and unset HF_HUB_OFFLINE), then run the same command again"
-        raise UserError(
-            f"{name} is not all on this machine, and the hub is not reached: {how}", DISK_OR_DRIVE
-        ) from error
-    except _CONNECTION_LOST as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(_BROKEN.format(name, reason), DISK_OR_DRIVE) from error
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            how = "connect (and unset HF_HUB_OFFLINE), then run the same command again"
+            raise UserError(
+                f"{name} is incomplete on this machine, and the hub is not reached: {how}", DISK_OR_DRIVE
+            ) from error
+        how = "run the same command again, it downloads what is missing; is the disk full?"
+        raise UserError(f"{name} is incomplete ({first_line(error)}): {how}", DISK_OR_DRIVE) from error

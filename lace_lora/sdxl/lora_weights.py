@@ -1,11 +1,13 @@
-"""The LoRA: put on the networks that train, written as diffusers and as kohya's programs name it, merged for drawing.
+"""The LoRA: added to the networks that train, saved for diffusers and kohya's programs, read and merged for drawing.
 
-`Networks` are called as diffusers calls them: `unet`, `text_encoder`, `text_encoder_2`.
+`Networks` have diffusers' names: `unet`, `text_encoder`, `text_encoder_2`.
 """
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lace_lora import errors
 from lace_lora.config import Config
-from lace_lora.errors import UserError
+from lace_lora.errors import UserError, explain, first_line
 from lace_lora.files import write_atomically
 
 # Every attention of each network.
 _UNET_TARGETS, _TEXT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0"), ("q_proj", "k_proj", "v_proj", "out_proj")
 _KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 _LAYERS_PER_BLOCK = 2  # of SDXL's UNet; the demo's has 1
-# Of the UNet's layers outside of attention, what SDXL's own code calls them, and kohya's programs after it.
+# The UNet's layers outside of attention, by diffusers' name and by that of SDXL's own code, which kohya's programs use.
 _ORIGINAL_NAMES = {
     "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2", "time_embedding.linear_1": "time_embed.0",
@@ -35,16 +36,22 @@ _ORIGINAL_NAMES = {
     ".conv1": ".in_layers.2", ".time_emb_proj": ".emb_layers.1", ".conv2": ".out_layers.3",
     ".conv_shortcut": ".skip_connection",
 }  # fmt: skip
+# How a name in a LoRA file begins, by network, and how it ends, by what it is of its layer.
+_PREFIXES = {network: (f"{network}.", f"{prefix}_") for network, prefix in _KOHYA_PREFIX.items()}
+_ENDS = {
+    ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
+    ".alpha": "alpha", ".lora_magnitude_vector": "magnitude",
+}  # fmt: skip
 
 Networks = dict[str, torch.nn.Module]
 
 
 def add_lora(networks: Networks, config: Config) -> dict[str, torch.nn.Parameter]:
-    """Put a new LoRA, initially without effect, on the attention of every network.
+    """Add a new LoRA, initially without effect, to the attention of every network.
 
     Returns:
-        Its weights by name, the network's before a dot: the only ones that train, in fp32, since at usual learning
-        rates most updates of bf16 weights would round to nothing.
+        Its weights by `network.parameter`: the only ones that train, in fp32, since at usual learning rates most
+        updates of bf16 weights would round to nothing.
     """
     weights: dict[str, torch.nn.Parameter] = {}
     for name, network in networks.items():
@@ -64,22 +71,22 @@ def add_lora(networks: Networks, config: Config) -> dict[str, torch.nn.Parameter
 
 
 def lora_state(networks: Networks, scale: float = 1.0) -> dict[str, Tensor]:
-    """The LoRA as diffusers names it, on the CPU, in fp32.
+    """The LoRA under diffusers' names, on the CPU, in fp32.
 
     Args:
-        scale: folded in; alpha / rank for a file, since plain loaders take alpha for the rank.
+        scale: folded into the weights; alpha / rank for a file, since plain loaders assume that alpha is the rank.
     """
     state = {}
     for name, network in networks.items():
         for key, weight in get_peft_model_state_dict(network).items():
-            # transformers 5.6 took the level `text_model` out of one of the encoders; files keep it.
+            # transformers 5.6 removed the level `text_model` from one of the encoders; files keep it.
             path = key if name == "unet" or key.startswith("text_model.") else f"text_model.{key}"
             state[f"{name}.{path}"] = (weight.detach().float().cpu() * (scale if "lora_B" in key else 1)).contiguous()
     return state
 
 
-def kohya_state(state: dict[str, Tensor], alpha: float, layers_per_block: int = _LAYERS_PER_BLOCK) -> dict[str, Tensor]:
-    """`lora_state` as kohya's sd-scripts name it, for ComfyUI, A1111 and InvokeAI: scaled by alpha / rank there."""
+def kohya_state(state: dict[str, Tensor], alpha: float, layers_per_block: int) -> dict[str, Tensor]:
+    """`lora_state` under kohya's names, for ComfyUI, A1111 and InvokeAI, which scale by alpha / rank."""
     named = {}
     for key, weight in state.items():
         module, _, matrix = key.removesuffix(".weight").rpartition(".")
@@ -90,7 +97,7 @@ def kohya_state(state: dict[str, Tensor], alpha: float, layers_per_block: int = 
 
 
 def kohya_name(module: str, layers_per_block: int = _LAYERS_PER_BLOCK) -> str:
-    """`unet.down_blocks.1.attentions.0.proj` is `lora_unet_input_blocks_4_1_proj`, as SDXL's own code."""
+    """kohya's name for a layer: `lora_unet_input_blocks_4_1_proj` for `unet.down_blocks.1.attentions.0.proj`."""
     network, _, path = module.partition(".")
     if network == "unet":
         path = _original_path(path, layers_per_block)
@@ -117,22 +124,60 @@ def save_lora(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) ->
     write_atomically(path, save(state, metadata={"format": "pt", **metadata}))
 
 
-def read_lora(path: Path) -> dict[str, Tensor]:
-    """A LoRA file in fp32; what diffusers' own scripts wrote, under the names of `lora_state`.
+@dataclass(frozen=True)
+class LoraLayer:
+    """What a LoRA file has for one layer, to whose weights it adds alpha / rank * up @ down."""
 
-    Strengths that such a file notes in its metadata become an `alpha` beside each layer's matrices, as kohya has it.
+    down: Tensor  # (rank, in, …)
+    up: Tensor  # (out, rank, …)
+    alpha: float
+    magnitude: Tensor | None  # (out) values, with DoRA
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file in memory, its layers by the name that it has for each: diffusers' or one of kohya's."""
+
+    path: Path
+    layers: dict[str, LoraLayer]
+
+
+def read_lora(path: Path) -> Lora:
+    """A LoRA file of diffusers, peft or kohya's programs, once; for `merge_lora(networks, read_lora(path), scale)`.
+
+    Raises:
+        UserError: not safetensors, or not a LoRA for SDXL. Errors of the disk and of memory are passed on.
     """
+    with _not_for_this_model(path):
+        state, adapter = _read_file(path)
+        layers: dict[str, dict[str, Tensor]] = {}
+        unknown = []
+        for key, value in state.items():
+            end = next((end for end in _ENDS if key.endswith(end)), "")
+            layer, part = key.removesuffix(end), _ENDS.get(end)
+            if part and key.startswith(sum(_PREFIXES.values(), ())) and part not in layers.get(layer, {}):
+                layers.setdefault(layer, {})[part] = value
+            else:
+                unknown.append(key)
+        unknown += [layer for layer, own in layers.items() if not own.keys() >= {"down", "up"}]
+        _refuse(unknown)
+        if not any(layer.startswith(_PREFIXES["unet"]) for layer in layers):
+            raise ValueError("it has no weights for the UNet")
+        return Lora(path, {layer: _layer(layer, own, adapter) for layer, own in layers.items()})
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A LoRA file that diffusers' own scripts wrote, in fp32, under the names of `lora_state`."""
+    return {key: value.float() for key, value in _read_file(path)[0].items()}
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors under the names of `lora_state` where they had other ones of diffusers', and peft's settings if noted."""
     with safe_open(path, framework="pt") as file:
-        noted = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        keys = list(file.keys())
-        as_it_is = {key: file.get_tensor(key).float() for key in keys}
-    weights = {_our_name(key): weight for key, weight in convert_unet_state_dict_to_peft(as_it_is).items()}
-    for key in [key for key in weights if key.endswith(".lora_A.weight")]:
-        layer, rank = key.removesuffix(".lora_A.weight"), len(weights[key])
-        alpha = _noted_alpha(noted, layer, rank)
-        if alpha is not None and alpha != rank:
-            weights[f"{layer}.alpha"] = torch.tensor(alpha)
-    return weights
+        adapter = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        # Copied: a tensor that is still mapped when its disk is lost would end the process.
+        tensors = {key: file.get_tensor(key).clone() for key in list(file.keys())}
+    return {_our_name(key): value for key, value in convert_unet_state_dict_to_peft(tensors).items()}, adapter
 
 
 def _our_name(key: str) -> str:
@@ -141,78 +186,78 @@ def _our_name(key: str) -> str:
     return re.sub(r"^(text_encoder(?:_2)?)\.encoder\.", r"\1.text_model.encoder.", key)
 
 
-def _noted_alpha(noted: dict[str, Any], layer: str, rank: int) -> float | None:
-    """peft's alpha for a layer: the one of its pattern, or of all; with rsLoRA it counts by the root of the rank."""
-    network, _, path = layer.partition(".")
-    patterns = noted.get(f"{network}.alpha_pattern") or {}
-    own = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", path))
-    alpha = next(own, noted.get(f"{network}.lora_alpha"))
-    return alpha if alpha is None else alpha * rank**0.5 if noted.get(f"{network}.use_rslora") else alpha
+def _layer(name: str, own: dict[str, Tensor], adapter: dict[str, Any]) -> LoraLayer:
+    """`adapter` has peft's alpha: by pattern of layers, or for all; with rsLoRA it is divided by the rank's root."""
+    rank = len(own["down"])
+    network, _, path = name.partition(".")
+    patterns = adapter.get(f"{network}.alpha_pattern") or {}
+    matching = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", path))
+    alpha = next(matching, adapter.get(f"{network}.lora_alpha"))
+    if alpha is None:
+        alpha = own.get("alpha", rank)
+    elif adapter.get(f"{network}.use_rslora"):
+        alpha *= rank**0.5
+    return LoraLayer(own["down"], own["up"], float(torch.as_tensor(alpha).float()), own.get("magnitude"))
 
 
-def merge_lora(networks: Networks, path: Path, scale: float) -> None:
-    """Load a LoRA file and add `scale` times its product to the networks' weights: no cost per step after that.
+def merge_lora(networks: Networks, lora: Lora, scale: float) -> None:
+    """Add `scale` times a LoRA to the networks' weights: no cost per step after that.
 
-    diffusers' and kohya's keys are understood, on any linear layer or convolution, with DoRA by peft's name for it. A
-    network that the file has nothing for is left alone, but the UNet; nothing is merged in part.
+    A network that it has nothing for is left alone. Of each, all layers are found before any is merged.
 
     Raises:
-        UserError: not safetensors, not a LoRA for this model, or of other shapes. Errors of the disk and of memory go
-            on as they are.
+        UserError: the LoRA has other layers than the network, or of other shapes. Errors of memory are passed on.
     """
     if scale == 0:
         return
-    try:
-        weights = read_lora(path)
-        of = {name: (f"{name}.", f"{prefix}_") for name, prefix in _KOHYA_PREFIX.items()}
-        _refuse([key for key in weights if not key.startswith(sum(of.values(), ()))])
-        if not any(key.startswith(of["unet"]) for key in weights):
-            raise ValueError("it has no weights for the UNet")
+    with _not_for_this_model(lora.path):
         for name, network in networks.items():
-            _merge(network, name, {key: value for key, value in weights.items() if key.startswith(of[name])}, scale)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        if errors.explain(error, ""):
-            raise
-        reason = str(error).strip().split("\n")[0][:200]
-        advice = "check lora_path and pretrained_model"
-        raise UserError(f"{path} is not a LoRA for this model ({reason}): {advice}") from error
+            left = {layer: own for layer, own in lora.layers.items() if layer.startswith(_PREFIXES[name])}
+            found = [(module, left.pop(layer)) for layer, module in _by_name(network, name).items() if layer in left]
+            _refuse(left)
+            for module, own in found:
+                _add(module.weight, own, scale)
 
 
-def _refuse(left: Collection[str]) -> None:
-    if left:
-        raise ValueError(f"it has weights of another model, or of another kind than LoRA, such as {min(left)}")
+def _by_name(network: Any, name: str) -> dict[str, Any]:
+    """Each linear layer and convolution of a network, under every name that a LoRA file can have for it."""
+    layers_per_block = getattr(network.config, "layers_per_block", _LAYERS_PER_BLOCK)
+    modules: dict[str, Any] = {}
+    for path, module in network.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            in_file = path if name == "unet" or re.match("text_model|text_projection", path) else f"text_model.{path}"
+            ours = f"{name}.{in_file}"
+            modules.setdefault(ours, module)
+            modules.setdefault(kohya_name(ours, layers_per_block), module)
+            modules.setdefault(f"{_KOHYA_PREFIX[name]}_{in_file.replace('.', '_')}", module)  # some name the UNet so
+    return modules
 
 
 @torch.no_grad()
-def _merge(network: Any, name: str, own: dict[str, Tensor], scale: float) -> None:
-    layers_per_block = getattr(network.config, "layers_per_block", _LAYERS_PER_BLOCK)
-    changes: list[tuple[Tensor, Tensor, Tensor, float, Tensor | None]] = []
-    for path, layer in network.named_modules():
-        in_file = path if name == "unet" or re.match("text_model|text_projection", path) else f"text_model.{path}"
-        ours = f"{name}.{in_file}"
-        for theirs, down, up in (
-            (ours, "lora_A", "lora_B"),
-            (kohya_name(ours, layers_per_block), "lora_down", "lora_up"),
-            (f"{_KOHYA_PREFIX[name]}_{in_file.replace('.', '_')}", "lora_down", "lora_up"),
-        ):
-            if f"{theirs}.{down}.weight" in own:
-                up_matrix, down_matrix = own.pop(f"{theirs}.{up}.weight"), own.pop(f"{theirs}.{down}.weight")
-                rank = len(down_matrix)
-                strength = float(own.pop(f"{theirs}.alpha", rank)) / rank
-                magnitude = own.pop(f"{theirs}.lora_magnitude_vector", None)
-                changes.append((layer.weight, up_matrix, down_matrix, scale * strength, magnitude))
-    _refuse(own)
-    for change in changes:
-        _add(*change)
+def _add(weight: Tensor, layer: LoraLayer, scale: float) -> None:
+    """Add a layer's LoRA to weights (out, in, …), in fp32; with DoRA, then set the length of each output's weights.
 
-
-def _add(weight: Tensor, up: Tensor, down: Tensor, scale: float, magnitude: Tensor | None) -> None:
-    """Add the product of (out, rank, …) and (rank, in, …) to (out, in, …), in fp32; with DoRA, lengths are then set.
-
-    Liu et al. 2024, "DoRA", equation 5: `magnitude` is the length of the weights of each output.
+    Liu et al. 2024, "DoRA", equation 5: `magnitude` is that length.
     """
-    up, down = (matrix.to(weight.device).flatten(1) for matrix in (up, down))
-    merged = torch.addmm(weight.flatten(1).float(), up, down, alpha=scale)
-    if magnitude is not None:
-        merged *= (magnitude.to(weight.device).flatten() / merged.norm(dim=1))[:, None]
+    up, down = (matrix.to(weight.device).float().flatten(1) for matrix in (layer.up, layer.down))
+    merged = torch.addmm(weight.flatten(1).float(), up, down, alpha=scale * (layer.alpha / len(down)))
+    if layer.magnitude is not None:
+        merged *= (layer.magnitude.to(weight.device).float().flatten() / merged.norm(dim=1))[:, None]
     weight.copy_(merged.view_as(weight))
+
+
+def _refuse(unknown: Collection[str]) -> None:
+    if unknown:
+        raise ValueError(f"it has weights of another model, or of another kind than LoRA, such as {min(unknown)}")
+
+
+@contextmanager
+def _not_for_this_model(path: Path) -> Iterator[None]:
+    """What is wrong with a LoRA file as a UserError; errors of the disk and of memory are passed on."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if explain(error, ""):
+            raise
+        advice = "check lora_path and pretrained_model"
+        raise UserError(f"{path} is not a LoRA for this model ({first_line(error)}): {advice}") from error

@@ -1,15 +1,9 @@
-"""SDXL's parts: loading each alone in the right number format; prompts to embeddings.
-
-Nothing here loads more than it is asked for, so that no two big models need be in memory at once.
-"""
+"""SDXL's parts, each loaded alone and in the right dtype, so that no two big models are in memory at once."""
 
 import ctypes
 import gc
-import logging
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +14,34 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from lace_lora import errors
 from lace_lora.config import Config
-from lace_lora.errors import UserError
+from lace_lora.errors import UserError, explain, first_line
 from lace_lora.sdxl import hub
 
-logger = logging.getLogger(__name__)
-
-GIB = 2**30
-_READERS = 4  # threads
 _IN_ONE_FILE = {
     "text_encoder": "conditioner.embedders.0.transformer.",
     "text_encoder_2": "conditioner.embedders.1.model.",
 }
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # options of glibc's mallopt
 
-# Their warnings are about their own matters, and their bars about single files; ours tell what the user needs.
-diffusers.utils.logging.set_verbosity_error()
-diffusers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-huggingface_hub.utils.enable_progress_bars()  # transformers turns these off too, and downloads are long
 
-# glibc's malloc: let up to half a GiB stay with the process when it is free, and take large blocks from there too. To
-# give memory back and get it again for every tensor can take as long as what is calculated on a CPU: 30 steps on the
-# demo's model, with the start, took 21.3 s before and 14.5 s after, on two cores.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-if sys.platform == "linux" and not torch.cuda.is_available():
-    with suppress(AttributeError):  # of another C library
-        for option, value in ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**29), (_TOP_PAD, 2**26)):
-            ctypes.CDLL(None).mallopt(option, value)
+def prepare_process() -> None:
+    """For entry points to call before they use a model: quiet libraries, and on a CPU a faster malloc."""
+    # Their warnings are about their own matters, and their bars about single files; ours tell what the user needs.
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # transformers turns these off too, and downloads are long
+    # Let glibc keep up to half a GiB of free memory, and serve large blocks from it too. Returning memory to the system
+    # and getting it again for every tensor can take as long as the arithmetic on a CPU: 30 steps on the demo's model,
+    # with the start, took 21.3 s without this and 14.5 s with it, on two cores.
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        with suppress(AttributeError):  # of another C library
+            for option, value in ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**29), (_TOP_PAD, 2**26)):
+                ctypes.CDLL(None).mallopt(option, value)
 
 
 def pick_device() -> torch.device:
@@ -61,10 +51,10 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
-    """The number format of the frozen weights.
+    """The dtype of the frozen weights.
 
     Raises:
-        UserError: the device cannot calculate in the format that was asked for.
+        UserError: the device does not support the dtype that was asked for.
     """
     # By capability: torch.cuda.is_bf16_supported() says yes on a T4, which only emulates it.
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -79,6 +69,54 @@ def pick_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
 
 
+def load_unet(
+    source: str, variant: str | None, device: torch.device, dtype: torch.dtype, attention: str = "auto"
+) -> UNet2DConditionModel:
+    """A UNet, frozen, with PyTorch's attention (`sdpa`, which `auto` chooses) or xformers'.
+
+    Raises:
+        UserError: see `load_part`; or xformers is asked for and is not installed, or does not work on this GPU.
+    """
+    unet = load_part(UNet2DConditionModel, source, "unet", variant, dtype, device)
+    unet = unet.to(device).eval().requires_grad_(False)
+    if attention == "xformers":
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
+            advice = "pip install xformers in the version made for your PyTorch, or set attention: auto"
+            raise UserError(
+                f"attention is xformers, which cannot be used here ({first_line(error)}): {advice}"
+            ) from error
+    return unet
+
+
+def layers_per_block(source: str) -> int:
+    """A UNet's, without loading it."""
+    return int(UNet2DConditionModel.load_config(source, subfolder="unet")["layers_per_block"])
+
+
+def load_vae(config: Config, device: torch.device, dtype: torch.dtype, drawing: bool = False) -> AutoencoderKL:
+    """The VAE in fp32, since SDXL's own overflows in fp16; `pretrained_vae`, made to fix that, in `dtype`.
+
+    For `drawing`, bf16 will do: half the memory, and pictures that differ by half a level of 255 (the demo's).
+    """
+    source, subfolder = vae_place(config)
+    in_dtype = config.pretrained_vae or drawing and dtype == torch.bfloat16
+    vae = load_part(AutoencoderKL, source, subfolder, config.variant, dtype if in_dtype else torch.float32)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def vae_place(config: Config) -> tuple[str, str]:
+    """The folder or the file that the VAE is in, and its subfolder."""
+    alone = config.pretrained_vae and Path(config.pretrained_vae, "config.json").is_file()
+    return config.pretrained_vae or config.pretrained_model, "" if alone else "vae"
+
+
+def load_noise_scheduler(config: Config) -> DDPMScheduler:
+    """The model's own noise schedule, betas and prediction type, in its training form."""
+    return load_part(DDPMScheduler, config.pretrained_model, "scheduler")
+
+
 def load_part(
     part: Any,
     source: str,
@@ -90,9 +128,9 @@ def load_part(
     """One part of a model in a folder of diffusers' layout, or in one file.
 
     Args:
-        variant: which weight files to prefer; plain ones are taken where there are none of these.
-        dtype: number format of the weights, read from safetensors alone; None for parts without weights.
-        device: a GPU that a UNet is going to, and need not stand in the machine's memory before.
+        variant: which weight files to prefer; plain ones are used where there are none of these.
+        dtype: of the weights, read from safetensors alone; None for parts without weights.
+        device: where a UNet goes: to a GPU it is loaded without being in the machine's memory as a whole.
 
     Raises:
         UserError: the folder or the file is not there, or is not what it should be.
@@ -102,47 +140,25 @@ def load_part(
         # transformers calls it dtype, diffusers torch_dtype.
         options = {"dtype" if issubclass(part, PreTrainedModel) else "torch_dtype": dtype, "use_safetensors": True}
         options["variant"] = variant if hub.has_weights(Path(source, subfolder), variant) else None
+        if device and device.type == "cuda":
+            options["device_map"] = {"": device}
     try:
         if Path(source).is_file():
-            return _load_from_file(part, Path(source), subfolder, dtype)
-        if device and device.type == "cuda" and dtype is not None:
-            return load_piecemeal(part, Path(source, subfolder), options["variant"], dtype, device)
-        return part.from_pretrained(source, subfolder=subfolder, **options)
+            loaded = _load_from_file(part, Path(source), subfolder, dtype)
+        else:
+            loaded = part.from_pretrained(source, subfolder=subfolder, **options)
+        missing = [] if dtype is None else [name for name, weight in loaded.state_dict().items() if weight.is_meta]
+        if missing:
+            raise ValueError(f"there are no weights for {missing[0]}")
+        return loaded
+    except NotImplementedError:  # with device_map, weights that are missing cannot be moved
+        reason = "it has no weights for some of its layers"
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and errors.explain(error, ""):
+        if isinstance(error, RuntimeError) and explain(error, ""):
             raise  # out of memory
-        reason = str(error).strip().split("\n")[0][:300]
+        reason = first_line(error, most=300)
     advice = "it must be a folder in diffusers' layout or a .safetensors checkpoint of SDXL"
     raise UserError(f"{Path(source, subfolder)} cannot be loaded ({reason}): {advice}")
-
-
-def load_piecemeal(part: Any, folder: Path, variant: str | None, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model of diffusers' on a device, with a part of its weights in the machine's memory at any time.
-
-    `from_pretrained` has all of them there twice, as mapped file and converted: 10 GB for SDXL's UNet.
-
-    Raises:
-        ValueError, RuntimeError, SafetensorError, OSError: the weights are not there, or not this model's.
-    """
-    with torch.device("meta"):
-        model = part.from_config(part.load_config(folder))
-
-    def read(file: Path, names: list[str]) -> dict[str, Tensor]:
-        with safe_open(file, framework="pt") as content:  # opened anew: what was read leaves memory when it closes
-            return {name: content.get_tensor(name).to(device).to(dtype) for name in names}  # converted by the device
-
-    weights: dict[str, Tensor] = {}
-    with ThreadPoolExecutor(_READERS) as pool:
-        for file in hub.weight_files(folder, variant):
-            with safe_open(file, framework="pt") as content:
-                names = list(content.keys())
-            for part_of_them in pool.map(partial(read, file), [names[n : n + 50] for n in range(0, len(names), 50)]):
-                weights |= part_of_them
-    model.load_state_dict(weights, strict=False, assign=True)
-    missing = [name for name, weight in model.state_dict().items() if weight.is_meta]
-    if missing:
-        raise ValueError(f"there are no weights for {missing[0]}")
-    return model
 
 
 def _load_from_file(part: Any, file: Path, subfolder: str, dtype: torch.dtype | None) -> Any:
@@ -159,56 +175,8 @@ def _load_from_file(part: Any, file: Path, subfolder: str, dtype: torch.dtype | 
     return part.from_single_file(str(file), config=layout, subfolder=subfolder, torch_dtype=dtype)
 
 
-def load_unet(
-    source: str, variant: str | None, device: torch.device, dtype: torch.dtype, attention: str = "auto"
-) -> UNet2DConditionModel:
-    """A UNet, frozen, whose attention is calculated by PyTorch (`sdpa`, what `auto` takes) or by xformers.
-
-    Raises:
-        UserError: also where xformers is wanted but is not there, or does not work on this GPU.
-    """
-    unet = load_part(UNet2DConditionModel, source, "unet", variant, dtype, device)
-    unet = unet.to(device).eval().requires_grad_(False)
-    if attention == "xformers":
-        try:
-            unet.enable_xformers_memory_efficient_attention()
-        except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            advice = "pip install xformers in the version made for your PyTorch, or set attention: auto"
-            raise UserError(f"attention is xformers, which cannot be used here ({reason}): {advice}") from error
-    return unet
-
-
-def layers_per_block(source: str) -> int:
-    """Of a UNet that need not be loaded for it."""
-    return int(UNet2DConditionModel.load_config(source, subfolder="unet")["layers_per_block"])
-
-
-def load_vae(config: Config, device: torch.device, dtype: torch.dtype, drawing: bool = False) -> AutoencoderKL:
-    """The VAE in fp32, since SDXL's own overflows in fp16; `pretrained_vae`, made to mend that, in `dtype`.
-
-    For `drawing`, bf16 will do: half the memory, and pictures that differ by half a level of 255 (the demo's).
-    """
-    source, subfolder = vae_place(config)
-    in_dtype = config.pretrained_vae or drawing and dtype == torch.bfloat16
-    own = dtype if in_dtype else torch.float32
-    vae = load_part(AutoencoderKL, source, subfolder, config.variant, own)
-    return vae.to(device).eval().requires_grad_(False)
-
-
-def vae_place(config: Config) -> tuple[str, str]:
-    """The folder or the file that the VAE is in, and the folder in that."""
-    alone = config.pretrained_vae and Path(config.pretrained_vae, "config.json").is_file()
-    return config.pretrained_vae or config.pretrained_model, "" if alone else "vae"
-
-
-def load_noise_scheduler(config: Config) -> DDPMScheduler:
-    """The model's own noise schedule, betas and prediction type, in its training form."""
-    return load_part(DDPMScheduler, config.pretrained_model, "scheduler")
-
-
 def free(device: torch.device) -> None:
-    """Give the memory of models that are no longer referenced back to the device."""
+    """Return the memory of models that are no longer referenced to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -217,4 +185,4 @@ def free(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
-    return f"{torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB of GPU memory at the peak"
+    return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory at the peak"

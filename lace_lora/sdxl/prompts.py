@@ -1,4 +1,4 @@
-"""What prompts are to SDXL's two UNets."""
+"""Prompts to embeddings: SDXL's tokenizers and text encoders."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from lace_lora.config import Config
 from lace_lora.sdxl import lora_weights
+from lace_lora.sdxl.lora_weights import Lora
 from lace_lora.sdxl.models import load_part
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What n prompts and one negative prompt are to a UNet."""
+    """n prompts and one negative prompt, encoded for a UNet."""
 
     prompt_embeds: Tensor  # (n, 77, c)
     pooled_prompt_embeds: Tensor  # (n, p)
@@ -42,11 +43,11 @@ class Embeddings:
 
 
 def embed_for_both(
-    config: Config, prompts: list[str], lora: Path | None, device: torch.device, dtype: torch.dtype
+    config: Config, prompts: list[str], lora: Lora | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Embeddings, Embeddings]:
-    """Embeddings for the base and for the refiner, which reads the second text encoder alone, and its own prompts.
+    """Embeddings for the base and for the refiner, which has the second text encoder alone, and prompts of its own.
 
-    The LoRA's part for the text encoders, if it has one, is the base's: the refiner was never trained with it.
+    The LoRA, if it trained the text encoders, is for the base only: the refiner was never trained with it.
     """
     tokenizers = load_tokenizers(config.pretrained_model)
     text_encoders = load_text_encoders(config, device, dtype)
@@ -62,6 +63,31 @@ def embed_for_both(
     return embed(prompts, config.negative_prompt, both, zeros), refiner
 
 
+def load_tokenizers(source: str) -> list[CLIPTokenizer]:
+    return [load_part(CLIPTokenizer, source, folder) for folder in ("tokenizer", "tokenizer_2")]
+
+
+def load_text_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> list[torch.nn.Module]:
+    """Both text encoders, frozen: CLIP ViT-L, then OpenCLIP bigG, the one with the pooled projection."""
+    parts = ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
+    encoders = [load_part(part, config.pretrained_model, folder, config.variant, dtype) for part, folder in parts]
+    return [encoder.to(device).eval().requires_grad_(False) for encoder in encoders]
+
+
+def warn_of_long(texts: Iterable[str], tokenizer: CLIPTokenizer) -> None:
+    """Warn of each text that has more tokens than the text encoders read."""
+    for text in texts:
+        if len(tokenizer(text).input_ids) > tokenizer.model_max_length:  # start and end included
+            logger.warning("SDXL reads the first 77 tokens of a text only; this one is longer: %.60s…", text)
+
+
+def zeros_for_empty_prompt(source: str, default: bool) -> bool:
+    """`force_zeros_for_empty_prompt` of the model's pipeline: whether no negative prompt means zeros, not \"\"."""
+    if not Path(source, "model_index.json").is_file():
+        return default
+    return bool(DiffusionPipeline.load_config(source).get("force_zeros_for_empty_prompt", default))
+
+
 def embed(
     prompts: list[str], negative: str | None, encode: Callable[[list[str]], tuple[Tensor, Tensor]], zeros: bool
 ) -> Embeddings:
@@ -73,27 +99,6 @@ def embed(
         return Embeddings(prompt_embeds, pooled, torch.zeros_like(prompt_embeds[:1]), torch.zeros_like(pooled[:1]))
     embeds, negative_pooled = encode([negative or ""])
     return Embeddings(prompt_embeds, pooled, embeds.cpu(), negative_pooled.cpu())
-
-
-def load_tokenizers(source: str) -> list[CLIPTokenizer]:
-    return [load_part(CLIPTokenizer, source, folder) for folder in ("tokenizer", "tokenizer_2")]
-
-
-def load_text_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> list[torch.nn.Module]:
-    """Both text encoders, frozen: CLIP ViT-L, then OpenCLIP bigG, the one with the pooled projection."""
-    parts = ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
-    encoders = []
-    for part, folder in parts:
-        encoder = load_part(part, config.pretrained_model, folder, config.variant, dtype)
-        encoders.append(encoder.to(device).eval().requires_grad_(False))
-    return encoders
-
-
-def zeros_for_empty_prompt(source: str, default: bool) -> bool:
-    """`force_zeros_for_empty_prompt` of the model's pipeline: whether no negative prompt means zeros, not \"\"."""
-    if not Path(source, "model_index.json").is_file():
-        return default
-    return bool(DiffusionPipeline.load_config(source).get("force_zeros_for_empty_prompt", default))
 
 
 @torch.no_grad()
@@ -128,14 +133,3 @@ def encode_tokens(tokens: list[Tensor], text_encoders: list[torch.nn.Module]) ->
         output = text_encoder(token_ids.to(device), output_hidden_states=True)
         hidden_states.append(output.hidden_states[-2])
     return torch.cat(hidden_states, dim=-1), output.text_embeds
-
-
-def warn_of_long(texts: Iterable[str], tokenizer: CLIPTokenizer) -> None:
-    for text in texts:
-        if too_long(text, tokenizer):
-            logger.warning("SDXL reads the first 77 tokens of a text only; this one is longer: %.60s…", text)
-
-
-def too_long(prompt: str, tokenizer: CLIPTokenizer) -> bool:
-    """Whether the encoders see only the start of the prompt (77 tokens with start and end)."""
-    return len(tokenizer(prompt).input_ids) > tokenizer.model_max_length

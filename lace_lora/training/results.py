@@ -1,4 +1,4 @@
-"""The finished LoRA's files: for diffusers, for kohya's programs, and the card with the trigger words."""
+"""A finished training's files: the LoRA for diffusers and for kohya's programs, and a card with its trigger words."""
 
 import json
 import re
@@ -11,12 +11,47 @@ from torch import Tensor
 
 from lace_lora.config import LORA_FILE, Config
 from lace_lora.files import write_atomically
-from lace_lora.sdxl.lora_weights import _LAYERS_PER_BLOCK, kohya_state, save_lora
+from lace_lora.sdxl.lora_weights import kohya_state, save_lora
 from lace_lora.training.launch import Job
 
 
+def save_results(
+    config: Config, state: dict[str, Tensor], alpha: float, steps: int, job: Job, layers_per_block: int,
+    prediction_type: str,
+) -> Path:  # fmt: skip
+    """Write a finished LoRA for diffusers and for kohya's programs; returns the first file.
+
+    That one is written last, since it is what says that the training is finished.
+
+    Args:
+        state: as `lora_weights.lora_state` gives it, with nothing folded in.
+        layers_per_block: of the UNet, on which kohya's names depend.
+        prediction_type: of the model's noise scheduler.
+    """
+    folder = Path(config.lora_output_dir)
+    # A1111 and InvokeAI read the trigger words from here alone.
+    card = {
+        "description": config.instance_prompt,
+        "sd version": "SDXL",
+        "preferred weight": 1.0,
+        "activation text": trigger_words(config.instance_prompt),
+    }
+    write_atomically(folder / f"{config.lora_name}.json", json.dumps(card, indent=2, ensure_ascii=False).encode())
+    metadata = kohya_metadata(config, alpha, steps, job, prediction_type)
+    save_lora(folder / f"{config.lora_name}.safetensors", kohya_state(state, alpha, layers_per_block), metadata)
+    scale = alpha / config.rank
+    folded = {key: weight * scale if "lora_B" in key else weight for key, weight in state.items()}
+    save_lora(folder / LORA_FILE, folded, {"step": str(steps), "learns": json.dumps(job.fingerprint)})
+    return folder / LORA_FILE
+
+
+def trigger_words(instance_prompt: str) -> str:
+    """The tokens in angle brackets that evoke the style, or the whole prompt where there are none."""
+    return ", ".join(dict.fromkeys(re.findall(r"<[^<>\s]+>", instance_prompt))) or instance_prompt
+
+
 def kohya_metadata(config: Config, alpha: float, steps: int, job: Job, prediction_type: str) -> dict[str, str]:
-    """What those programs show of a LoRA: base model, size, captions. Keys and values as sd-scripts write them."""
+    """What kohya's programs show of a LoRA: base model, size, captions. Keys and values as sd-scripts write them."""
     name, captions, side = config.lora_name, list(job.captions.values()), config.resolution
     tags = Counter(tag for caption in captions for part in caption.split(",") if (tag := part.strip().lower()))
     model = str(job.fingerprint.get("pretrained_model", config.pretrained_model))
@@ -52,29 +87,3 @@ def kohya_metadata(config: Config, alpha: float, steps: int, job: Job, predictio
         "ss_dataset_dirs": json.dumps({f"1_{name}": {"n_repeats": 1, "img_count": len(captions)}}),
         "ss_tag_frequency": json.dumps({f"1_{name}": tags}, ensure_ascii=False),
     }
-
-
-def trigger_words(instance_prompt: str) -> str:
-    """The tokens in angle brackets that call the style up, or the whole prompt where there are none."""
-    return ", ".join(dict.fromkeys(re.findall(r"<[^<>\s]+>", instance_prompt))) or instance_prompt
-
-
-def save_results(
-    config: Config, state: dict[str, Tensor], alpha: float, steps: int, job: Job,
-    layers_per_block: int = _LAYERS_PER_BLOCK, prediction_type: str = "epsilon",
-) -> Path:  # fmt: skip
-    """Write a finished LoRA, as `lora_state` gives it, for diffusers and for kohya's programs; returns the first file.
-
-    That one comes last, since it is what says that the run is finished.
-    """
-    folder = Path(config.lora_output_dir)
-    # A1111 and InvokeAI read the trigger words from here alone.
-    card = {"description": config.instance_prompt, "sd version": "SDXL", "preferred weight": 1.0}
-    card |= {"activation text": trigger_words(config.instance_prompt)}
-    write_atomically(folder / f"{config.lora_name}.json", json.dumps(card, indent=2, ensure_ascii=False).encode())
-    metadata = kohya_metadata(config, alpha, steps, job, prediction_type)
-    save_lora(folder / f"{config.lora_name}.safetensors", kohya_state(state, alpha, layers_per_block), metadata)
-    scale = alpha / config.rank
-    folded = {key: weight * scale if "lora_B" in key else weight for key, weight in state.items()}
-    save_lora(folder / LORA_FILE, folded, {"step": str(steps), "learns": json.dumps(job.fingerprint)})
-    return folder / LORA_FILE

@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--job", required=True, type=Path, help="what train.py worked out: captions, models")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    models.prepare_process()
 
     def work(_stop: StopSignal) -> str:
         job = Job.load(arguments.job)
@@ -65,7 +66,7 @@ def run(config: Config, job: Job, pictures: Path) -> str:
     _run_as_main(script, command_line(config, flags_of(script), pictures, folder, precision))
     if os.environ.get("RANK", "0") != "0":
         return ""
-    state = lora_weights.read_lora(folder / LORA_FILE)
+    state = lora_weights.read_state(folder / LORA_FILE)
     job = replace(job, captions=dict.fromkeys(job.captions, config.instance_prompt))
     layers, kind = models.layers_per_block(config.pretrained_model), models.load_noise_scheduler(config).config
     # The script's alpha is its rank.

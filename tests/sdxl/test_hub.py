@@ -1,4 +1,4 @@
-"""Models by name, against a small hub on this machine: what is downloaded, what is kept, how failures are told."""
+"""Models by name, against a small hub on this machine: what is downloaded and cached, how failures are reported."""
 
 import json
 import os
@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from hub_server import Hub
@@ -17,6 +19,7 @@ from original_names import original_checkpoint
 from safetensors.torch import save_file
 
 from helpers import ROOT, Make, refused
+from lace_lora.config import Config
 from lace_lora.sdxl import hub, models, prompts
 
 BASE, REFINER = "lace/base", "lace/refiner"
@@ -24,12 +27,7 @@ FETCH = """
 import json, sys
 from lace_lora.sdxl import hub
 from lace_lora.config import Config
-from lace_lora.errors import UserError
-try:
-    print(json.dumps(hub.fetch_models(Config(**json.loads(sys.argv[1])))))
-except UserError as error:
-    print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
+print(json.dumps(hub.fetch_models(Config(pretrained_model="lace/base", refiner_model="lace/refiner"))))
 """
 
 
@@ -47,105 +45,104 @@ def server(tiny: Path, tmp_path: Path) -> Iterator[Hub]:
         yield running
 
 
-Fetch = Callable[..., subprocess.CompletedProcess[str]]
+Fetch = Callable[..., dict[str, Path]]
 
 
 @pytest.fixture
-def fetch(server: Hub, tmp_path: Path) -> Fetch:
-    """`fetch_models` in a process of its own, since huggingface_hub reads its environment at the start."""
+def fetch(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetch:
+    """`fetch_models` from that hub, with a cache of its own, and without waiting between attempts."""
+    # huggingface_hub reads its environment when it is imported.
+    place = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for name, value in {
+        "ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": place,
+        "HF_HUB_CACHE": str(tmp_path / "cache" / "hub"), "HF_TOKEN_PATH": str(tmp_path / "cache" / "token"),
+        "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(time, "sleep", lambda _: None)
 
-    def run(**settings: Any) -> subprocess.CompletedProcess[str]:
-        values = {"pretrained_model": BASE, "refiner_model": REFINER, **settings}
-        command = [sys.executable, "-c", FETCH, json.dumps(values)]
-        return subprocess.run(
-            command,
-            env=environment(server, tmp_path),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
+    def run(**settings: Any) -> dict[str, Path]:
+        models = hub.fetch_models(Config(**{"pretrained_model": BASE, "refiner_model": REFINER, **settings}))
+        return {setting: Path(place) for setting, place in models.items() if place}
 
     return run
 
 
-def environment(server: Hub, folder: Path) -> dict[str, str]:
-    return os.environ | {
-        "HF_ENDPOINT": server.url, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": "",
-    }  # fmt: skip
-
-
-def folders(done: subprocess.CompletedProcess[str]) -> dict[str, Path]:
-    assert done.returncode == 0, done.stderr
-    return {key: Path(path) for key, path in json.loads(done.stdout.splitlines()[-1]).items() if path}
-
-
-def told(done: subprocess.CompletedProcess[str], part: str, code: int) -> None:
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    assert part in done.stderr.splitlines()[-1]
+def told(call: Callable[[], object], part: str, code: int) -> None:
+    assert "\n" not in refused(call, part, code)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
-def test_only_what_is_needed_is_downloaded_once(server: Hub, fetch: Fetch, tiny: Path) -> None:
-    done = fetch()
-    found = folders(done)
+def test_only_what_is_needed_is_downloaded_once(server: Hub, tiny: Path, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "",
+    }  # fmt: skip
+
+    def fetch() -> tuple[dict[str, Path], str]:
+        """In a process of its own, as a user's."""
+        done = subprocess.run(
+            [sys.executable, "-c", FETCH], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200,
+            check=True,
+        )  # fmt: skip
+        return {key: Path(path) for key, path in json.loads(done.stdout).items() if path}, done.stderr
+
+    found, progress = fetch()
     expected = {str(path.relative_to(tiny / "base")) for path in (tiny / "base").rglob("*.*") if path.is_file()}
-    kept = {str(path.relative_to(found["pretrained_model"])) for path in found["pretrained_model"].rglob("*.*")}
-    assert kept == expected
+    cached = {str(path.relative_to(found["pretrained_model"])) for path in found["pretrained_model"].rglob("*.*")}
+    assert cached == expected
     # Files of equal content, such as two vocabularies, are downloaded once.
     assert {name.removeprefix(f"{BASE}/") for name in server.asked if name.startswith(BASE)} <= expected
     assert weights(found["pretrained_model"]) == weights(tiny / "base")
     refiner = [name.removeprefix(f"{REFINER}/") for name in server.asked if name.startswith(REFINER)]
     assert sorted(refiner) == ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
-    assert "100%" in done.stderr  # progress
+    assert "100%" in progress
     assert len(server.asked) == len(set(server.asked))
     asked = len(server.asked)
-    assert folders(fetch()) == found
+    assert fetch()[0] == found
     assert len(server.asked) == asked
 
 
 def test_without_a_connection_the_cache_is_enough(server: Hub, fetch: Fetch) -> None:
-    found = folders(fetch())
+    found = fetch()
     server.shutdown()
     server.server_close()
-    assert folders(fetch()) == found
+    assert fetch() == found
 
 
 def test_the_refiner_is_not_downloaded_where_it_is_not_used(server: Hub, fetch: Fetch) -> None:
-    folders(fetch(refine=False))
+    fetch(refine=False)
     assert not any(name.startswith(REFINER) for name in server.asked)
 
 
-def test_the_variant_is_taken_where_there_is_one(server: Hub, fetch: Fetch, tmp_path: Path) -> None:
+def test_the_variant_is_downloaded_where_there_is_one(server: Hub, fetch: Fetch, tmp_path: Path) -> None:
     for part in ("unet", "text_encoder"):  # not of the others
         [plain] = (tmp_path / "base" / part).glob("*.safetensors")
         shutil.copy(plain, plain.with_suffix(".fp16.safetensors"))
-    found = folders(fetch())["pretrained_model"]
+    found = fetch()["pretrained_model"]
     assert sorted(weights(found)) == [
         "text_encoder/model.fp16.safetensors", "text_encoder_2/model.safetensors",
         "unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
-    assert sorted(weights(folders(fetch(variant=None))["pretrained_model"]))[-2:] == [
+    assert sorted(weights(fetch(variant=None)["pretrained_model"]))[-2:] == [
         "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
 
 
 def test_a_revision(server: Hub, fetch: Fetch) -> None:
-    found = folders(fetch(revision="old"))
+    found = fetch(revision="old")
     assert found["pretrained_model"].name == "b" * 40
     assert found["refiner_model"].name == "a" * 40
-    told(fetch(revision="none"), "revision none", 2)
+    told(lambda: fetch(revision="none"), "revision none", 2)
 
 
 def test_another_vae(server: Hub, fetch: Fetch, tiny: Path) -> None:
     server.repositories["lace/vae"] = tiny / "base" / "vae"
-    found = folders(fetch(pretrained_vae="lace/vae"))
+    found = fetch(pretrained_vae="lace/vae")
     assert sorted(path.name for path in found["pretrained_vae"].iterdir()) == [
         "config.json", "diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
@@ -155,41 +152,41 @@ def test_another_vae(server: Hub, fetch: Fetch, tiny: Path) -> None:
 def test_a_missing_file(server: Hub, fetch: Fetch, tmp_path: Path) -> None:
     (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (tmp_path / "base" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
-    told(fetch(), "lace/base has no safetensors weights in unet", 2)
+    told(lambda: fetch(), "lace/base has no safetensors weights in unet", 2)
 
 
 def test_a_model_for_those_who_agreed_to_terms(server: Hub, fetch: Fetch) -> None:
     server.gated.add(BASE)
-    told(fetch(), "hf auth login", 2)
+    told(lambda: fetch(), "hf auth login", 2)
 
 
 def test_a_token_that_expired(server: Hub, fetch: Fetch) -> None:
     server.token_expired = True
-    told(fetch(), "hf auth login", 2)
+    told(lambda: fetch(), "hf auth login", 2)
 
 
 @pytest.mark.parametrize("name", ["lace/nothing", "not a name"])
 def test_a_name_that_is_none(fetch: Fetch, name: str) -> None:
-    told(fetch(pretrained_model=name), name, 2)
+    told(lambda: fetch(pretrained_model=name), name, 2)
 
 
 def test_a_connection_that_drops_goes_on_where_it_was(server: Hub, fetch: Fetch, tiny: Path) -> None:
     server.drops = 1
-    assert weights(folders(fetch())["pretrained_model"]) == weights(tiny / "base")
+    assert weights(fetch()["pretrained_model"]) == weights(tiny / "base")
     assert len(server.asked) == len(set(server.asked)) + 1
 
 
 def test_a_connection_that_keeps_dropping(server: Hub, fetch: Fetch, tiny: Path) -> None:
     server.drops = 1000
-    told(fetch(), "run the same command again", 4)
+    told(lambda: fetch(), "run the same command again", 4)
     server.drops = 0
-    assert weights(folders(fetch())["pretrained_model"]) == weights(tiny / "base")
+    assert weights(fetch()["pretrained_model"]) == weights(tiny / "base")
 
 
 def test_no_connection_and_nothing_there(server: Hub, fetch: Fetch) -> None:
     server.shutdown()
     server.server_close()
-    told(fetch(), "the hub is not reached", 4)
+    told(lambda: fetch(), "the hub is not reached", 4)
 
 
 def test_paths_are_not_looked_up(tmp_path: Path, tiny: Path) -> None:
@@ -205,7 +202,7 @@ def test_a_checkpoint_in_one_file(server: Hub, fetch: Fetch, tiny: Path, tmp_pat
     files = {"pretrained_model": tmp_path / "lace.safetensors", "refiner_model": tmp_path / "refine.safetensors"}
     save_file(original_checkpoint(tiny / "base"), files["pretrained_model"])
     save_file({"conditioner.embedders.0.model.ln_final.weight": torch.ones(3)}, files["refiner_model"])
-    assert folders(fetch(**{key: str(path) for key, path in files.items()})) == files
+    assert fetch(**{key: str(path) for key, path in files.items()}) == files
     assert not any(name.endswith(".safetensors") for name in server.asked)
     assert {"/".join(name.split("/")[:2]) for name in server.asked} == {hub.BASE_LAYOUT, hub.REFINER_LAYOUT}
 

@@ -1,7 +1,7 @@
-"""The LoRA on UNet and text encoders: saved, loaded and merged without a change; the file for kohya's programs."""
+"""The LoRA on UNet and text encoders: saved, read and merged without a change, as diffusers' pipelines read it."""
 
 import errno
-import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +16,92 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_models import CPU, PROMPTS, run_unet, trained_unet
 
-from helpers import Make, refused
+from helpers import refused
 from lace_lora.config import LORA_FILE, Config
-from lace_lora.sdxl import lora_weights, models, prompts
+from lace_lora.sdxl import lora_weights, prompts
+from lace_lora.sdxl.lora_weights import Networks
 from lace_lora.training import results
 from lace_lora.training.launch import Job
+from sdxl_helpers import PROMPTS, TEXT, add_trained_lora, config_for, copies, load_networks, run_unet
 
-TEXT = ("text_encoder", "text_encoder_2")
-
-
-def encoders_of(config: Config) -> lora_weights.Networks:
-    return dict(zip(TEXT, prompts.load_text_encoders(config, CPU, torch.float32), strict=True))
+BOTH_FILES = pytest.mark.parametrize("name", [LORA_FILE, "myspecialstyle.safetensors"])
 
 
-def trained_encoders(config: Config) -> lora_weights.Networks:
-    networks = encoders_of(config)
-    generator = torch.Generator().manual_seed(4)
-    for weight in lora_weights.add_lora(networks, config).values():
-        weight.data = torch.randn(weight.shape, generator=generator) * 0.3
-    return networks
+@pytest.fixture(scope="module")
+def config(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    config = config_for(tiny, tmp_path_factory.mktemp("run"))
+    Path(config.lora_output_dir).mkdir()
+    return config
 
 
-def embeddings(config: Config, networks: lora_weights.Networks) -> tuple[torch.Tensor, torch.Tensor]:
-    return prompts.encode_prompts(PROMPTS, prompts.load_tokenizers(config.pretrained_model), list(networks.values()))
+@pytest.fixture(scope="module")
+def plain(config: Config) -> Networks:
+    """As they were loaded: tests change copies of them."""
+    return load_networks(config)
+
+
+@pytest.fixture(scope="module")
+def trained(config: Config, plain: Networks) -> Networks:
+    """All three with a LoRA, alpha unequal to rank."""
+    return add_trained_lora(copies(plain, *plain), config)
+
+
+@pytest.fixture(scope="module")
+def saved(config: Config, trained: Networks) -> dict[str, Any]:
+    """Both files of that LoRA in the output folder; returns what the networks gave while training."""
+    job = Job(dict.fromkeys("abc", config.instance_prompt), {}, {}, None, {})
+    state = lora_weights.lora_state(trained)
+    unet: Any = trained["unet"]
+    results.save_results(config, state, config.alpha, 7, job, unet.config.layers_per_block, "epsilon")
+    return {"unet": run_unet(unet), "text": embeddings(config, trained)}
+
+
+@pytest.fixture(scope="module")
+def loaded_pipeline(config: Config) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
 
 
 @pytest.fixture
-def saved(settings: Make, tmp_path: Path) -> tuple[Config, dict[str, Any]]:
-    """Both files of a LoRA of all three networks, alpha unequal to rank, and what the networks gave while training."""
-    unet, config = trained_unet(settings)
-    networks = trained_encoders(config)
-    expected = {"unet": run_unet(unet), "text": embeddings(config, networks)}
-    Path(config.lora_output_dir).mkdir()
-    state = lora_weights.lora_state({"unet": unet} | networks)
-    captions = dict(zip("abc", [config.instance_prompt, config.instance_prompt, "a rosette, White"], strict=True))
-    job = Job(captions, {}, {"pretrained_model": "some/model"}, None, {})
-    layers = unet.config.layers_per_block
-    results.save_results(config, state, config.alpha, 7, job, layers)
-    return config, expected
+def pipeline(loaded_pipeline: StableDiffusionXLPipeline) -> StableDiffusionXLPipeline:
+    """Diffusers' own, to load a LoRA into."""
+    networks = {name: deepcopy(loaded_pipeline.components[name]) for name in ("unet", *TEXT)}
+    return StableDiffusionXLPipeline(**(loaded_pipeline.components | networks))
+
+
+def embeddings(config: Config, networks: Networks) -> tuple[torch.Tensor, torch.Tensor]:
+    encoders = [networks[name] for name in TEXT]
+    return prompts.encode_prompts(PROMPTS, prompts.load_tokenizers(config.pretrained_model), encoders)
+
+
+def merge(networks: Networks, path: Path, scale: float = 1.0) -> None:
+    lora_weights.merge_lora(networks, lora_weights.read_lora(path), scale)
 
 
 def close(got: Any, expected: Any) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "myspecialstyle.safetensors"])
-def test_a_plain_pipeline_reads_both_files_as_they_were_trained(saved: Any, name: str) -> None:
-    config, expected = saved
-    plain = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
-    before, _, pooled_before, _ = plain.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+def test_a_new_lora_changes_nothing_and_is_fp32(config: Config, plain: Networks) -> None:
+    unet: Any = copies(plain, "unet")["unet"]
+    before = run_unet(unet)
+    weights = lora_weights.add_lora({"unet": unet}, config)
+    assert torch.equal(run_unet(unet), before)
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert all("lora_" in name for name, parameter in unet.named_parameters() if parameter.requires_grad)
+
+
+@BOTH_FILES
+def test_a_plain_pipeline_reads_both_files_as_they_were_trained(
+    config: Config, saved: Any, pipeline: Any, name: str
+) -> None:
+    before, _, pooled_before, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
     if Version(diffusers.__version__) < Version("0.40") and Version(transformers.__version__) >= Version("5.6"):
         pytest.skip("these versions cannot load any text encoder's LoRA in a pipeline")
-    plain.load_lora_weights(config.lora_output_dir, weight_name=name)
-    embeds, _, pooled, _ = plain.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
-    close(run_unet(plain.unet), expected["unet"])
-    close((embeds, pooled), expected["text"])
+    pipeline.load_lora_weights(config.lora_output_dir, weight_name=name)
+    embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    close(run_unet(pipeline.unet), saved["unet"])
+    close((embeds, pooled), saved["text"])
     for one, other in ((embeds, before), (pooled, pooled_before)):
         assert (one - other).abs().max() > 0.05  # the text encoders' part does something
     half = embeds.shape[-1] // 2
@@ -80,24 +109,54 @@ def test_a_plain_pipeline_reads_both_files_as_they_were_trained(saved: Any, name
     assert (embeds - before)[..., half:].abs().max() > 0.05
 
 
-@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "myspecialstyle.safetensors"])
-def test_merged_it_acts_as_it_was_trained(saved: Any, name: str) -> None:
-    config, expected = saved
-    unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
-    networks = encoders_of(config)
-    for part in ({"unet": unet}, networks):
-        lora_weights.merge_lora(part, Path(config.lora_output_dir, name), 1.0)
-    close(run_unet(unet), expected["unet"])
-    close(embeddings(config, networks), expected["text"])
+def test_saved_lora_acts_in_a_plain_pipeline_as_in_training(
+    config: Config, trained: Networks, saved: Any, pipeline: Any, tmp_path: Path
+) -> None:
+    assert config.alpha != config.rank
+    state = lora_weights.lora_state({"unet": trained["unet"]}, config.alpha / config.rank)
+    lora_weights.save_lora(tmp_path / LORA_FILE, state, {})
+    base_output = run_unet(pipeline.unet)
+    pipeline.load_lora_weights(str(tmp_path), weight_name=LORA_FILE)
+    torch.testing.assert_close(run_unet(pipeline.unet), saved["unet"], rtol=1e-4, atol=1e-5)
+    assert (saved["unet"] - base_output).abs().max() > 0.05  # the LoRA does do something
+
+
+@BOTH_FILES
+def test_merged_it_acts_as_it_was_trained(config: Config, plain: Networks, saved: Any, name: str) -> None:
+    networks = copies(plain, *plain)
+    lora = lora_weights.read_lora(Path(config.lora_output_dir, name))  # once for both, as in a drawing
+    for part in ({name: networks[name] for name in TEXT}, {"unet": networks["unet"]}):
+        lora_weights.merge_lora(part, lora, 1.0)
+    close(run_unet(networks["unet"]), saved["unet"])
+    close(embeddings(config, networks), saved["text"])
     assert not any("lora" in name for network in networks.values() for name, _ in network.named_parameters())
 
 
-def test_half_the_scale_is_half_the_change_of_the_weights(saved: Any) -> None:
-    config, _ = saved
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_merged_lora_equals_the_loaded_one(
+    config: Config, plain: Networks, trained: Networks, pipeline: Any, tmp_path: Path, scale: float
+) -> None:
+    state = lora_weights.lora_state({"unet": trained["unet"]}, config.alpha / config.rank)
+    lora_weights.save_lora(tmp_path / LORA_FILE, state, {})
+    pipeline.load_lora_weights(str(tmp_path), weight_name=LORA_FILE, adapter_name="lace")
+    pipeline.set_adapters("lace", scale)
+    merged = copies(plain, "unet")
+    merge(merged, tmp_path / LORA_FILE, scale)
+    assert not any("lora" in name for name, _ in merged["unet"].named_parameters())
+    torch.testing.assert_close(run_unet(merged["unet"]), run_unet(pipeline.unet), rtol=1e-3, atol=1e-4)
+
+
+def test_scale_zero_is_the_base(config: Config, plain: Networks, saved: Any) -> None:
+    merged = copies(plain, "unet")
+    merge(merged, Path(config.lora_output_dir, LORA_FILE), 0.0)
+    assert torch.equal(run_unet(merged["unet"]), run_unet(plain["unet"]))
+
+
+def test_half_the_scale_is_half_the_change_of_the_weights(config: Config, plain: Networks, saved: Any) -> None:
     path = Path(config.lora_output_dir, LORA_FILE)
-    plain, half, whole = (encoders_of(config) for _ in range(3))
-    lora_weights.merge_lora(half, path, 0.5)
-    lora_weights.merge_lora(whole, path, 1.0)
+    half, whole = copies(plain, *TEXT), copies(plain, *TEXT)
+    merge(half, path, 0.5)
+    merge(whole, path, 1.0)
     for name in TEXT:
         weights = [
             next(weight for key, weight in networks[name].named_parameters() if "q_proj.weight" in key)
@@ -107,22 +166,13 @@ def test_half_the_scale_is_half_the_change_of_the_weights(saved: Any) -> None:
         assert (weights[2] - weights[0]).abs().max() > 0.01
 
 
-def test_a_lora_without_text_encoders_leaves_them_alone(settings: Make, tmp_path: Path) -> None:
-    unet, config = trained_unet(settings)
-    path = tmp_path / LORA_FILE
-    lora_weights.save_lora(path, lora_weights.lora_state({"unet": unet}), {})
-    networks = encoders_of(config)
-    before = embeddings(config, networks)
-    lora_weights.merge_lora(networks, path, 1.0)
-    assert all(map(torch.equal, before, embeddings(config, networks)))
-
-
-def test_text_encoders_of_other_shapes_are_refused(saved: Any, tmp_path: Path) -> None:
-    config, _ = saved
-    state = load_file(Path(config.lora_output_dir, LORA_FILE))
-    cut = {key: value[:, :-1].contiguous() if "text_encoder." in key else value for key, value in state.items()}
-    save_file(cut, tmp_path / "cut.safetensors")
-    refused(lambda: lora_weights.merge_lora(encoders_of(config), tmp_path / "cut.safetensors", 1.0), "not a LoRA for")
+def test_a_lora_without_text_encoders_leaves_them_alone(
+    config: Config, plain: Networks, trained: Networks, tmp_path: Path
+) -> None:
+    lora_weights.save_lora(tmp_path / LORA_FILE, lora_weights.lora_state({"unet": trained["unet"]}), {})
+    networks = copies(plain, *TEXT)
+    merge(networks, tmp_path / LORA_FILE)
+    assert all(map(torch.equal, embeddings(config, plain), embeddings(config, networks)))
 
 
 @pytest.mark.parametrize(
@@ -135,10 +185,9 @@ def test_text_encoders_of_other_shapes_are_refused(saved: Any, tmp_path: Path) -
         {"target_modules": ["to_k", "to_v"], "alpha_pattern": {"to_k": 1}, "rank_pattern": {"attn2.to_v": 2}},
     ],
 )
-def test_what_others_train_is_merged_as_they_meant_it(settings: Make, tmp_path: Path, kind: dict[str, Any]) -> None:
-    config = settings()
-    theirs, merged = (models.load_unet(config.pretrained_model, None, CPU, torch.float32) for _ in range(2))
-    plain = run_unet(theirs)
+def test_what_others_train_is_merged_as_they_meant_it(plain: Networks, tmp_path: Path, kind: dict[str, Any]) -> None:
+    merged = copies(plain, "unet")
+    theirs: Any = deepcopy(plain["unet"])
     torch.manual_seed(5)
     theirs.add_adapter(LoraConfig(**{"r": 4, "lora_alpha": 4, "init_lora_weights": False} | kind))
     StableDiffusionXLPipeline.save_lora_weights(
@@ -146,24 +195,23 @@ def test_what_others_train_is_merged_as_they_meant_it(settings: Make, tmp_path: 
         unet_lora_layers=get_peft_model_state_dict(theirs),
         unet_lora_adapter_metadata=theirs.peft_config["default"].to_dict(),
     )
-    lora_weights.merge_lora({"unet": merged}, tmp_path / LORA_FILE, 1.0)
-    close(run_unet(merged), run_unet(theirs))
-    assert (run_unet(merged) - plain).abs().max() > 0.02
+    merge(merged, tmp_path / LORA_FILE)
+    close(run_unet(merged["unet"]), run_unet(theirs))
+    assert (run_unet(merged["unet"]) - run_unet(plain["unet"])).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("named", ["as SDXL's own code", "as diffusers"])
 def test_every_layer_of_a_kohya_file_counts_by_its_own_alpha_and_rank(
-    settings: Make, tmp_path: Path, named: str
+    plain: Networks, tmp_path: Path, named: str
 ) -> None:
-    config = settings()
-    plain, merged = (models.load_unet(config.pretrained_model, None, CPU, torch.float32) for _ in range(2))
-    layers = plain.config.layers_per_block
+    unet: Any = plain["unet"]
+    layers, weights = unet.config.layers_per_block, unet.state_dict()
     state, expected = {}, {}
     torch.manual_seed(6)
-    for index, (path, layer) in enumerate(plain.named_modules()):
+    for index, (path, layer) in enumerate(unet.named_modules()):
         if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
             continue
-        name = unet_name(f"{path}.weight", layers, plain.state_dict()) if "SDXL" in named else f"{path}.weight"
+        name = unet_name(f"{path}.weight", layers, weights) if "SDXL" in named else f"{path}.weight"
         name = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
         rank, alpha = 1 + index % 3, [None, 0.5, 4.0][index % 4 % 3]
         up, down = torch.randn(len(layer.weight), rank), torch.randn(rank, *layer.weight.shape[1:])
@@ -174,63 +222,30 @@ def test_every_layer_of_a_kohya_file_counts_by_its_own_alpha_and_rank(
         change = torch.einsum("or,r...->o...", up, down) * ((alpha or rank) / rank)
         expected[path] = layer.weight + 0.5 * change
     save_file(state, tmp_path / "theirs.safetensors")
-    lora_weights.merge_lora({"unet": merged}, tmp_path / "theirs.safetensors", 0.5)
-    found = dict(merged.named_modules())
+    merged = copies(plain, "unet")
+    merge(merged, tmp_path / "theirs.safetensors", 0.5)
+    found = dict(merged["unet"].named_modules())
     for path, weight in expected.items():
         close(found[path].weight, weight)
 
 
-def test_a_projection_of_the_text_encoder_is_merged(settings: Make, tmp_path: Path) -> None:
-    networks = encoders_of(settings())
+def test_a_projection_of_the_text_encoder_is_merged(plain: Networks, tmp_path: Path) -> None:
+    networks = copies(plain, *TEXT)
     weight: Any = networks["text_encoder_2"].get_parameter("text_projection.weight")
     before, (rows, columns) = weight.clone(), weight.shape
     state = {
         "lora_te2_text_projection.lora_up.weight": torch.ones(rows, 1),
         "lora_te2_text_projection.lora_down.weight": torch.ones(1, columns),
-        "unet.conv_in.lora_A.weight": torch.zeros(1),
+        "unet.conv_in.lora_A.weight": torch.zeros(1, 1),
+        "unet.conv_in.lora_B.weight": torch.zeros(1, 1),
     }
     save_file(state, tmp_path / "theirs.safetensors")
-    lora_weights.merge_lora(networks, tmp_path / "theirs.safetensors", 1.0)
+    merge(networks, tmp_path / "theirs.safetensors")
     close(weight, before + 1)
 
 
-@pytest.mark.parametrize("change", ["dora_scale", "another layer", "no down", "lora_te_x", "up of another size"])
-def test_what_would_be_merged_only_in_part_is_refused(saved: Any, tmp_path: Path, change: str) -> None:
-    config, _ = saved
-    state = load_file(Path(config.lora_output_dir, "myspecialstyle.safetensors"))
-    up = next(key for key in state if key.startswith("lora_unet_") and key.endswith(".lora_up.weight"))
-    if change == "dora_scale":
-        state[up.replace("lora_up.weight", "dora_scale")] = torch.ones(len(state[up]), 1)
-    elif change == "another layer":
-        state[up.replace("_blocks_", "_blocks_9")] = state[up].clone()
-    elif change == "no down":
-        del state[up.replace("lora_up", "lora_down")]
-    elif change == "lora_te_x":
-        state["lora_te_x.lora_up.weight"] = torch.ones(4, 4)
-    else:
-        state[up] = state[up][:1].clone()
-    save_file(state, tmp_path / "part.safetensors")
-    unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
-    refused(lambda: lora_weights.merge_lora({"unet": unet}, tmp_path / "part.safetensors", 1.0), "is not a LoRA for")
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(errno.EIO, "no disk", "x")])
-def test_memory_and_disks_are_not_blamed_on_the_lora(
-    saved: Any, error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, _ = saved
-
-    def fail(*_: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(lora_weights, "_add", fail)
-    with pytest.raises(type(error), match=str(error.args[-1])):
-        lora_weights.merge_lora(encoders_of(config), Path(config.lora_output_dir, LORA_FILE), 1.0)
-
-
-def test_what_diffusers_scripts_write_is_read(saved: Any, tmp_path: Path) -> None:
+def test_what_diffusers_scripts_write_is_read(config: Config, plain: Networks, saved: Any, tmp_path: Path) -> None:
     """Their names: `lora.down`, and with transformers 5.6 no `text_model` in the first encoder."""
-    config, expected = saved
     ours = load_file(Path(config.lora_output_dir, LORA_FILE))
     renamed = {
         key.replace("text_encoder.text_model.", "text_encoder.")
@@ -239,10 +254,84 @@ def test_what_diffusers_scripts_write_is_read(saved: Any, tmp_path: Path) -> Non
         for key, w in ours.items()
     }
     save_file(renamed, tmp_path / "theirs.safetensors")
-    assert lora_weights.read_lora(tmp_path / "theirs.safetensors").keys() == ours.keys()
-    networks = encoders_of(config)
-    lora_weights.merge_lora(networks, tmp_path / "theirs.safetensors", 1.0)
-    close(embeddings(config, networks), expected["text"])
+    assert lora_weights.read_state(tmp_path / "theirs.safetensors").keys() == ours.keys()
+    networks = copies(plain, *TEXT)
+    merge(networks, tmp_path / "theirs.safetensors")
+    close(embeddings(config, networks), saved["text"])
+
+
+@pytest.mark.parametrize("kind", ["of another shape", "no network's", "a pickle under a safe name"])
+def test_what_is_no_lora_is_refused(plain: Networks, trained: Networks, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / LORA_FILE
+    state = lora_weights.lora_state({"unet": trained["unet"]})
+    if kind == "of another shape":
+        save_file({name: tensor[:, :-1].contiguous() for name, tensor in state.items()}, path)
+    elif kind == "no network's":
+        save_file({"text_model.weight": torch.zeros(3)}, path)
+    else:
+        torch.save(state, path)
+    message = refused(lambda: merge(copies(plain, "unet"), path), "not a LoRA for this model")
+    assert str(path) in message
+
+
+def test_text_encoders_of_other_shapes_are_refused(config: Config, plain: Networks, saved: Any, tmp_path: Path) -> None:
+    state = load_file(Path(config.lora_output_dir, LORA_FILE))
+    cut = {key: value[:, :-1].contiguous() if "text_encoder." in key else value for key, value in state.items()}
+    save_file(cut, tmp_path / "cut.safetensors")
+    refused(lambda: merge(copies(plain, *TEXT), tmp_path / "cut.safetensors"), "not a LoRA for")
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["dora_scale", "another layer", "no down", "no up", "lora_te_x", "two downs", "of a norm", "up of another size"],
+)
+def test_what_would_be_merged_only_in_part_is_refused(
+    config: Config, plain: Networks, saved: Any, tmp_path: Path, change: str
+) -> None:
+    state = load_file(Path(config.lora_output_dir, "myspecialstyle.safetensors"))
+    up = next(key for key in state if key.startswith("lora_unet_") and key.endswith(".lora_up.weight"))
+    down = up.replace("lora_up", "lora_down")
+    if change == "dora_scale":
+        state[up.replace("lora_up.weight", "dora_scale")] = torch.ones(len(state[up]), 1)
+    elif change == "another layer":
+        for key in (up, down):
+            state[key.replace("_blocks_", "_blocks_9")] = state[key].clone()
+    elif change in ("no down", "no up"):
+        del state[down if change == "no down" else up]
+    elif change == "lora_te_x":
+        state["lora_te_x.lora_up.weight"] = torch.ones(4, 4)
+    elif change == "two downs":
+        state[down.replace("lora_down", "lora_A")] = state[down].clone()
+    elif change == "of a norm":
+        state |= {f"unet.conv_norm_out.lora_{end}.weight": torch.ones(1, 1) for end in "AB"}
+    else:
+        state[up] = state[up][:1].clone()
+    save_file(state, tmp_path / "part.safetensors")
+    refused(lambda: merge(copies(plain, "unet"), tmp_path / "part.safetensors"), "is not a LoRA for")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(errno.EIO, "no disk", "x")])
+@pytest.mark.parametrize("where", ["_add", "_read_file"])
+def test_memory_and_disks_are_not_blamed_on_the_lora(
+    config: Config, plain: Networks, saved: Any, error: Exception, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(lora_weights, where, fail)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        merge(copies(plain, *TEXT), Path(config.lora_output_dir, LORA_FILE))
+
+
+def test_lora_file_holds_its_metadata_and_only_the_unet(trained: Networks, tmp_path: Path) -> None:
+    path = tmp_path / LORA_FILE
+    lora_weights.save_lora(path, lora_weights.lora_state({"unet": trained["unet"]}), {"step": "7"})
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        assert file.metadata() == {"format": "pt", "step": "7"}
+    assert names
+    assert all(name.startswith("unet.") and name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
+    assert [item.name for item in tmp_path.iterdir()] == [LORA_FILE]
 
 
 @pytest.mark.parametrize(
@@ -264,37 +353,3 @@ def test_what_diffusers_scripts_write_is_read(saved: Any, tmp_path: Path) -> Non
 )  # fmt: skip
 def test_kohya_names(module: str, name: str) -> None:
     assert lora_weights.kohya_name(module) == name
-
-
-def test_the_kohya_file_carries_alpha_and_what_programs_show(saved: Any) -> None:
-    config, _ = saved
-    with safe_open(Path(config.lora_output_dir, "myspecialstyle.safetensors"), framework="pt") as file:
-        metadata, names = file.metadata(), set(file.keys())
-        alphas = {float(file.get_tensor(name)) for name in names if name.endswith(".alpha")}
-    assert alphas == {2.0}
-    modules = {name.partition(".")[0] for name in names}
-    assert names == {f"{m}.{end}" for m in modules for end in ("lora_down.weight", "lora_up.weight", "alpha")}
-    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
-    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
-    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
-    assert metadata["modelspec.trigger_phrase"] == "<myspecialstyle>"
-    assert metadata["modelspec.resolution"] == "64x64"
-    assert metadata["ss_sd_model_name"] == "some/model"  # a path would be its last name alone
-    tags = {"a photo of <myspecialstyle>": 2, "a rosette": 1, "white": 1}
-    assert json.loads(metadata["ss_tag_frequency"]) == {"1_myspecialstyle": tags}
-    card = json.loads(Path(config.lora_output_dir, "myspecialstyle.json").read_text())
-    assert (card["activation text"], card["sd version"]) == ("<myspecialstyle>", "SDXL")
-
-
-@pytest.mark.parametrize(
-    ("prompt", "folder", "name", "words"),
-    [
-        ("a photo of <my-lace>", "x/lora", "my-lace", "<my-lace>"),
-        ("lace in sks style", "x/antique lace", "antique lace", "lace in sks style"),
-        ("<a> and <b>, <a>", "x/lora", "a", "<a>, <b>"),
-    ],
-)
-def test_the_name_of_the_style(prompt: str, folder: str, name: str, words: str) -> None:
-    config = Config(instance_prompt=prompt, lora_output_dir=folder)
-    assert config.lora_name == name
-    assert results.trigger_words(prompt) == words

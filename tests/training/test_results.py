@@ -1,0 +1,72 @@
+"""A finished training's files: what kohya's programs show of them, and the name of the style."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lace_lora.config import LORA_FILE, Config
+from lace_lora.training import results
+from lace_lora.training.launch import Job
+
+LAYERS = (
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+    "text_encoder_2.text_model.encoder.layers.1.self_attn.out_proj",
+)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Config:
+    """Both files and the card of a LoRA of all three networks, alpha unequal to rank."""
+    config = Config(lora_output_dir=str(tmp_path), rank=4, lora_alpha=2.0, resolution=64)
+    state = {f"{layer}.lora_A.weight": torch.ones(4, 8) for layer in LAYERS}
+    state |= {f"{layer}.lora_B.weight": torch.ones(8, 4) for layer in LAYERS}
+    captions = dict(zip("abc", [config.instance_prompt, config.instance_prompt, "a rosette, White"], strict=True))
+    job = Job(captions, {}, {"pretrained_model": "some/model"}, None, {})
+    assert results.save_results(config, state, config.alpha, 7, job, 1, "epsilon") == tmp_path / LORA_FILE
+    return config
+
+
+def test_the_diffusers_file_has_alpha_folded_in_and_what_it_was_trained_on(saved: Config) -> None:
+    with safe_open(Path(saved.lora_output_dir, LORA_FILE), framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["step"], json.loads(metadata["learns"])) == ("7", {"pretrained_model": "some/model"})
+    for name, weight in load_file(Path(saved.lora_output_dir, LORA_FILE)).items():
+        assert (weight == (0.5 if "lora_B" in name else 1)).all()
+
+
+def test_the_kohya_file_carries_alpha_and_what_programs_show(saved: Config) -> None:
+    with safe_open(Path(saved.lora_output_dir, "myspecialstyle.safetensors"), framework="pt") as file:
+        metadata, names = file.metadata(), set(file.keys())
+        alphas = {float(file.get_tensor(name)) for name in names if name.endswith(".alpha")}
+    assert alphas == {2.0}
+    modules = {name.partition(".")[0] for name in names}
+    assert names == {f"{m}.{end}" for m in modules for end in ("lora_down.weight", "lora_up.weight", "alpha")}
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert metadata["modelspec.trigger_phrase"] == "<myspecialstyle>"
+    assert metadata["modelspec.resolution"] == "64x64"
+    assert metadata["ss_sd_model_name"] == "some/model"  # a path would be its last name alone
+    tags = {"a photo of <myspecialstyle>": 2, "a rosette": 1, "white": 1}
+    assert json.loads(metadata["ss_tag_frequency"]) == {"1_myspecialstyle": tags}
+    card = json.loads(Path(saved.lora_output_dir, "myspecialstyle.json").read_text())
+    assert (card["activation text"], card["sd version"]) == ("<myspecialstyle>", "SDXL")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "folder", "name", "words"),
+    [
+        ("a photo of <my-lace>", "x/lora", "my-lace", "<my-lace>"),
+        ("lace in sks style", "x/antique lace", "antique lace", "lace in sks style"),
+        ("<a> and <b>, <a>", "x/lora", "a", "<a>, <b>"),
+    ],
+)
+def test_the_name_of_the_style(prompt: str, folder: str, name: str, words: str) -> None:
+    config = Config(instance_prompt=prompt, lora_output_dir=folder)
+    assert config.lora_name == name
+    assert results.trigger_words(prompt) == words
