@@ -12,7 +12,7 @@ from pathlib import Path
 from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.errors import DISK_OR_DRIVE, UserError
 from lace_lora.files import write_atomically
-from lace_lora.pictures.image_files import Picture, _visible, named_as_pictures
+from lace_lora.pictures.image_files import Picture, named_as_pictures, visible_entries
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations:
 def other_files(image_dir: str | Path, looked_at: Collection[str]) -> dict[str, int]:
     """How many files of other extensions lie in the folder (captions and annotations do not count)."""
     counts: dict[str, int] = defaultdict(int)
-    for path in _visible(image_dir):
+    for path in visible_entries(image_dir):
         kind = path.suffix.lower() if not path.is_dir() else ""
         if kind not in looked_at and kind not in ("", ".txt"):
             counts[kind] += 1

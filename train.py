@@ -81,7 +81,7 @@ def run(config: Config, dry_run: bool = False) -> None:
 
 def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations]:
     """The pictures to train on and all captions, after the report on them is printed and, if wanted, written."""
-    kinds = image_files.formats(config.image_extensions)
+    kinds = image_files.formats_of(config.image_extensions)
     images = image_files.named_as_pictures(config.images_dir, config.image_extensions)
     pictures = image_files.check_pictures(images, config.min_image_size, kinds)
     annotations = data_utils.plan_annotations(

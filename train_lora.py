@@ -314,7 +314,7 @@ def _drawn(run: Run, at_once: int) -> list[Image.Image]:
         some = seeds[start : start + at_once]
         with run.train_step.autocast():
             conditions = embeddings.rows([0] * len(some))
-            latents, _ = sampling.base_latents(run.unet, scheduler, conditions, some, config)
+            latents = sampling.base_latents(run.unet, scheduler, conditions, some, config)
         pictures += decode_latents(vae, latents)
     return pictures
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -115,8 +116,8 @@ def crispness(pictures: Tensor) -> float:
 
 def open_squares(paths: Sequence[Path], side: int = SIDE) -> list[Image.Image]:
     """Picture files, cut and resized as for training."""
-    kinds = image_files.formats(IMAGE_EXTENSIONS)
-    opened = [image_files.open_picture(path, kinds=kinds)[0] for path in paths]
+    kinds = image_files.formats_of(IMAGE_EXTENSIONS)
+    opened = [image_files.open_picture(path, formats=kinds)[0] for path in paths]
     return [image_files.fit(picture, (side, side))[0] for picture in opened]
 
 
@@ -151,10 +152,10 @@ def draw_prompts(model: Path, prompts: Sequence[str], lora: Path | None = None, 
         pretrained_model=str(model), refine=False, width=SIDE, height=SIDE, num_inference_steps=steps, variant=None
     )
     designs = [Design(index, prompt, index) for index, prompt in enumerate(prompts)]
-    drawn: dict[int, Image.Image] = {}
+    drawn: dict[int, Any] = {}
     twenties = [designs[start : start + 20] for start in range(0, len(designs), 20)]
     with tempfile.TemporaryDirectory() as kept:
-        phases.draw_pictures(config, lora, twenties, Path(kept), lambda one, base, *_: drawn.update({one.index: base}))
+        phases.draw_pictures(config, lora, twenties, Path(kept), lambda one: drawn.update({one.design.index: one.base}))
     return to_pixels([drawn[index] for index in range(len(designs))])
 
 

@@ -46,7 +46,7 @@ def test_a_folder_that_is_none(name: str, part: str, tmp_path: Path) -> None:
 
 def report(folder: Path, *extensions: str) -> str:
     paths = data_utils.list_images(folder, extensions or (".jpg",))
-    pictures = image_files.check_pictures(paths, 32, image_files.formats(IMAGE_EXTENSIONS))
+    pictures = image_files.check_pictures(paths, 32, image_files.formats_of(IMAGE_EXTENSIONS))
     annotations = data_utils.plan_annotations(folder, "lace", [p.path for p in pictures if p.used], folder)
     return data_utils.report_text(folder, pictures, annotations, "lace")
 

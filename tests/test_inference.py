@@ -1,4 +1,4 @@
-"""Planning the pictures: prompts, LoRA, folder, what is finished already. A stand-in plays the drawing itself."""
+"""A run of drawing: its folder, what is finished already, what is published. A stand-in draws."""
 
 import json
 import sys
@@ -11,17 +11,20 @@ import pytest
 from PIL import Image, ImageChops
 
 import inference
+import lace_lora.drawing
 from helpers import Make, gradient, jpg, names, refused, snapshot
 from lace_lora import files
 from lace_lora.config import Config
+from lace_lora.drawing.output_folder import BEFORE, UNFINISHED
+from lace_lora.drawing.plan import Drawn
 from lace_lora.errors import UserError
 
 
 class Artist(ModuleType):
-    """In the place of draw.py: paints each picture in a plain colour that tells its seed; can be interrupted."""
+    """In the place of phases.py: paints each picture in a plain colour that tells its seed; can be interrupted."""
 
     def __init__(self) -> None:
-        super().__init__("draw")
+        super().__init__("phases")
         self.batches: list[list[int]] = []
         self.stop_after, self.at_once = 1000, 1
         self.error: Exception = RuntimeError("a bug")
@@ -30,7 +33,7 @@ class Artist(ModuleType):
         return self.at_once
 
     def draw_pictures(
-        self, config: Config, lora: Path | None, batches: list[list[Any]], kept: Path, finish: Callable[..., object]
+        self, config: Config, lora: Path | None, batches: list[list[Any]], latents: Path, finish: Callable[..., object]
     ) -> None:
         for batch in batches:
             if len(self.batches) == self.stop_after:
@@ -39,15 +42,16 @@ class Artist(ModuleType):
             for design in batch:
                 picture = Image.new("RGB", (config.width, config.height), (design.seed, 0, 0))
                 refined = ImageChops.invert(picture) if config.refine else None
-                moved = 0.1 * design.index if config.refine else None
+                change = 0.1 * design.index if config.refine else None
                 has_base = not config.refine or config.refiner_flow == "img2img" or config.save_base
-                finish(design, picture if has_base else None, refined, moved)
+                finish(Drawn(design, picture if has_base else None, refined, change))
 
 
 @pytest.fixture
 def artist(monkeypatch: pytest.MonkeyPatch) -> Artist:
     drawing = Artist()
-    monkeypatch.setitem(sys.modules, "draw", drawing)
+    monkeypatch.setitem(sys.modules, "lace_lora.drawing.phases", drawing)
+    monkeypatch.setattr(lace_lora.drawing, "phases", drawing, raising=False)
     return drawing
 
 
@@ -65,59 +69,11 @@ def make(tmp_path: Path) -> Make:
     return settings
 
 
-@pytest.mark.parametrize(
-    ("changes", "prompts"),
-    [
-        ({}, ["a photo of <myspecialstyle>"]),
-        ({"instance_prompt": "lace"}, ["lace"]),
-        ({"prompt": ("edge",)}, ["edge"]),
-        ({"prompt": ("edge", "net")}, ["edge", "net"]),
-    ],
-)
-def test_prompts(changes: dict[str, Any], prompts: list[str], make: Make) -> None:
-    assert inference.read_prompts(make(**changes)) == prompts
-
-
-def test_a_prompts_file(tmp_path: Path, make: Make) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffein Rand, weiß 🧵\r\n\r\n  net: 'fine'  \n# no comment\n".encode())
-    assert inference.read_prompts(make(prompts_file=str(path))) == ["ein Rand, weiß 🧵", "net: 'fine'", "# no comment"]
-
-
-@pytest.mark.parametrize(("content", "part"), [(None, "No such file"), (b" \n\n", "is empty"), (b"\xe4", "UTF-8")])
-def test_a_prompts_file_that_cannot_be_used(content: bytes | None, part: str, tmp_path: Path, make: Make) -> None:
-    if content is not None:
-        (tmp_path / "prompts.txt").write_bytes(content)
-    refused(lambda: inference.read_prompts(make(prompts_file=str(tmp_path / "prompts.txt"))), part)
-
-
-def test_a_token_among_the_prompts_is_refused_and_not_repeated(tmp_path: Path, make: Make) -> None:
-    (tmp_path / "prompts.txt").write_text(f"lace\nhf_{'x' * 34}\n")
-    refused(lambda: inference.read_prompts(make(prompts_file=str(tmp_path / "prompts.txt"))), "holds a token [^x]*$")
-
-
-def test_where_the_lora_is_looked_for(tmp_path: Path, make: Make) -> None:
-    trained = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
-    (tmp_path / "mine.safetensors").write_bytes(b"other")
-    assert inference.find_lora(make()) == trained
-    assert inference.find_lora(make(lora_path=str(tmp_path / "lora"))) == trained
-    assert inference.find_lora(make(lora_path=str(trained))) == trained
-    assert inference.find_lora(make(lora_path=str(tmp_path / "mine.safetensors"))) == tmp_path / "mine.safetensors"
-    assert inference.find_lora(make(lora_scale=0.0, lora_path="missing")) is None
-
-
-def test_a_lora_that_cannot_be_used(tmp_path: Path, make: Make) -> None:
-    (tmp_path / "old.bin").write_bytes(b"pickle")
-    refused(lambda: inference.find_lora(make(lora_path=str(tmp_path / "old.bin"))), "not a .safetensors file")
-    refused(lambda: inference.find_lora(make(lora_path=str(tmp_path / "no.safetensors"))), "there is no LoRA at")
-    refused(lambda: inference.find_lora(make(lora_output_dir=str(tmp_path))), "train one first")
-
-
 def test_the_files_of_a_run(tmp_path: Path, artist: Artist, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     inference.run(make(prompt=("edge", "net", "rosette"), save_base=True))
     out = tmp_path / "out"
     pictures = {f"{kind}_output_00{index}.png" for kind in ("base", "refined") for index in range(4)}
-    assert names(out) == pictures | {"contact_sheet.png", "gallery.html", "manifest.json", inference.BEFORE}
+    assert names(out) == pictures | {"contact_sheet.png", "gallery.html", "manifest.json", BEFORE}
     manifest = json.loads((out / "manifest.json").read_text())
     assert [(row["prompt"], row["seed"]) for row in manifest["pictures"]] == [
         ("edge", 10), ("net", 11), ("rosette", 12), ("edge", 13)
@@ -126,10 +82,10 @@ def test_the_files_of_a_run(tmp_path: Path, artist: Artist, make: Make, capsys: 
     for row in manifest["pictures"]:
         for name in row["files"].values():
             with Image.open(out / name) as picture:
-                said = json.loads(picture.info["lace-lora"])
-                assert (said["prompt"], said["seed"]) == (row["prompt"], row["seed"])
-    said = capsys.readouterr().out
-    assert all(str(out / name) in said for name in ("gallery.html", "contact_sheet.png"))
+                carried = json.loads(picture.info["lace-lora"])
+                assert (carried["prompt"], carried["seed"]) == (row["prompt"], row["seed"])
+    printed = capsys.readouterr().out
+    assert all(str(out / name) in printed for name in ("gallery.html", "contact_sheet.png"))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +105,7 @@ def test_refined_pictures_are_always_called_so(
 
 
 @pytest.mark.parametrize(
-    ("changes", "moved", "bases"),
+    ("changes", "changed", "bases"),
     [
         ({}, 4, 4),
         ({"save_base": True}, 4, 4),
@@ -158,27 +114,27 @@ def test_refined_pictures_are_always_called_so(
         ({"refiner_flow": "ensemble", "save_base": True}, 4, 4),
     ],
 )
-def test_the_page_has_the_base_of_refined_pictures_and_how_far_they_moved(
-    changes: dict[str, Any], moved: int, bases: int, tmp_path: Path, artist: Artist, make: Make
+def test_the_page_shows_refined_pictures_beside_their_base_and_how_they_changed(
+    changes: dict[str, Any], changed: int, bases: int, tmp_path: Path, artist: Artist, make: Make
 ) -> None:
     inference.run(make(**changes))
     page = (tmp_path / "out" / "gallery.html").read_text(encoding="utf-8")
-    assert (page.count("data-base="), page.count("Refining moved it")) == (bases, moved)
+    assert (page.count("data-base="), page.count("Changed by refining")) == (bases, changed)
     rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]
-    assert [row["refining"]["latent_change"] for row in rows if "refining" in row] == [0.0, 0.1, 0.2, 0.3][:moved]
+    assert [row["refining"]["latent_change"] for row in rows if "refining" in row] == [0.0, 0.1, 0.2, 0.3][:changed]
     assert sum("edge_change" in row.get("refining", {}) for row in rows) == bases
-    assert not (tmp_path / "out" / inference.UNFINISHED).exists()
+    assert not (tmp_path / "out" / UNFINISHED).exists()
 
 
-def test_latents_of_another_recipe_are_left_alone(tmp_path: Path, artist: Artist, make: Make) -> None:
+def test_latents_of_another_recipe_are_not_used(tmp_path: Path, artist: Artist, make: Make) -> None:
     seen: list[Path] = []
     draw_pictures = artist.draw_pictures
 
-    def note(config: Config, lora: Path | None, batches: Any, kept: Path, finish: Any) -> None:
-        assert list(kept.iterdir()) == []
-        (kept / "base_000.safetensors").write_bytes(b"latents")
-        seen.append(kept)
-        draw_pictures(config, lora, batches, kept, finish)
+    def note(config: Config, lora: Path | None, batches: Any, latents: Path, finish: Any) -> None:
+        assert list(latents.iterdir()) == []
+        (latents / "base_000.safetensors").write_bytes(b"latents")
+        seen.append(latents)
+        draw_pictures(config, lora, batches, latents, finish)
 
     artist.draw_pictures = note  # type: ignore[method-assign]
     artist.stop_after = 0
@@ -190,7 +146,7 @@ def test_latents_of_another_recipe_are_left_alone(tmp_path: Path, artist: Artist
     assert len(set(seen)) == 3
 
 
-def test_the_size_of_batches_is_chosen_once(tmp_path: Path, artist: Artist, make: Make) -> None:
+def test_the_batch_size_is_chosen_once(tmp_path: Path, artist: Artist, make: Make) -> None:
     artist.at_once, artist.stop_after = 3, 1
     with pytest.raises(RuntimeError, match="a bug"):
         inference.run(make(num_images=7))
@@ -200,16 +156,16 @@ def test_the_size_of_batches_is_chosen_once(tmp_path: Path, artist: Artist, make
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["batch_size"] == 3
 
 
-def test_a_picture_that_is_drawn_anew_takes_the_place_of_its_own(tmp_path: Path, artist: Artist, make: Make) -> None:
+def test_only_missing_pictures_are_written_again(tmp_path: Path, artist: Artist, make: Make) -> None:
     artist.at_once = 3
     inference.run(make())
     (tmp_path / "out" / "refined_output_001.png").unlink()
     (tmp_path / "out" / "refined_output_002.png").write_bytes(b"retouched")
     gradient(64, 64).save(tmp_path / "out" / "refined_output_002.png")
-    kept = {index: snapshot(tmp_path / "out" / f"refined_output_00{index}.png") for index in (0, 2, 3)}
+    before = {index: snapshot(tmp_path / "out" / f"refined_output_00{index}.png") for index in (0, 2, 3)}
     inference.run(make())
     assert artist.batches == [[0, 1, 2], [3], [0, 1, 2]]
-    assert kept == {index: snapshot(tmp_path / "out" / f"refined_output_00{index}.png") for index in (0, 2, 3)}
+    assert before == {index: snapshot(tmp_path / "out" / f"refined_output_00{index}.png") for index in (0, 2, 3)}
     assert (tmp_path / "out" / "gallery.html").read_text(encoding="utf-8").count("data-base=") == 4
     rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]
     assert [row["refining"]["latent_change"] for row in rows] == [0.0, 0.1, 0.2, 0.3]
@@ -266,7 +222,7 @@ def test_a_run_that_was_refused_leaves_its_folder_to_the_next(tmp_path: Path, ar
 
 
 @pytest.mark.parametrize("size", ["many", 0, None])
-def test_a_manifest_with_a_foolish_size_of_batches(size: Any, tmp_path: Path, artist: Artist, make: Make) -> None:
+def test_a_manifest_with_an_invalid_batch_size(size: Any, tmp_path: Path, artist: Artist, make: Make) -> None:
     path = inference.run(make()) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"batch_size": size}))
     (tmp_path / "out" / "refined_output_001.png").unlink()
@@ -274,12 +230,12 @@ def test_a_manifest_with_a_foolish_size_of_batches(size: Any, tmp_path: Path, ar
     assert (tmp_path / "out" / "refined_output_001.png").exists()
 
 
-def test_a_finished_picture_that_is_not_whole_is_one_sentence(tmp_path: Path, artist: Artist, make: Make) -> None:
+def test_a_damaged_picture_is_a_one_line_error(tmp_path: Path, artist: Artist, make: Make) -> None:
     inference.run(make())
     path = tmp_path / "out" / "refined_output_002.png"
     path.write_bytes(path.read_bytes()[:100])
     (tmp_path / "out" / "gallery.html").unlink()
-    refused(lambda: inference.run(make()), "refined_output_002.png is not a whole picture")
+    refused(lambda: inference.run(make()), "refined_output_002.png is truncated or damaged")
     path.unlink()
     inference.run(make())
     assert (tmp_path / "out" / "gallery.html").exists()
@@ -291,7 +247,7 @@ def test_the_page_names_no_folders_of_the_users(tmp_path: Path, artist: Artist, 
     assert str(tmp_path) in (tmp_path / "out" / "manifest.json").read_text()
 
 
-def test_another_run_that_takes_the_folder_meanwhile_is_noticed(
+def test_another_run_that_uses_the_folder_meanwhile_is_noticed(
     tmp_path: Path, artist: Artist, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock_for_one_run = files.lock_for_one_run
@@ -303,12 +259,8 @@ def test_another_run_that_takes_the_folder_meanwhile_is_noticed(
 
     monkeypatch.setattr(files, "lock_for_one_run", late)
     refused(lambda: inference.run(make()), "another run has just drawn")
-    assert {row["seed"] for row in json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]} == {
-        3,
-        4,
-        5,
-        6,
-    }
+    rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]
+    assert {row["seed"] for row in rows} == {3, 4, 5, 6}
 
 
 def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path: Path, artist: Artist, make: Make) -> None:
@@ -318,11 +270,11 @@ def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path: Path, artist: Artis
         inference.run(config)
     assert not (tmp_path / "out" / "gallery.html").exists()
     (tmp_path / "out" / "refined_output_001.png").unlink()
-    kept = snapshot(tmp_path / "out" / "refined_output_002.png")
+    before = snapshot(tmp_path / "out" / "refined_output_002.png")
     artist.stop_after = 1000
     inference.run(config)
     assert artist.batches == [[0, 1], [2, 3], [0, 1], [4, 5], [6]]
-    assert snapshot(tmp_path / "out" / "refined_output_002.png") == kept
+    assert snapshot(tmp_path / "out" / "refined_output_002.png") == before
     assert len(names(tmp_path / "out")) == 7 + 4
 
 
@@ -334,7 +286,7 @@ def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path: Path, artist: Artis
         (OSError(28, "No space left on device", "a.png"), 4, "a.png could not be written"),
     ],
 )
-def test_failures_that_users_can_mend(error: Exception, code: int, part: str, artist: Artist, make: Make) -> None:
+def test_failures_that_users_can_fix(error: Exception, code: int, part: str, artist: Artist, make: Make) -> None:
     artist.stop_after, artist.error = 1, error
     refused(lambda: inference.run(make()), part, code)
 
@@ -355,12 +307,12 @@ def test_a_dry_run_writes_nothing(
     inference.run(make(prompt=("weiße Spitze 🧵",) if not finished else None), dry_run=True)
     assert snapshot(tmp_path) == before
     assert artist.batches == drawn
-    said = capsys.readouterr().out
-    assert f"Would draw {0 if finished else 4} of 4 pictures, 64x64, into {tmp_path / 'out'}" in said
-    assert str(tmp_path / "lora" / "pytorch_lora_weights.safetensors") in said
-    assert finished or "weiße Spitze 🧵" in said
+    printed = capsys.readouterr().out
+    assert f"Would draw {0 if finished else 4} of 4 pictures, 64x64, into {tmp_path / 'out'}" in printed
+    assert str(tmp_path / "lora" / "pytorch_lora_weights.safetensors") in printed
+    assert finished or "weiße Spitze 🧵" in printed
 
 
-def test_prompts_left_over_are_told(artist: Artist, make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_left_over_prompts_are_warned_of(artist: Artist, make: Make, caplog: pytest.LogCaptureFixture) -> None:
     inference.run(make(num_images=2, prompt=("edge", "net", "rosette")), dry_run=True)
     assert "1 of 3 prompts" in caplog.text

@@ -107,7 +107,7 @@ def test_any_damage_to_a_picture(which: bytes, place: float, junk: bytes, cut: b
     assert found.used == bool(found.sha256 and found.width)
     if found.used:
         assert min(found.width, found.height) >= 8
-        picture, size = image_files.open_picture(io.BytesIO(content), kinds=("JPEG", "PNG", "TIFF", "WEBP", "BMP"))
+        picture, size = image_files.open_picture(io.BytesIO(content), formats=("JPEG", "PNG", "TIFF", "WEBP", "BMP"))
         assert picture.mode == "RGB"
         assert size == (found.width, found.height)
 

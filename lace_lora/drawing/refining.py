@@ -1,4 +1,4 @@
-"""How far refining moved each picture, so that a user sees where it washed the style out."""
+"""How much refining changed each picture, so that a user sees where it washed the style out."""
 
 import io
 import json
@@ -11,12 +11,13 @@ from PIL import Image, ImageFilter, ImageStat
 
 from lace_lora.files import write_atomically
 
-# A picture's edges may weaken by so much; of how far it moved, it may stand out by so many typical deviations.
-MOST_WEAKENED, MOST_APART = 0.1, 4.0
+# A picture is flagged if its edges lost more than this share, or if its latents changed more than the others' did, by
+# this many stds.
+MAX_EDGE_LOSS, MAX_STDS = 0.1, 4.0
 
 
 def save_before(path: Path, base: Image.Image | None, refined: Image.Image, latent_change: float) -> None:
-    """Keep how far refining moved a picture, as `path`.json, and what it was before, if known, as `path`.jpg."""
+    """Write how much refining changed a picture to `path`.json, and the picture before it, if there is one, to .jpg."""
     write_atomically(path.with_suffix(".json"), json.dumps(compare(base, refined, latent_change)).encode())
     if base:
         content = io.BytesIO()
@@ -24,44 +25,44 @@ def save_before(path: Path, base: Image.Image | None, refined: Image.Image, late
         write_atomically(path.with_suffix(".jpg"), content.getvalue())
 
 
-def read_changes(path: Path) -> dict[str, float]:
-    """What `save_before` noted; nothing where it was not there, as of pictures that nobody refined."""
-    try:
-        said = json.loads(path.with_suffix(".json").read_bytes())
-        return {name: float(said[name]) for name in ("latent_change", "edge_change") if name in said}
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
-
-
 def compare(base: Image.Image | None, refined: Image.Image, latent_change: float) -> dict[str, float]:
-    """What is noted of one picture: `latent_change` and, if there is a base's, `edge_change`, both relative to it."""
+    """`latent_change` as given and, where there is a base, `edge_change`: both as shares of the picture before."""
     changes = {"latent_change": round(latent_change, 4)}
     if base:
-        before, after = _edges(base), _edges(refined)
+        before, after = _edge_strength(base), _edge_strength(refined)
         changes["edge_change"] = round(after / before - 1 if before else 0.0, 4)
     return changes
 
 
-def _edges(picture: Image.Image) -> float:
-    """The mean strength of edges, 0..255, leaving out the border, where the filter gives back the picture."""
+def _edge_strength(picture: Image.Image) -> float:
+    """The mean of the edges, 0..255, without the border, which the filter leaves as it is."""
     width, height = picture.size
     edges = picture.convert("L").filter(ImageFilter.FIND_EDGES).crop((1, 1, width - 1, height - 1))
     return ImageStat.Stat(edges).mean[0]
 
 
+def read_changes(path: Path) -> dict[str, float]:
+    """What `save_before` wrote; empty where there is no such file, as for pictures that are not refined."""
+    try:
+        content = json.loads(path.with_suffix(".json").read_bytes())
+        return {name: float(content[name]) for name in ("latent_change", "edge_change") if name in content}
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
 def warnings(measured: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for each picture that refining changed much, empty for the others."""
-    moves = [changes["latent_change"] for changes in measured if "latent_change" in changes]
-    middle = statistics.median(moves) if moves else 0.0
-    # 1.4826: of a normal distribution, the standard deviation by the median one.
-    spread = 1.4826 * statistics.median(abs(move - middle) for move in moves) if moves else 0.0
-    return [_warning(changes, middle, spread) for changes in measured]
+    """For each picture, a one-line warning if refining changed it too much, else an empty string."""
+    changes = [one["latent_change"] for one in measured if "latent_change" in one]
+    median = statistics.median(changes) if changes else 0.0
+    # A std that outliers do not change: 1.4826 times the median absolute deviation, for a normal distribution.
+    std = 1.4826 * statistics.median(abs(change - median) for change in changes) if changes else 0.0
+    return [_warning(one, median, std) for one in measured]
 
 
-def _warning(changes: dict[str, Any], middle: float, spread: float) -> str:
+def _warning(changes: dict[str, Any], median: float, std: float) -> str:
     advice = "if you miss the style here, lower refiner_strength"
-    if changes.get("edge_change", 0.0) < -MOST_WEAKENED:
+    if changes.get("edge_change", 0.0) < -MAX_EDGE_LOSS:
         return f"refining softened it by {-changes['edge_change']:.0%}: {advice}"
-    if changes.get("latent_change", 0.0) > middle + max(MOST_APART * spread, 0.1 * middle):
+    if changes.get("latent_change", 0.0) > median + max(MAX_STDS * std, 0.1 * median):
         return f"refining changed it more than the others: {advice}"
     return ""

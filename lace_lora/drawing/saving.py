@@ -1,70 +1,79 @@
-"""Latents to pictures, which are handed on by threads while the device is at work on the next ones."""
+"""Latents to finished pictures, on threads, while the GPU works on the next ones."""
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from types import TracebackType
 
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor
 
 from lace_lora.config import Config
+from lace_lora.drawing.plan import Drawn
 from lace_lora.errors import UserError
 from lace_lora.pictures.recipe import Design
-from lace_lora.sdxl.vae import Decoded, decode_each
-
-# Takes a design, its picture by the base and by the refiner, and how far refining moved its latents, if there are such;
-# on several threads at once.
-Finish = Callable[[Design, Image.Image | None, Image.Image | None, float | None], object]
-# Takes a batch, its latents (n, 4, h, w) as the base has finished them, and the refiner's, if it has refined them.
-Save = Callable[[Sequence[Design], Tensor, Tensor | None], None]
+from lace_lora.sdxl.vae import PendingPicture, decode_each
 
 
-@contextmanager
-def saving(vae: AutoencoderKL, config: Config, finish: Finish) -> Iterator[Save]:
-    """Gives what decodes batches and hands their pictures to `finish`, on threads; at the end all are finished.
+class PictureSaver:
+    """Decodes batches of latents and calls `finish` with each design, on several threads at once.
 
-    The ensemble's base has no finished picture, and what it would be at the hand-over is decoded only if wanted.
+    As a context manager it waits for all of them in the end.
 
     Raises:
-        UserError: a picture would be black (exit 5); all others are handed on before.
+        UserError: a picture would be black (exit 5). All others are finished first.
     """
-    show_base = not config.refine or config.refiner_flow == "img2img" or config.save_base
-    count = min(16, os.cpu_count() or 1)
-    waiting: deque[Future[None]] = deque()
-    black: list[UserError] = []
 
-    def done(design: Design, before: Decoded | None, after: Decoded | None, moved: float | None) -> None:
-        finish(design, before and before(), after and after(), moved)
+    def __init__(self, vae: AutoencoderKL, config: Config, finish: Callable[[Drawn], object]) -> None:
+        self.vae, self.finish = vae, finish
+        # The ensemble's base has no finished picture: what it predicts at the hand-over is decoded only if wanted.
+        self.decodes_base = not config.refine or config.refiner_flow == "img2img" or config.save_base
+        self.threads = min(16, os.cpu_count() or 1)
+        self.pool = ThreadPoolExecutor(self.threads)
+        self.pending: deque[Future[None]] = deque()
+        self.black: list[UserError] = []
 
-    def wait_for(finished: Future[None]) -> None:
+    def __enter__(self) -> "PictureSaver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        with self.pool:  # which waits for its threads in any case
+            while self.pending and not error:
+                self._wait_for_oldest()
+        if self.black and not error:
+            raise self.black[0]
+
+    def save_batch(self, designs: Sequence[Design], base: Tensor, refined: Tensor | None) -> None:
+        """Decode the finished latents of the base, (n, 4, h, w), and the refined ones, and leave the rest to threads.
+
+        Waits while all threads are busy.
+
+        Raises:
+            OSError: an earlier picture could not be saved.
+        """
+        nothing = [None] * len(designs)
+        before = decode_each(self.vae, base) if self.decodes_base else nothing
+        after = nothing if refined is None else decode_each(self.vae, refined)
+        changes = nothing if refined is None else latent_changes(base, refined)
+        for picture in zip(designs, before, after, changes, strict=True):
+            if len(self.pending) == self.threads:
+                self._wait_for_oldest()
+            self.pending.append(self.pool.submit(self._finish, *picture))
+
+    def _finish(
+        self, design: Design, base: PendingPicture | None, refined: PendingPicture | None, change: float | None
+    ) -> None:
+        self.finish(Drawn(design, base.wait() if base else None, refined.wait() if refined else None, change))
+
+    def _wait_for_oldest(self) -> None:
         try:
-            finished.result()
-        except UserError as error:  # the others are drawn all the same
-            black.append(error)
-
-    with ThreadPoolExecutor(count) as pool:
-
-        def save(batch: Sequence[Design], base: Tensor, refined: Tensor | None) -> None:
-            nothing = [None] * len(batch)
-            before = decode_each(vae, base) if show_base else nothing
-            after = nothing if refined is None else decode_each(vae, refined)
-            moved = nothing if refined is None else _distances(base, refined)
-            for each in zip(batch, before, after, moved, strict=True):
-                if len(waiting) == count:
-                    wait_for(waiting.popleft())
-                waiting.append(pool.submit(done, *each))
-
-        yield save
-        for finished in waiting:
-            wait_for(finished)
-    if black:
-        raise black[0]
+            self.pending.popleft().result()
+        except UserError as error:  # a black picture; the others are drawn all the same
+            self.black.append(error)
 
 
-def _distances(before: Tensor, after: Tensor) -> list[float]:
-    """How far apart latents (n, 4, h, w) are, by the length of the first."""
+def latent_changes(before: Tensor, after: Tensor) -> list[float]:
+    """How far apart latents (n, 4, h, w) are, as a share of the norm of those before."""
     before, after = before.float().flatten(1), after.float().flatten(1)
     return ((after - before).norm(dim=1) / before.norm(dim=1)).tolist()

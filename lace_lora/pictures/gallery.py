@@ -1,4 +1,4 @@
-"""What shows finished pictures: a contact sheet, and a page to look through."""
+"""Finished pictures to look through: a contact sheet, and a page."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ from lace_lora.pictures.image_files import PNG_OPTIONS, open_finished
 from lace_lora.pictures.recipe import Design
 
 CONTACT_SHEET, PAGE, MANIFEST = "contact_sheet.png", "gallery.html", "manifest.json"
-SIDE, SHOWN = 320, 1024  # pixels of a picture's longer side, at most, on the contact sheet and on the page
+SMALL, LARGE = 320, 1024  # longer side of a picture in pixels, at most: on the contact sheet, on the page
 Attributes = dict[str, str | int]  # of an element of HTML
 
 
@@ -29,26 +29,26 @@ class Card:
     design: Design
     file: Path  # the finished picture
     base: Path | None = None  # as it was before refining
-    latent_change: float | None = None  # how far refining moved it, relative to its latents: 0.1 is 10 %
-    edge_change: float | None = None  # how much its edges are stronger, or weaker below 0
+    latent_change: float | None = None  # by refining, as a share of its latents: 0.1 is 10 %
+    edge_change: float | None = None  # likewise of its edges; below 0 they are weaker
     warning: str = ""  # why it is flagged
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One picture as it is shown."""
+class Preview:
+    """A finished picture in the sizes that are shown."""
 
     attributes: Attributes  # of an <img> on the page
     small: Image.Image  # on the contact sheet
 
 
-def as_shown(path: Path, picture: Image.Image | None = None) -> Shown:
-    """A finished picture for page and contact sheet; `picture` is what the file holds, if that is at hand."""
+def make_preview(path: Path, picture: Image.Image | None = None) -> Preview:
+    """The preview of a finished picture; `picture` is what the file holds, if that is in memory."""
     picture = picture or open_finished(path)
-    return Shown(embedded(path, picture), _shrink(picture, SIDE))
+    return Preview(embed(path, picture), _shrink(picture, SMALL))
 
 
-def contact_sheet(pictures: Sequence[Image.Image], side: int = SIDE, gap: int = 8) -> bytes:
+def contact_sheet(pictures: Sequence[Image.Image], side: int = SMALL, gap: int = 8) -> bytes:
     """All pictures in rows on one PNG, each fitted into a square of at most `side` pixels."""
     side = min(side, max(max(picture.size) for picture in pictures))
     columns = max(1, math.ceil(math.sqrt(len(pictures) * 1.5)))
@@ -64,11 +64,13 @@ def contact_sheet(pictures: Sequence[Image.Image], side: int = SIDE, gap: int = 
     return content.getvalue()
 
 
-def page(title: str, cards: Sequence[Card], recipe: dict[str, Any], made: dict[Path, Attributes] | None = None) -> str:
+def page(
+    title: str, cards: Sequence[Card], recipe: dict[str, Any], embedded: dict[Path, Attributes] | None = None
+) -> str:
     """One HTML file that needs no other: every picture inside it, with its prompt and seed.
 
-    Pictures link to their files by name alone, so the page belongs in the folder of `Card.file`. `made` is what
-    `embedded` has given for some of them already.
+    Pictures link to their files by name alone, so the page belongs in the folder of `Card.file`. `embedded` is what
+    `embed` has returned for some of them already.
 
     Raises:
         OSError: a picture cannot be read.
@@ -76,11 +78,11 @@ def page(title: str, cards: Sequence[Card], recipe: dict[str, Any], made: dict[P
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    made = made or {}
-    missing = {path for card in cards for path in (card.file, card.base) if path} - made.keys()
+    embedded = embedded or {}
+    missing = {path for card in cards for path in (card.file, card.base) if path} - embedded.keys()
     with ThreadPoolExecutor() as pool:
-        shown = made | dict(zip(missing, pool.map(embedded, missing), strict=True))
-    environment.filters |= {"embedded": shown.__getitem__, "csp_hash": _csp_hash}
+        embedded = embedded | dict(zip(missing, pool.map(embed, missing), strict=True))
+    environment.filters |= {"embedded": embedded.__getitem__, "csp_hash": _csp_hash}
     return environment.get_template("gallery_page.html").render(
         title=title,
         cards=cards,
@@ -89,29 +91,26 @@ def page(title: str, cards: Sequence[Card], recipe: dict[str, Any], made: dict[P
     )
 
 
-def embedded(path: Path, picture: Image.Image | None = None) -> Attributes:
-    """A picture as the attributes of an <img> that needs no file; for `picture` see `as_shown`."""
+def embed(path: Path, picture: Image.Image | None = None) -> Attributes:
+    """A picture as the attributes of an <img> that needs no file; for `picture` see `make_preview`."""
     picture = picture or open_finished(path)
-    small, content = _shrink(picture, SHOWN), io.BytesIO()
-    if small.size == picture.size and path.suffix == ".jpg" and not _has_comment(path):
-        content.write(path.read_bytes())
-    else:
-        small.save(content, format="JPEG", quality=88, comment=b"")
-    source = "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
+    small = _shrink(picture, LARGE)
+    if small.size == picture.size and path.suffix == ".jpg" and "comment" not in picture.info:
+        content = path.read_bytes()
+    else:  # also to leave out a recipe
+        file = io.BytesIO()
+        small.save(file, format="JPEG", quality=88, comment=b"")
+        content = file.getvalue()
+    source = "data:image/jpeg;base64," + base64.b64encode(content).decode()
     return {"src": source, "width": small.width, "height": small.height}
-
-
-def _has_comment(path: Path) -> bool:
-    with Image.open(path) as picture:
-        return "comment" in picture.info
-
-
-def _csp_hash(content: str) -> str:
-    """An inline style or script as a Content-Security-Policy names it."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
 def _shrink(picture: Image.Image, side: int) -> Image.Image:
     scale = min(1.0, side / max(picture.size))
     width, height = (max(1, round(length * scale)) for length in picture.size)
     return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _csp_hash(content: str) -> str:
+    """An inline style or script as a Content-Security-Policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

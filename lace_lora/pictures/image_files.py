@@ -1,4 +1,4 @@
-"""One picture: opening it safely, checking it in a process that may die of it, cutting it to a shape."""
+"""Picture files: finding them in a folder, checking them in processes that may crash, opening and cropping them."""
 
 import hashlib
 import io
@@ -21,20 +21,19 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from lace_lora.config import IMAGE_EXTENSIONS
-from lace_lora.errors import DISK_OR_DRIVE, UserError
+from lace_lora.errors import DISK_OR_DRIVE, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-_FORMATS = dict(
-    zip(IMAGE_EXTENSIONS, ("JPEG", "JPEG", "PNG", "WEBP", "BMP", "TIFF", "TIFF"), strict=True)
-)  # by extension
+# Pillow's names of formats, by extension.
+_FORMATS = dict(zip(IMAGE_EXTENSIONS, ("JPEG", "JPEG", "PNG", "WEBP", "BMP", "TIFF", "TIFF"), strict=True))
 # What Pillow's decoders raise on broken files, besides OSError (truncated, unidentified, unreadable).
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What the check found out about one file. Sizes are in pixels, with the picture upright."""
+    """The result of checking one file. Sizes are in pixels, with the picture upright."""
 
     path: Path
     width: int = 0
@@ -47,12 +46,37 @@ class Picture:
         return not self.reason
 
 
-def check_pictures(paths: Sequence[Path], min_image_size: int, kinds: Sequence[str] = ("JPEG",)) -> list[Picture]:
-    """Decode every picture once, in processes of their own, and say which are taken. Order is kept."""
-    check = partial(_check, min_image_size=min_image_size, kinds=kinds)
-    found = _check_side_by_side(check, paths)
+def named_as_pictures(image_dir: str | Path, extensions: Collection[str]) -> list[Path]:
+    """Everything with a picture's name, folders too, so that `check_pictures` can say why it is skipped."""
+    wanted = {extension.lower() for extension in extensions} - {".txt"}
+    return [path for path in visible_entries(image_dir) if path.suffix.lower() in wanted]
+
+
+def visible_entries(image_dir: str | Path) -> list[Path]:
+    """Everything in a folder that is not hidden, sorted by name.
+
+    Raises:
+        UserError: the folder is missing or cannot be read.
+    """
+    try:
+        with os.scandir(image_dir) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.name[0] != ".")
+    except FileNotFoundError:
+        raise UserError(
+            f"{image_dir}: there is no such folder; set images_dir to the folder of your pictures"
+        ) from None
+    except NotADirectoryError:
+        raise UserError(f"{image_dir}: is a file; set images_dir to the folder of your pictures") from None
+    except OSError as error:
+        raise UserError(f"{image_dir}: cannot be read ({error.strerror})", DISK_OR_DRIVE) from error
+
+
+def check_pictures(paths: Sequence[Path], min_image_size: int, formats: Sequence[str] = ("JPEG",)) -> list[Picture]:
+    """Decode every picture once, in other processes, and return for each, in order, whether it is used or why not."""
+    check = partial(_check, min_image_size=min_image_size, formats=formats)
+    found = _check_in_parallel(check, paths)
     while left := [path for path in paths if path not in found]:
-        with _processes(1) as pool:  # one at a time, so that it is plain which one ends its process
+        with _processes(1) as pool:  # one at a time, to see which one crashes its process
             for path in left:
                 try:
                     found[path] = pool.submit(check, path).result()
@@ -62,8 +86,8 @@ def check_pictures(paths: Sequence[Path], min_image_size: int, kinds: Sequence[s
     return [found[path] for path in paths]
 
 
-def _check_side_by_side(check: Callable[[Path], Picture], paths: Sequence[Path]) -> dict[Path, Picture]:
-    """What was found before all were checked, or one of them took its process along."""
+def _check_in_parallel(check: Callable[[Path], Picture], paths: Sequence[Path]) -> dict[Path, Picture]:
+    """All results, or those until a picture crashed its worker."""
     found: dict[Path, Picture] = {}
     with _processes(min(8, os.cpu_count() or 1, len(paths) // 8 or 1)) as pool, suppress(BrokenProcessPool):
         for picture in pool.map(check, paths, chunksize=8):
@@ -72,36 +96,36 @@ def _check_side_by_side(check: Callable[[Path], Picture], paths: Sequence[Path])
 
 
 def _processes(count: int) -> ProcessPoolExecutor:
-    # From a server, not forked off this process: a notebook's has threads, and a fork of it may hang.
+    # Not forked from this process: a notebook's has threads, and a fork of it may hang.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(count, context, initializer=_leave_with_the_main_process)
+    return ProcessPoolExecutor(count, context, initializer=_exit_with_the_main_process)
 
 
-def _leave_with_the_main_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is that one's to tell
+def _exit_with_the_main_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers Ctrl-C
     main_process = multiprocessing.parent_process()
 
-    def leave() -> None:
+    def wait_and_exit() -> None:
         if main_process:
             main_process.join()
             os._exit(1)
 
-    threading.Thread(target=leave, daemon=True).start()
+    threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
-def _check(path: Path, min_image_size: int, kinds: Sequence[str]) -> Picture:
+def _check(path: Path, min_image_size: int, formats: Sequence[str]) -> Picture:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return Picture(path, reason=f"unreadable: {'a folder' if path.is_dir() else 'not a file'}")
         content = path.read_bytes()
-        _, (width, height) = open_picture(io.BytesIO(content), at_least=64, kinds=kinds)
+        _, (width, height) = open_picture(io.BytesIO(content), at_least=64, formats=formats)
     except Image.UnidentifiedImageError:
-        return Picture(path, reason=f"unreadable: not a {' or '.join(kinds)} that can be opened")
+        return Picture(path, reason=f"unreadable: not a {' or '.join(formats)} that can be opened")
     except FileNotFoundError:
-        return Picture(path, reason="unreadable: a link to nowhere" if path.is_symlink() else "unreadable: it is gone")
+        return Picture(path, reason="unreadable: a broken link" if path.is_symlink() else "unreadable: it is gone")
     except (*BROKEN, MemoryError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         return Picture(path, reason=f"unreadable: {reason}")
     reason = ""
     if min(width, height) < min_image_size:
@@ -109,21 +133,21 @@ def _check(path: Path, min_image_size: int, kinds: Sequence[str]) -> Picture:
     return Picture(path, width, height, hashlib.sha256(content).hexdigest(), reason)
 
 
-def formats(extensions: Collection[str]) -> tuple[str, ...]:
-    """The kinds of files, by Pillow's names, that stand behind extensions: no other decoder sees a picture's bytes."""
+def formats_of(extensions: Collection[str]) -> tuple[str, ...]:
+    """Pillow's names for the formats of extensions: no other decoder sees a picture's bytes."""
     return tuple(dict.fromkeys(_FORMATS[extension.lower()] for extension in extensions))
 
 
 def open_picture(
-    source: str | Path | io.BytesIO, at_least: int | None = None, kinds: Sequence[str] = ("JPEG",)
+    source: str | Path | io.BytesIO, at_least: int | None = None, formats: Sequence[str] = ("JPEG",)
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Decode one picture upright in sRGB.
 
     Args:
         source: a file or its bytes; opened for reading only.
-        kinds: what it may be, see `formats`; its name says nothing.
         at_least: a JPEG may be decoded at a half, quarter or eighth, as long as its shorter side keeps this many
             pixels: that is several times faster on a phone's photos.
+        formats: which decoders may see it, see `formats_of`; its name says nothing.
 
     Returns:
         The RGB picture, and the (width, height) of the original.
@@ -131,18 +155,18 @@ def open_picture(
     Raises:
         OSError, SyntaxError, ValueError, EOFError, struct.error, DecompressionBombError: it cannot be decoded.
     """
-    with Image.open(source, formats=tuple(kinds)) as image:
+    with Image.open(source, formats=tuple(formats)) as image:
         full = image.size
         if at_least:
             shrink = min(full) / at_least
             image.draft(None, (int(full[0] / shrink), int(full[1] / shrink)))
-        image.load()  # all of it: verify() takes truncated JPEGs
+        image.load()  # all of it: verify() accepts truncated JPEGs
         upright, turned = _upright(image)
     return _to_srgb(upright), (full[1], full[0]) if turned else full
 
 
 def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The picture as it was seen, and whether width and height changed places."""
+    """The picture turned as its EXIF says, and whether width and height changed places."""
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return ImageOps.exif_transpose(image), turned
@@ -171,12 +195,12 @@ def _to_srgb(image: Image.Image) -> Image.Image:
             assert converted is not None  # only in-place conversion returns None
             return converted
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-            logger.debug("colour profile cannot be used, its values are taken as sRGB: %s", error)
+            logger.debug("colour profile cannot be used, its values are read as sRGB: %s", error)
     return image.convert("RGB")
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """A greyscale picture of 16 or 32 bits; what uses no more than 8 of them is left at its own brightness."""
+    """A greyscale picture of 16 or 32 bits in 8; one that uses no more than 8 of them keeps its brightness."""
     wide = image if image.mode == "F" else image.convert("I")
     _, high = wide.getextrema()
     factor = 255 / 65535 if isinstance(high, int | float) and high > 255 else 1.0
@@ -184,10 +208,10 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def fit(picture: Image.Image, shape: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
-    """Scale a picture until it covers `shape`, a height and width in pixels, and cut the centre out.
+    """Scale a picture until it covers `shape`, a height and width in pixels, and crop the centre.
 
     Returns:
-        That part, and the (top, left) of the cut in pixels of the scaled picture, as SDXL's time ids want it.
+        The crop, and its (top, left) in pixels of the scaled picture, as in SDXL's time ids.
     """
     height, width = shape
     scale = max(width / picture.width, height / picture.height)
@@ -197,41 +221,21 @@ def fit(picture: Image.Image, shape: tuple[int, int]) -> tuple[Image.Image, tupl
     return scaled.crop((left, top, left + width, top + height)), (top, left)
 
 
-# Of zlib's ways: lace at 1024² takes 7 % more bytes than by the usual one, and a third of the time.
+# Lace at 1024² takes 7 % more bytes than with zlib's default, and a third of the time.
 PNG_OPTIONS = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 
 
 def open_finished(path: Path) -> Image.Image:
-    """A picture of this program's own, decoded.
+    """A picture that this program has written, in RGB.
 
     Raises:
-        UserError: it is there, but not whole.
+        UserError: it exists, but is truncated or damaged.
     """
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as picture:
             return picture.convert("RGB")
     except BROKEN as error:
         if isinstance(error, OSError) and error.errno:
-            raise  # of the disk
-        advice = "once it is out of the way, the command that drew it makes it again"
-        raise UserError(f"{path} is not a whole picture: {advice}") from error
-
-
-def named_as_pictures(image_dir: str | Path, extensions: Collection[str]) -> list[Path]:
-    """Everything with a picture's name, folders too, so that `check_pictures` can say why it is passed over."""
-    wanted = {extension.lower() for extension in extensions} - {".txt"}
-    return [path for path in _visible(image_dir) if path.suffix.lower() in wanted]
-
-
-def _visible(image_dir: str | Path) -> list[Path]:
-    try:
-        with os.scandir(image_dir) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.name[0] != ".")
-    except FileNotFoundError:
-        raise UserError(
-            f"{image_dir}: there is no such folder; set images_dir to the folder of your pictures"
-        ) from None
-    except NotADirectoryError:
-        raise UserError(f"{image_dir}: is a file; set images_dir to the folder of your pictures") from None
-    except OSError as error:
-        raise UserError(f"{image_dir}: cannot be read ({error.strerror})", DISK_OR_DRIVE) from error
+            raise  # an error of the disk
+        advice = "delete it, and run the command that drew it again"
+        raise UserError(f"{path} is truncated or damaged: {advice}") from error

@@ -1,4 +1,4 @@
-"""What a picture file says of its own making: ours, to make it again from, and A1111's text, which viewers read."""
+"""The recipe inside a picture file: ours, to draw it again from, and A1111's text, which viewers read."""
 
 import io
 import json
@@ -9,20 +9,18 @@ from typing import Any
 
 from PIL import ExifTags, Image, PngImagePlugin
 
-from lace_lora.errors import UserError
+from lace_lora.errors import UserError, first_line
 from lace_lora.files import write_atomically
 from lace_lora.pictures.image_files import BROKEN, PNG_OPTIONS
 
-# A1111's names; another one stays as diffusers has it.
+TEXT = "lace-lora"  # the name of our text chunk in a PNG
+MODELS = ("pretrained_model", "pretrained_vae", "refiner_model")  # settings that may be folders of the user's
+_MAX_BYTES = 65_000  # a JPEG segment has room for
+# A1111's names of schedulers; any other keeps diffusers' name.
 _SAMPLERS = {
     "EulerDiscreteScheduler": "Euler", "EulerAncestralDiscreteScheduler": "Euler a", "DDIMScheduler": "DDIM",
     "DPMSolverMultistepScheduler": "DPM++ 2M", "UniPCMultistepScheduler": "UniPC",
 }  # fmt: skip
-
-
-TEXT = "lace-lora"  # the name of ours in a PNG
-MODELS = ("pretrained_model", "pretrained_vae", "refiner_model")  # settings that may be folders of the user's
-_MOST_BYTES = 65_000  # that a JPEG has room for
 
 
 @dataclass(frozen=True)
@@ -39,32 +37,32 @@ class Design:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that one picture depends on."""
+    """Everything that one picture depends on."""
 
     design: Design
     refined: bool
-    batch: Sequence[Design]  # whom it was drawn with: rounding depends on it
+    batch: Sequence[Design]  # the designs it was drawn with: rounding depends on them
     settings: dict[str, Any]  # those that affect a picture, and the LoRA's SHA-256
     lora_name: str = ""
 
 
 def save_picture(path: Path, picture: Image.Image, recipe: Recipe) -> None:
-    """Write a PNG or JPEG with its recipe inside; its name never stands for half of it.
+    """Write a PNG or JPEG atomically, with its recipe inside.
 
-    A PNG holds ours, as JSON, and A1111's `parameters` as text chunks; a JPEG ours as a comment and A1111's in EXIF,
-    as far as there is room.
+    A PNG holds our JSON and A1111's `parameters` as text chunks; a JPEG holds ours as a comment and A1111's in EXIF, as
+    far as there is room.
     """
-    content, theirs = io.BytesIO(), parameters(recipe)
+    content, a1111 = io.BytesIO(), parameters(recipe)
     if path.suffix == ".png":
         text = PngImagePlugin.PngInfo()
-        text.add_itxt("parameters", theirs)
+        text.add_itxt("parameters", a1111)
         text.add_itxt(TEXT, _as_json(recipe, recipe.batch))
         picture.save(content, format="PNG", pnginfo=text, **PNG_OPTIONS)
     else:
         ours = (_as_json(recipe, batch).encode() for batch in (recipe.batch, [recipe.design]))
-        comment = next((one for one in ours if len(one) < _MOST_BYTES), b"")
-        exif, user_comment = Image.Exif(), b"UNICODE\0" + theirs.encode("utf-16-be")
-        if len(user_comment) < _MOST_BYTES:
+        comment = next((one for one in ours if len(one) < _MAX_BYTES), b"")
+        exif, user_comment = Image.Exif(), b"UNICODE\0" + a1111.encode("utf-16-be")
+        if len(user_comment) < _MAX_BYTES:
             exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = user_comment
         picture.save(content, format="JPEG", quality=95, subsampling=0, comment=comment, exif=exif)
     write_atomically(path, content.getvalue())
@@ -84,13 +82,13 @@ def _as_json(recipe: Recipe, batch: Sequence[Design]) -> str:
 
 
 def without_folders(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with the names of local models alone: pictures are shown around."""
-    shown = {name: settings[name] for name in MODELS if name in settings}
-    return settings | {name: Path(value).name for name, value in shown.items() if value and Path(value).exists()}
+    """The settings with only the last part of a local model's path: pictures are shown to others."""
+    models = {name: settings[name] for name in MODELS if name in settings}
+    return settings | {name: Path(value).name for name, value in models.items() if value and Path(value).exists()}
 
 
 def parameters(recipe: Recipe) -> str:
-    """The text that Stable Diffusion web UI (A1111) writes, and that Forge and viewers of pictures read."""
+    """The text that Stable Diffusion web UI (A1111) writes, and that Forge and picture viewers read."""
     settings, design = recipe.settings, recipe.design
     lora = f" <lora:{recipe.lora_name}:{settings['lora_scale']:g}>" if recipe.lora_name else ""
     lines = [f"{design.prompt}{lora}"]
@@ -106,7 +104,7 @@ def parameters(recipe: Recipe) -> str:
     }
     if recipe.refined and settings["refiner_flow"] == "ensemble":
         facts |= {"Refiner": _model(settings["refiner_model"]), "Refiner switch at": f"{settings['refiner_start']:g}"}
-    elif recipe.refined:  # by names that A1111 does not take for a hand-over of its own
+    elif recipe.refined:  # under names that A1111 does not read as its own refiner settings
         strength = f"{settings['refiner_strength']:g}"
         facts |= {"Refined with": _model(settings["refiner_model"]), "Refined strength": strength}
     facts["Version"] = "lace-lora"
@@ -118,31 +116,30 @@ def _model(source: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    """As A1111 writes what would fall apart otherwise."""
+    """In quotes where A1111's parser would split it."""
     return json.dumps(value, ensure_ascii=False) if set(value) & set(',:"\n') else value
 
 
 def read(path: Path) -> Recipe:
-    """What `save_picture` wrote.
+    """The recipe that `save_picture` wrote into a file.
 
     Raises:
-        UserError: the file is not a picture of this program's, or what it says cannot be.
+        UserError: the file is not a picture of this program's, or its recipe is not valid.
     """
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as picture:
             picture.load()
-            said = json.loads(picture.info["comment" if picture.format == "JPEG" else TEXT])
-        json.dumps(said, ensure_ascii=False).encode()  # no halves of letters
-        batch = [_design(index, said["prompts"][prompt], seed) for index, prompt, seed in said["batch"]]
-        mine = next(one for one in batch if (one.prompt, one.seed) == (said["prompt"], said["seed"]))
-        return Recipe(mine, bool(said["refined"]), batch, dict(said["settings"]))
+            content = json.loads(picture.info["comment" if picture.format == "JPEG" else TEXT])
+        json.dumps(content, ensure_ascii=False).encode()  # refuses lone surrogates
+        batch = [_design(index, content["prompts"][prompt], seed) for index, prompt, seed in content["batch"]]
+        own = next(one for one in batch if (one.prompt, one.seed) == (content["prompt"], content["seed"]))
+        return Recipe(own, bool(content["refined"]), batch, dict(content["settings"]))
     except (*BROKEN, KeyError, IndexError, TypeError, StopIteration, RecursionError, OverflowError) as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
         advice = "name a PNG or JPEG that `--mode inference` has written"
-        raise UserError(f"rebuild: {path} holds no recipe to make it again from ({reason}): {advice}") from error
+        raise UserError(f"rebuild: {path} holds no recipe ({first_line(error)}): {advice}") from error
 
 
 def _design(index: int, prompt: str, seed: int) -> Design:
     if not (0 <= index < 100_000 and 0 <= seed < 2**63):
-        raise ValueError("its numbers are out of range")
+        raise ValueError("a number is out of range")
     return Design(int(index), prompt, int(seed))

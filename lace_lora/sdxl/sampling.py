@@ -1,10 +1,9 @@
-"""The latents of one batch, by the base and by the refiner: samplers, steps, seeds.
+"""The latents of one batch, by the base and by the refiner: schedulers, steps, seeds.
 
-The denoising is diffusers' own pipelines', each given the one model it needs and embeddings made beforehand.
+diffusers' own pipelines denoise; each is given the one model it needs and embeddings made beforehand.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -19,22 +18,22 @@ from lace_lora.seeds import stream_seed
 
 
 def make_scheduler(name: str, config: Any) -> Any:
-    """A sampler by diffusers' class name, over the model's own noise schedule."""
-    # Of these solvers there are kinds that predict noise: not what people know by their names, nor what has an x0. And
-    # latents reach beyond the -1 to 1 that DDIM was written for.
-    kinds: dict[str, dict[str, Any]] = {
+    """A scheduler by diffusers' class name, over the model's own noise schedule."""
+    # DPM++ and UniPC also have variants that predict noise: not what people know by these names, and without an x0. And
+    # latents reach beyond the -1 to 1 that DDIM would clip to.
+    variants: dict[str, dict[str, Any]] = {
         "DDIMScheduler": {"clip_sample": False, "set_alpha_to_one": False},
         "DPMSolverMultistepScheduler": {"algorithm_type": "dpmsolver++"},
         "UniPCMultistepScheduler": {"predict_x0": True},
     }
-    return getattr(diffusers, name).from_config(config, **kinds.get(name, {}))
+    return getattr(diffusers, name).from_config(config, **variants.get(name, {}))
 
 
 def planned_steps(config: Config, scheduler: Any) -> tuple[int, int]:
-    """How many steps base and refiner make; the ensemble's cut is at a timestep, wherever among the steps that is.
+    """How many steps base and refiner make. The ensemble hands over at a timestep, wherever among the steps that is.
 
     Raises:
-        UserError: the cut leaves one of them none.
+        UserError: one of them would have no step.
     """
     steps = config.num_inference_steps
     if not (config.refine and config.refiner_flow == "ensemble"):
@@ -49,12 +48,12 @@ def planned_steps(config: Config, scheduler: Any) -> tuple[int, int]:
 
 
 def base_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One generator for each picture, on the CPU so that every machine draws the same noise."""
+    """One for each picture, on the CPU, so that the noise is the same on every machine."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def refiner_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """Streams of their own: seeded alike, the refiner's noise would equal the noise the picture began as."""
+    """Streams of their own: with the same seeds, the refiner's noise would equal the noise the base started from."""
     return base_generators([stream_seed(seed, "refiner") for seed in seeds])
 
 
@@ -66,54 +65,66 @@ def base_latents(
     config: Config,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Latents of a batch, (2, n, 4, height / 8, width / 8): as they go on from here, and as finished as can be told.
+    """The finished latents of a batch, (n, 4, height / 8, width / 8).
 
-    The two are the same, but in the ensemble's flow: the refiner wants them noisy.
+    Args:
+        embeddings: keyword arguments of the pipeline, a row for each picture: see `Embeddings.rows`.
+        seeds: one for each picture.
     """
-    pipeline = _pipeline(StableDiffusionXLPipeline, unet, scheduler)
-    hand_over = config.refiner_start if config.refine and config.refiner_flow == "ensemble" else None
-    with _noting_finished(scheduler) as finished:
-        latents = pipeline(
-            **embeddings,
-            width=config.width,
-            height=config.height,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            denoising_end=hand_over,
-            generator=base_generators(seeds),
-            output_type="latent",
-            callback_on_step_end=_after_step(on_step),
-        ).images
-    return torch.stack([latents, finished[-1].to(latents) if hand_over else latents])
+    return _run_base(unet, scheduler, embeddings, seeds, config, on_step)
 
 
-def _pipeline(kind: Any, unet: UNet2DConditionModel, scheduler: Any, vae: Any = None, **options: Any) -> Any:
-    """A pipeline of diffusers' without the parts that have done their work already, and without a bar."""
-    pipeline = kind(
-        vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-        unet=unet, scheduler=scheduler, add_watermarker=False, **options,
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def latents_for_ensemble(
+    unet: UNet2DConditionModel,
+    scheduler: Any,
+    embeddings: dict[str, Tensor],
+    seeds: Sequence[int],
+    config: Config,
+    on_step: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """The latents of a batch where the ensemble's refiner takes over, and the finished ones (x0) predicted there.
 
+    Both in one tensor, (2, n, 4, height / 8, width / 8), so that one copy brings them from the GPU.
+    """
+    step, predicted = scheduler.step, list[Tensor]()
 
-@contextmanager
-def _noting_finished(scheduler: Any) -> Iterator[list[Tensor]]:
-    """Gives what a scheduler took for the finished latents (x0) at its last step, as the only item of a list."""
-    step, noted = scheduler.step, list[Tensor]()
-
-    @wraps(step)
-    def noting(*arguments: Any, **named: Any) -> tuple[Tensor]:
+    @wraps(step)  # pipelines look at its signature
+    def step_and_note_x0(*arguments: Any, **named: Any) -> tuple[Tensor]:
         result = step(*arguments, **named | {"return_dict": True})
         # Solvers of a higher order keep it for their next steps.
-        noted[:] = [result.pred_original_sample if "pred_original_sample" in result else scheduler.model_outputs[-1]]
+        predicted[:] = [
+            result.pred_original_sample if "pred_original_sample" in result else scheduler.model_outputs[-1]
+        ]
         return (result.prev_sample,)
 
-    scheduler.step = noting
+    scheduler.step = step_and_note_x0
     try:
-        yield noted
+        latents = _run_base(unet, scheduler, embeddings, seeds, config, on_step, denoising_end=config.refiner_start)
     finally:
-        del scheduler.step
+        del scheduler.step  # the method of its class is back
+    return torch.stack([latents, predicted[0].to(latents)])
+
+
+def _run_base(
+    unet: UNet2DConditionModel,
+    scheduler: Any,
+    embeddings: dict[str, Tensor],
+    seeds: Sequence[int],
+    config: Config,
+    on_step: Callable[[], object],
+    denoising_end: float | None = None,
+) -> Tensor:
+    return _pipeline(StableDiffusionXLPipeline, unet, scheduler)(
+        **embeddings,
+        width=config.width,
+        height=config.height,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        denoising_end=denoising_end,
+        generator=base_generators(seeds),
+        output_type="latent",
+        callback_on_step_end=_after_step(on_step),
+    ).images
 
 
 def refined_latents(
@@ -126,11 +137,15 @@ def refined_latents(
     config: Config,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Base latents through the refiner, in either flow. The VAE is asked for its configuration only."""
+    """Latents of the base (n, 4, h, w) through the refiner: finished ones, or for the ensemble those at the hand-over.
+
+    Only the configuration of the VAE is used.
+    """
     pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, unet, scheduler, vae, requires_aesthetics_score=True)
-    flow = {"strength": config.refiner_strength}
     if config.refiner_flow == "ensemble":
         flow = {"denoising_start": config.refiner_start}
+    else:
+        flow = {"strength": config.refiner_strength}
     return pipeline(
         **embeddings,
         **flow,
@@ -145,6 +160,16 @@ def refined_latents(
         output_type="latent",
         callback_on_step_end=_after_step(on_step),
     ).images
+
+
+def _pipeline(kind: Any, unet: UNet2DConditionModel, scheduler: Any, vae: Any = None, **options: Any) -> Any:
+    """A diffusers pipeline of the one model that it needs, since embeddings are given to it, without a progress bar."""
+    pipeline = kind(
+        vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+        unet=unet, scheduler=scheduler, add_watermarker=False, **options,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _after_step(on_step: Callable[[], object]) -> Callable[..., dict[str, Any]]:

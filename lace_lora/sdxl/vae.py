@@ -1,6 +1,7 @@
 """SDXL's VAE: pictures to latents and back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ def encode_pixels(vae: AutoencoderKL, pixels: Tensor, path: Path) -> tuple[Tenso
     )
     if not mean.isfinite().all():
         raise UserError(
-            f"the VAE makes no finite numbers of {path}: its weights are damaged, or overflow in fp16", LOSS_NOT_FINITE
+            f"the VAE's output for {path} is not finite: its weights are damaged, or overflow in fp16", LOSS_NOT_FINITE
         )
     return mean, std
 
@@ -31,28 +32,53 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return values.view(picture.height, picture.width, 3).permute(2, 0, 1).float() / 127.5 - 1
 
 
-Decoded = Callable[[], Image.Image]
+@dataclass(frozen=True)
+class PendingPicture:
+    """A decoded picture on its way from the GPU."""
+
+    levels: Tensor  # (height, width, 3), uint8, on the CPU; to be read once `arrived`
+    finite: Tensor  # (), bool: whether the VAE's output was finite; likewise
+    latents_finite: bool
+    arrived: torch.cuda.Event | None  # None where nothing is copied in the background
+
+    def wait(self) -> Image.Image:
+        """The picture, once it is here.
+
+        Raises:
+            UserError: it would be black, since the latents or the VAE's output are not finite (exit 5).
+        """
+        if self.arrived:
+            self.arrived.synchronize()
+        for finite, name in ((self.latents_finite, "latents"), (bool(self.finite), "VAE's output")):
+            if not finite:
+                advice = "set mixed_precision: bf16 or no, leave pretrained_vae empty, or try lora_scale=0"
+                raise UserError(f"the {name} is not finite, so pictures would be black: {advice}", LOSS_NOT_FINITE)
+        height, width, _ = self.levels.shape
+        return Image.frombytes("RGB", (width, height), self.levels.numpy().tobytes())
 
 
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
     """Latents (n, 4, h, w) to pictures, one by one: decoding takes more memory than anything else.
 
     Raises:
-        UserError: the picture would be black, since it is not of finite numbers (exit 5).
+        UserError: see `PendingPicture.wait`.
     """
-    return [picture() for picture in decode_each(vae, latents)]
+    return [picture.wait() for picture in decode_each(vae, latents)]
 
 
-def decode_each(vae: AutoencoderKL, latents: Tensor) -> Iterator[Decoded]:
-    """Each of latents (n, 4, h, w), as it is asked for. All are copied at once: that means to wait for the GPU."""
+def decode_each(vae: AutoencoderKL, latents: Tensor) -> Iterator[PendingPicture]:
+    """Decode each of latents (n, 4, h, w) when the iterator reaches it, without waiting for the GPU.
+
+    Only copying the latents there waits, before the first one.
+    """
     finite = latents.isfinite().flatten(1).all(dim=1)
     for row, is_finite in zip(latents.to(vae.device, vae.dtype).split(1), finite.tolist(), strict=True):
         yield _decode(vae, row, is_finite)
 
 
 @torch.no_grad()
-def _decode(vae: AutoencoderKL, latents: Tensor, latents_finite: bool) -> Decoded:
-    """Have latents (1, 4, h, w) decoded, without waiting for a GPU; what is returned waits, and gives the picture."""
+def _decode(vae: AutoencoderKL, latents: Tensor, latents_finite: bool) -> PendingPicture:
+    """Latents (1, 4, h, w) to one picture."""
     pixels = vae.decode(latents / vae.config.scaling_factor).sample[0]
     levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
     on_gpu = vae.device.type == "cuda"
@@ -60,19 +86,4 @@ def _decode(vae: AutoencoderKL, latents: Tensor, latents_finite: bool) -> Decode
     arrived = torch.cuda.Event(blocking=True) if on_gpu else None  # a thread that waits for it leaves the CPU alone
     if arrived:
         arrived.record()
-
-    def picture() -> Image.Image:
-        if arrived:
-            arrived.synchronize()
-        _check(latents_finite, "latents")
-        _check(bool(finite), "VAE's output")
-        height, width, _ = levels.shape
-        return Image.frombytes("RGB", (width, height), levels.numpy().tobytes())
-
-    return picture
-
-
-def _check(finite: bool, name: str) -> None:
-    if not finite:
-        advice = "set mixed_precision: bf16 or no, leave pretrained_vae empty, or try lora_scale=0"
-        raise UserError(f"the {name} is not of finite numbers, so that pictures are black: {advice}", LOSS_NOT_FINITE)
+    return PendingPicture(levels, finite, latents_finite, arrived)

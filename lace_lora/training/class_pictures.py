@@ -70,7 +70,7 @@ def fingerprint(config: Config, existing: dict[Path, str]) -> dict[str, Any]:
 
 def kinds() -> tuple[str, ...]:
     """The decoders that class pictures may need: they may be of any kind that is known."""
-    return image_files.formats(IMAGE_EXTENSIONS)
+    return image_files.formats_of(IMAGE_EXTENSIONS)
 
 
 def _is_drawn(path: Path) -> bool:

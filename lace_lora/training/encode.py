@@ -79,7 +79,7 @@ def encode(
         models.free(device)
 
     contents = {Path(path): job.contents[path] for path in job.captions}
-    encoded = _encode_pictures(config, contents, image_files.formats(config.image_extensions), accelerator, dtype)
+    encoded = _encode_pictures(config, contents, image_files.formats_of(config.image_extensions), accelerator, dtype)
     if config.with_prior_preservation:
         missing = {Path(path): number for path, number in job.class_to_draw.items()}
         draw_missing(config, missing, of_class, accelerator, dtype)
@@ -134,7 +134,7 @@ def _draw_class(
     row = conditions.to(device, dtype).rows([0])
     for path, number in tqdm(files.items(), desc="drawing the class", unit="picture"):
         seed = seeds.stream_seed(config.seed, "class", number)
-        drawn = sampling.base_latents(unet, scheduler, row, [seed], config)[0]
+        drawn = sampling.base_latents(unet, scheduler, row, [seed], config)
         content = io.BytesIO()
         decode_latents(vae, drawn)[0].save(content, format="PNG")
         path.parent.mkdir(parents=True, exist_ok=True)

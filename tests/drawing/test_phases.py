@@ -22,14 +22,14 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from drawing_helpers import NEGATIVE, PROMPT, Pictures, difference, drawn
+from drawing_helpers import NEGATIVE, PROMPT, difference, drawn
 from helpers import Make, refused
 from lace_lora.config import LORA_FILE, Config
 from lace_lora.drawing import phases, saving
-from lace_lora.errors import LOSS_NOT_FINITE, UserError
+from lace_lora.drawing.plan import Drawn
+from lace_lora.errors import UserError
 from lace_lora.pictures.recipe import Design
 from lace_lora.sdxl import lora_weights, models, sampling
-from lace_lora.sdxl.vae import decode_latents
 from lace_lora.seeds import stream_seed
 
 
@@ -66,7 +66,7 @@ def test_pictures_equal_hand_driven_pipelines(settings: Make, lora: Path, flow: 
     ours = drawn(config, lora, [11])
 
     base = StableDiffusionXLPipeline.from_pretrained(config.pretrained_model, torch_dtype=torch.float32)
-    in_full = {"clip_sample": False, "set_alpha_to_one": False}  # as SDXL's own file says, and this model's does not
+    in_full = {"clip_sample": False, "set_alpha_to_one": False}  # as in SDXL's own file, but not this model's
     base.scheduler = scheduler.from_config(base.scheduler.config, **in_full if scheduler is DDIMScheduler else {})
     refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(
         config.refiner_model, vae=base.vae, text_encoder_2=base.text_encoder_2, tokenizer_2=base.tokenizer_2,
@@ -92,11 +92,11 @@ def test_pictures_equal_hand_driven_pipelines(settings: Make, lora: Path, flow: 
         generator=torch.Generator().manual_seed(stream_seed(11, "refiner")),
         **({"denoising_start": 0.6} if flow == "ensemble" else {"strength": 0.4}),
     ).images[0]  # fmt: skip
-    if flow == "ensemble":  # what would be left without the noise that the base saw last
+    if flow == "ensemble":  # what is left without the noise that the base predicted last
         noise, timestep, noisy = seen[2]
-        kept = base.scheduler.alphas_cumprod[int(timestep)]  # of the picture's variance
-        shrunk = 1.0 if scheduler.__name__.startswith("Euler") else kept**0.5
-        latents = noisy / shrunk - ((1 - kept) / kept) ** 0.5 * noise
+        alpha = base.scheduler.alphas_cumprod[int(timestep)]
+        scale = 1.0 if scheduler.__name__.startswith("Euler") else alpha**0.5
+        latents = noisy / scale - ((1 - alpha) / alpha) ** 0.5 * noise
     with torch.no_grad():
         pixels = base.vae.decode(latents / base.vae.config.scaling_factor).sample
     unrefined = base.image_processor.postprocess(pixels)[0]
@@ -106,7 +106,7 @@ def test_pictures_equal_hand_driven_pipelines(settings: Make, lora: Path, flow: 
 
 
 def test_same_seed_same_picture_other_seed_another(settings: Make, lora: Path) -> None:
-    first, again = drawn(settings(), lora, [1, 2]), drawn(settings(), lora, [1, 2])
+    first, again = drawn(settings(), lora, [1, 2]), drawn(settings(), lora, [1])
     assert difference(first[1, True], again[1, True]) == 0
     assert difference(first[1, True], first[2, True]) > 5
 
@@ -116,31 +116,22 @@ def test_a_picture_is_the_same_in_any_batch(settings: Make, lora: Path) -> None:
     assert all(difference(alone[key], together[key]) <= 2 for key in alone)
 
 
-def test_scale_zero_is_the_base_and_the_lora_shows(settings: Make, lora: Path) -> None:
+def test_what_changes_a_base_picture_and_what_does_not(settings: Make, lora: Path) -> None:
     plain = drawn(settings(refine=False), None, [1])
-    off = drawn(settings(refine=False, lora_scale=0.0), lora, [1])
-    on = drawn(settings(refine=False), lora, [1])
-    assert difference(plain[1, False], off[1, False]) == 0
-    assert difference(plain[1, False], on[1, False]) > 5
+    assert set(plain) == {(1, False)}
+
+    def from_plain(lora: Path | None = None, prompt: str = PROMPT, **changes: Any) -> int:
+        pictures = drawn(settings(refine=False, **changes), lora, [1], prompt=prompt)
+        return difference(plain[1, False], pictures[1, False])
+
+    assert from_plain(lora, lora_scale=0.0) == 0
+    assert from_plain(lora) > 5
+    assert from_plain(prompt="red dots") > 0
+    assert from_plain(negative_prompt="blurry") > 0
 
 
-def test_prompt_and_negative_prompt_show(settings: Make) -> None:
-    plain = drawn(settings(refine=False), None, [1])
-    assert difference(plain[1, False], drawn(settings(refine=False), None, [1], prompt="red dots")[1, False]) > 0
-    other = drawn(settings(refine=False, negative_prompt="blurry"), None, [1])
-    assert difference(plain[1, False], other[1, False]) > 0
-
-
-def test_refining_can_be_left_out(settings: Make) -> None:
-    assert set(drawn(settings(refine=False), None, [1])) == {(1, False)}
+def test_the_base_of_the_ensemble_is_not_decoded_unless_it_is_saved(settings: Make) -> None:
     assert set(drawn(settings(refiner_flow="ensemble"), None, [1])) == {(1, True)}
-
-
-def test_refiner_noise_is_not_the_noise_the_picture_began_as() -> None:
-    begun, refined = (
-        torch.randn(64, generator=make([5])[0]) for make in (sampling.base_generators, sampling.refiner_generators)
-    )
-    assert not torch.allclose(begun, refined)
 
 
 @pytest.mark.parametrize(("flow", "steps"), [("img2img", 10), ("ensemble", 10), ("ensemble", 15)])
@@ -158,6 +149,71 @@ def test_announced_steps_are_made(settings: Make, flow: str, steps: int, monkeyp
     assert made == {"drawing": 0, "refining": 0, "saving": 0}
 
 
+class Unet(torch.nn.Module):
+    device = torch.device("cpu")
+
+
+def test_a_batch_is_handed_on_once_the_next_one_is_ordered(tmp_path: Path) -> None:
+    """So that a GPU never waits for Python between two batches. What an earlier run has written is not made again."""
+    events: list[str] = []
+    files = [tmp_path / f"{number}.safetensors" for number in range(4)]
+
+    def make(_unet: Any, number: int, on_step: Any) -> torch.Tensor:
+        events.append(f"made {number}")
+        on_step()
+        return torch.full((1, 4, 2, 2), float(number))
+
+    def on_batch(number: int, latents: torch.Tensor) -> None:
+        assert files[number].exists()
+        assert latents.eq(number).all()
+        events.append(f"handed on {number}")
+
+    def run(load: Any) -> list[torch.Tensor]:
+        events.clear()
+        return phases.run_phase("drawing", 1, files, load, make, on_batch)
+
+    first = run(Unet)
+    assert events == [
+        "made 0", "made 1", "handed on 0", "made 2", "handed on 1", "made 3", "handed on 2", "handed on 3",
+    ]  # fmt: skip
+    files[1].unlink()
+    again = run(Unet)
+    assert events == ["made 1", "handed on 0", "handed on 1", "handed on 2", "handed on 3"]
+    from_files = run(None)  # without a UNet
+    assert events == [f"handed on {number}" for number in range(4)]
+    assert all(torch.equal(one, other) for made in (again, from_files) for one, other in zip(first, made, strict=True))
+
+
+@pytest.mark.parametrize("fails_in", ["make", "on_batch", "writing"])
+def test_a_phase_that_breaks_off_frees_its_unet_and_keeps_what_it_made(tmp_path: Path, fails_in: str) -> None:
+    """Batch 1 is the one that fails; the writing of batch 0 has ended by then."""
+    unets: list[Any] = []
+
+    def load() -> Any:
+        unet = Unet()
+        unets.append(weakref.ref(unet))
+        return unet
+
+    def fail(where: str, number: int) -> None:
+        if where == fails_in and number == 1:
+            raise OSError(errno.ENOSPC, "no space")
+
+    def make(_: Any, number: int, on_step: Any) -> torch.Tensor:
+        fail("make", number)
+        return torch.zeros(1, 4, 2, 2)
+
+    files = [tmp_path / f"{number}.safetensors" for number in range(4)]
+    if fails_in == "writing":
+        files[1] = tmp_path / "no such folder" / "1.safetensors"
+    with pytest.raises(OSError, match="[Nn]o s") as error:
+        phases.run_phase("drawing", 1, files, load, lambda *given: make(*given), lambda n, _: fail("on_batch", n))
+    assert error.tb
+    if fails_in != "make":  # whose frame, in the traceback, has the UNet
+        assert unets[0]() is None
+    assert [file.exists() for file in files[:2]] == [True, fails_in == "on_batch"]
+    assert not files[3].exists()
+
+
 def test_pictures_are_saved_while_others_are_refined(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phases, "_ROOM", 0)
     refined_latents, first_is_saved = sampling.refined_latents, threading.Event()
@@ -167,13 +223,14 @@ def test_pictures_are_saved_while_others_are_refined(settings: Make, monkeypatch
         seen.append(first_is_saved.wait(30 if len(seen) == 2 else 0))
         return refined_latents(*given)
 
-    def finish(design: Design, *_: Any) -> None:
-        if design.index == 0:
+    def finish(drawn: Drawn) -> None:
+        if drawn.design.index == 0:
             first_is_saved.set()
 
     monkeypatch.setattr(sampling, "refined_latents", refine)
-    with tempfile.TemporaryDirectory() as kept:
-        phases.draw_pictures(settings(), None, [[Design(index, PROMPT, 1)] for index in range(3)], Path(kept), finish)
+    batches = [[Design(index, PROMPT, 1)] for index in range(3)]
+    with tempfile.TemporaryDirectory() as latents:
+        phases.draw_pictures(settings(), None, batches, Path(latents), finish)
     assert seen == [False, False, True]
 
 
@@ -182,9 +239,9 @@ def test_pictures_are_the_same_if_saved_meanwhile(
     settings: Make, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(phases, "_ROOM", 10**6)
-    afterwards = drawn(settings(**changes), None, [1, 2, 3])
+    afterwards = drawn(settings(**changes), None, [1, 2])
     monkeypatch.setattr(phases, "_ROOM", 0)
-    meanwhile = drawn(settings(**changes), None, [1, 2, 3])
+    meanwhile = drawn(settings(**changes), None, [1, 2])
     assert afterwards.keys() == meanwhile.keys()
     assert all(difference(afterwards[key], meanwhile[key]) == 0 for key in afterwards)
 
@@ -219,9 +276,9 @@ def test_a_full_disk_while_others_are_refined_ends_the_phase(
     ):  # fmt: skip
         monkeypatch.setattr(place, name, value)
     batches = [[Design(index, PROMPT, 1)] for index in range(4)]
-    with tempfile.TemporaryDirectory() as kept, pytest.raises(OSError, match="no space") as told:
-        phases.draw_pictures(settings(refine=refine), None, batches, Path(kept), full)
-    assert told.tb  # what holds on to its frames, as a notebook does
+    with tempfile.TemporaryDirectory() as latents, pytest.raises(OSError, match="no space") as error:
+        phases.draw_pictures(settings(refine=refine), None, batches, Path(latents), full)
+    assert error.tb  # holds its frames, as a notebook does
     assert not open_bars
     assert [unet() for unet in unets] == [None] * (2 if refine else 1)
 
@@ -251,12 +308,12 @@ def test_batches_and_room_by_memory(
 
 
 def test_each_picture_of_a_batch_is_of_its_own_prompt(settings: Make) -> None:
-    together: Pictures = {}
+    together: dict[Any, Any] = {}
     batch = [Design(0, PROMPT, 1), Design(1, "red dots", 2)]
-    with tempfile.TemporaryDirectory() as kept:
+    with tempfile.TemporaryDirectory() as latents:
         phases.draw_pictures(
-            settings(refine=False), None, [batch], Path(kept),
-            lambda design, base, *_: together.update({(design.seed, False): base}),
+            settings(refine=False), None, [batch], Path(latents),
+            lambda drawn: together.update({(drawn.design.seed, False): drawn.base}),
         )  # fmt: skip
     for design in batch:
         alone = drawn(settings(refine=False), None, [design.seed], prompt=design.prompt)
@@ -272,13 +329,6 @@ def test_a_base_without_a_step_is_refused_before_anything_is_loaded(
     refused(lambda: drawn(config, None, [1]), "no step is left for the base")
 
 
-def test_a_solver_is_of_the_kind_that_its_name_stands_for(tiny: Path) -> None:
-    said = EulerDiscreteScheduler.from_pretrained(tiny / "base" / "scheduler").config
-    said = {**said, "algorithm_type": "dpmsolver", "predict_x0": False}
-    assert sampling.make_scheduler("DPMSolverMultistepScheduler", said).config.algorithm_type == "dpmsolver++"
-    assert sampling.make_scheduler("UniPCMultistepScheduler", said).config.predict_x0
-
-
 def test_nothing_is_called_refined_that_is_not(settings: Make, tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny / "base", tmp_path / "base")
     scheduler = tmp_path / "base" / "scheduler" / "scheduler_config.json"
@@ -287,49 +337,6 @@ def test_nothing_is_called_refined_that_is_not(settings: Make, tiny: Path, tmp_p
     refused(lambda: drawn(config, None, [1]), "no step is left for the refiner")
 
 
-def test_a_missing_refiner_is_one_sentence(settings: Make) -> None:
+def test_a_missing_refiner_is_a_one_line_error(settings: Make) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         drawn(settings(refiner_model="no-such-folder/refiner"), None, [1])
-
-
-@pytest.mark.parametrize("where", ["latents", "VAE"])
-def test_pictures_are_never_black_without_a_word(settings: Make, where: str) -> None:
-    vae = models.load_vae(settings(), torch.device("cpu"), torch.float32)
-    latents = torch.zeros(1, 4, 8, 8)
-    if where == "latents":
-        latents[0, 0, 0, 0] = torch.inf
-    else:
-        with torch.no_grad():
-            vae.decoder.conv_out.bias.fill_(torch.nan)
-    refused(lambda: decode_latents(vae, latents), f"{where}.*not of finite numbers", LOSS_NOT_FINITE)
-
-
-def decoded(vae: Any, latents: torch.Tensor, finish: Any) -> None:
-    """`latents` of one batch, through `saving.saving`."""
-    designs = [Design(index, "lace", index) for index in range(len(latents))]
-    with saving.saving(vae, Config(refine=False), finish) as save:
-        save(designs, latents, None)
-
-
-@pytest.mark.parametrize("where", ["latents", "VAE"])
-def test_a_picture_that_would_be_black_takes_no_other_along(
-    settings: Make, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vae = models.load_vae(settings(), torch.device("cpu"), torch.float32)
-    latents, done = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
-    if where == "latents":
-        latents[2, 0, 0, 0] = torch.nan
-    else:
-        plain, numbers = vae.decoder.forward, iter(range(4))
-        monkeypatch.setattr(vae.decoder, "forward", lambda *given: plain(*given) / (next(numbers) != 2))
-    refused(lambda: decoded(vae, latents, lambda one, *_: done.append(one.index)), f"{where}.*not of", LOSS_NOT_FINITE)
-    assert set(done) == {0, 1, 3}
-
-
-def test_what_goes_wrong_with_a_picture_on_a_thread_is_told(settings: Make) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "no space")
-
-    vae = models.load_vae(settings(), torch.device("cpu"), torch.float32)
-    with pytest.raises(OSError, match="no space"):
-        decoded(vae, torch.zeros(1, 4, 8, 8), full)

@@ -1,4 +1,4 @@
-"""How far refining moved a picture, and which ones are flagged."""
+"""How refining changed a picture, and which ones are flagged."""
 
 from pathlib import Path
 from typing import Any
@@ -14,29 +14,29 @@ def lace() -> Image.Image:
     return Image.effect_noise((64, 64), 80).convert("RGB")
 
 
-def test_equal_pictures_have_moved_nowhere() -> None:
+def test_equal_pictures_have_no_change() -> None:
     assert refining.compare(lace(), lace().copy(), 0.0)["latent_change"] == 0
     picture = lace()
     assert refining.compare(picture, picture, 0.0) == {"latent_change": 0, "edge_change": 0}
     assert refining.compare(Image.new("RGB", (64, 64)), gradient(64, 64), 1.0)["edge_change"] == 0
 
 
-def test_what_a_picture_was_before_is_kept_with_how_far_it_moved(tmp_path: Path) -> None:
+def test_the_picture_before_refining_is_saved_with_its_changes(tmp_path: Path) -> None:
     base, refined = lace(), lace().filter(ImageFilter.GaussianBlur(1))
     refining.save_before(tmp_path / "000", base, refined, 0.25)
     assert refining.read_changes(tmp_path / "000") == refining.compare(base, refined, 0.25)
-    with Image.open(tmp_path / "000.jpg") as kept:
-        assert kept.size == base.size
+    with Image.open(tmp_path / "000.jpg") as before:
+        assert before.size == base.size
 
 
-def test_without_a_picture_of_before_the_latents_tell(tmp_path: Path) -> None:
+def test_without_a_base_picture_there_is_the_change_of_the_latents(tmp_path: Path) -> None:
     refining.save_before(tmp_path / "000", None, lace(), 0.25)
     assert refining.read_changes(tmp_path / "000") == {"latent_change": 0.25}
     assert [path.name for path in tmp_path.iterdir()] == ["000.json"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no JSON", b"\xff", b"[1]", b'{"latent_change": "far"}'])
-def test_no_changes_where_nothing_was_kept(tmp_path: Path, content: bytes | None) -> None:
+def test_no_changes_where_none_were_saved(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "000.json").write_bytes(content)
     assert refining.read_changes(tmp_path / "000") == {}

@@ -13,6 +13,7 @@ from drawing_helpers import Pictures, difference, drawn
 from helpers import Make
 from lace_lora.config import Config
 from lace_lora.drawing import phases
+from lace_lora.drawing.plan import Drawn
 from lace_lora.fast import drawing_unet
 from lace_lora.pictures.recipe import Design
 from lace_lora.sdxl import models, sampling
@@ -125,8 +126,8 @@ def drawn_in_parts(config: Config, seeds: list[int], stop_at: int, kept: Path) -
 
     pictures: Pictures = {}
 
-    def finish(design: Design, base: Image.Image | None, refined: Image.Image | None, _: float | None) -> None:
-        pictures.update({(design.seed, False): base, (design.seed, True): refined})  # type: ignore[dict-item]
+    def finish(one: Drawn) -> None:
+        pictures.update({(one.design.seed, False): one.base, (one.design.seed, True): one.refined})  # type: ignore[dict-item]
 
     with pytest.MonkeyPatch.context() as patch:
         for name in real:
@@ -158,7 +159,7 @@ def test_damaged_latents_are_made_again(settings: Make, tmp_path: Path) -> None:
     config, groups = settings(), [[Design(0, "lace", 1)]]
     pictures: list[Image.Image | None] = []
     for _ in range(2):
-        phases.draw_pictures(config, None, groups, tmp_path, lambda *drawn: pictures.append(drawn[2]))
+        phases.draw_pictures(config, None, groups, tmp_path, lambda drawn: pictures.append(drawn.refined))
         [*files] = tmp_path.iterdir()
         assert len(files) == 2
         for file in files:

@@ -1,4 +1,4 @@
-"""Finished pictures: what they carry inside, the contact sheet, the page."""
+"""The contact sheet and the page."""
 
 import base64
 import hashlib
@@ -175,12 +175,12 @@ def test_large_pictures_are_made_smaller(tmp_path: Path) -> None:
         ({"warning": "lower <refiner_strength>"}, [], [], ["lower <refiner_strength>"]),
     ],
 )
-def test_how_far_refining_moved_a_picture(
+def test_how_refining_changed_a_picture(
     values: dict[str, Any], latent: list[str], edge: list[str], why: list[str], tmp_path: Path
 ) -> None:
     text = read_page(tmp_path, **values).text
     assert [text.get(name, []) for name in ("latent", "edge", "why")] == [latent, edge, why]
-    assert [word in " ".join(text["span"]) for word in ("moved", "Edges")] == [bool(latent), bool(edge)]
+    assert [word in " ".join(text["span"]) for word in ("Changed by refining", "Edges")] == [bool(latent), bool(edge)]
     assert text["badge"] == ["Flagged"] * (1 + len(why))  # one waits in the large view
 
 
@@ -212,14 +212,14 @@ def test_a_page_without_a_picture_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("width", "height", "small"), [(1100, 700, (320, 204)), (1024, 1024, (320, 320)), (64, 32, (64, 32))]
 )
-def test_a_picture_at_hand_is_shown_as_the_file_is(
+def test_a_picture_in_memory_has_the_preview_of_its_file(
     tmp_path: Path, width: int, height: int, small: tuple[int, int]
 ) -> None:
     picture, path = gradient(width, height), tmp_path / "a.png"
     picture.save(path)
-    from_file, at_hand = gallery.as_shown(path), gallery.as_shown(path, picture)
-    assert from_file.attributes == at_hand.attributes
-    assert from_file.small.tobytes() == at_hand.small.tobytes()
+    from_file, from_memory = gallery.make_preview(path), gallery.make_preview(path, picture)
+    assert from_file.attributes == from_memory.attributes
+    assert from_file.small.tobytes() == from_memory.small.tobytes()
     assert from_file.small.size == small
 
 
@@ -229,8 +229,8 @@ def test_a_small_jpeg_is_shown_as_it_is_but_without_a_recipe(
 ) -> None:
     path = tmp_path / "a.jpg"
     gradient(side, side).save(path, quality=90, comment=comment)
-    shown = base64.b64decode(str(gallery.embedded(path)["src"]).partition(",")[2])
+    shown = base64.b64decode(str(gallery.embed(path)["src"]).partition(",")[2])
     assert (shown == path.read_bytes()) == as_it_is
     assert b"recipe" not in shown
     path.write_bytes(path.read_bytes()[:-200])
-    refused(lambda: gallery.embedded(path), "a.jpg is not a whole picture")
+    refused(lambda: gallery.embed(path), "a.jpg is truncated or damaged")

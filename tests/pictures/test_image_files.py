@@ -1,4 +1,4 @@
-"""Opening, checking and cutting one picture."""
+"""Opening, checking and cropping pictures."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ UPRIGHT: dict[int, tuple[Transpose, ...]] = {
 }
 
 
-ANY = image_files.formats(IMAGE_EXTENSIONS)
+ANY = image_files.formats_of(IMAGE_EXTENSIONS)
 
 
 def opened(source: Any, at_least: int | None = None) -> Image.Image:
@@ -47,10 +47,10 @@ def far(one: Image.Image, other: Image.Image) -> float:
     return float(max(ImageStat.Stat(ImageChops.difference(one.convert("RGB"), other.convert("RGB"))).mean))
 
 
-def test_a_link_to_nowhere_is_reported_not_lost(tmp_path: Path) -> None:
+def test_a_broken_link_is_reported(tmp_path: Path) -> None:
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
     [found] = image_files.check_pictures(data_utils.list_images(tmp_path), 16)
-    assert found.reason == "unreadable: a link to nowhere"
+    assert found.reason == "unreadable: a broken link"
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
@@ -64,7 +64,7 @@ def test_exif_orientation_equals_turning_by_hand(orientation: int, kind: str) ->
     by_hand = gradient(64, 48)
     for turn in UPRIGHT[orientation]:
         by_hand = by_hand.transpose(turn)
-    picture, size = image_files.open_picture(content, kinds=ANY)
+    picture, size = image_files.open_picture(content, formats=ANY)
     assert size == by_hand.size == picture.size
     assert far(picture, by_hand) < 1.5
 
@@ -143,7 +143,7 @@ def test_srgb_itself_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("profile", [b"nonsense", swapped_profile()[:200]])
-def test_a_broken_profile_is_passed_over(profile: bytes) -> None:
+def test_a_broken_profile_is_ignored(profile: bytes) -> None:
     assert far(opened(as_file(gradient(), icc_profile=profile)), gradient()) == 0
     assert far(opened(as_file(gradient().convert("L"), icc_profile=swapped_profile())), gradient().convert("L")) == 0
 
@@ -190,15 +190,15 @@ def bomb() -> bytes:
     return bytes(content)
 
 
-def test_other_kinds_are_taken_when_asked_for(tmp_path: Path) -> None:
+def test_other_formats_are_used_when_asked_for(tmp_path: Path) -> None:
     gradient().save(tmp_path / "really a png.jpg", format="PNG")
-    kinds = image_files.formats([".JPG", ".jpeg", ".png"])
-    assert kinds == ("JPEG", "PNG")
-    [found] = image_files.check_pictures(data_utils.list_images(tmp_path), 32, kinds)
+    formats = image_files.formats_of([".JPG", ".jpeg", ".png"])
+    assert formats == ("JPEG", "PNG")
+    [found] = image_files.check_pictures(data_utils.list_images(tmp_path), 32, formats)
     assert found.used
 
 
-def test_a_picture_that_ends_its_process_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_picture_that_crashes_its_worker_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = jpgs(tmp_path, 20)
     paths[3].write_bytes(b"die")
     paths[15].write_bytes(b"die")
@@ -210,14 +210,14 @@ def test_a_picture_that_ends_its_process_costs_itself_alone(tmp_path: Path, monk
     assert sum(picture.used for picture in found) == 18
 
 
-def check_or_die(path: Path, min_image_size: int, kinds: Sequence[str]) -> image_files.Picture:
-    """As a decoder with a fault does on some files."""
+def check_or_die(path: Path, min_image_size: int, formats: Sequence[str]) -> image_files.Picture:
+    """As a buggy decoder does on some files."""
     if path.read_bytes() == b"die":
         os.kill(os.getpid(), signal.SIGKILL)
     return image_files.Picture(path, 64, 48, "0")
 
 
-def test_a_file_without_permission_is_passed_over(tmp_path: Path) -> None:
+def test_a_file_without_permission_is_skipped(tmp_path: Path) -> None:
     [path] = jpgs(tmp_path, 1)
     path.chmod(0)
     tmp_path.chmod(0o755)
@@ -241,7 +241,7 @@ def test_a_file_without_permission_is_passed_over(tmp_path: Path) -> None:
         ((30, 10), (20, 40), (60, 20), (0, 10)),
     ],
 )
-def test_fit_cuts_the_centre(
+def test_fit_crops_the_centre(
     size: tuple[int, int], shape: tuple[int, int], scaled: tuple[int, int], corner: tuple[int, int]
 ) -> None:
     whole = gradient(*size).resize(scaled, Image.Resampling.LANCZOS)

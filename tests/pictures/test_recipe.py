@@ -1,4 +1,4 @@
-"""What pictures carry inside, read back and read as A1111 does; making one again from it."""
+"""The recipe inside picture files, read back and read as A1111 does."""
 
 import json
 import re
@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 from PIL import ExifTags, Image, ImageChops, ImageStat, PngImagePlugin
 
-import main
 from helpers import Make, gradient, jpg, names, refused, snapshot
 from lace_lora.config import PICTURE, Config, settings_that_affect
-from lace_lora.drawing import rebuild
 from lace_lora.pictures import recipe
 from lace_lora.pictures.recipe import Design, Recipe
 
@@ -21,48 +19,48 @@ BATCH = [Design(2, "edge", 9), Design(3, PROMPT, 10)]
 
 
 @pytest.fixture
-def mine(settings: Make) -> Recipe:
+def own(settings: Make) -> Recipe:
     config = settings(negative_prompt="blur <b>, low", guidance_scale=5.5)
     values = {name: getattr(config, name) for name in settings_that_affect(PICTURE)}
     return Recipe(BATCH[1], True, BATCH, values | {"lora_sha256": None}, "lace")
 
 
-def test_a_png_holds_its_pixels_and_its_recipe(mine: Recipe, tmp_path: Path) -> None:
-    recipe.save_picture(tmp_path / "a.png", gradient(), mine)
+def test_a_png_holds_its_pixels_and_its_recipe(own: Recipe, tmp_path: Path) -> None:
+    recipe.save_picture(tmp_path / "a.png", gradient(), own)
     with Image.open(tmp_path / "a.png") as saved:
         assert saved.format == "PNG"
         assert ImageChops.difference(saved.convert("RGB"), gradient()).getbbox() is None
-        said = json.loads(saved.info["lace-lora"])
-        assert (said["prompt"], said["seed"], said["settings"]) == (PROMPT, 10, mine.settings)
-        assert saved.info["parameters"] == recipe.parameters(mine)
+        carried = json.loads(saved.info["lace-lora"])
+        assert (carried["prompt"], carried["seed"], carried["settings"]) == (PROMPT, 10, own.settings)
+        assert saved.info["parameters"] == recipe.parameters(own)
         assert not saved.getexif()
     assert names(tmp_path) == {"a.png"}
-    assert recipe.read(tmp_path / "a.png") == replace(mine, lora_name="")
+    assert recipe.read(tmp_path / "a.png") == replace(own, lora_name="")
 
 
-def test_a_jpeg_holds_it_too(mine: Recipe, tmp_path: Path) -> None:
-    recipe.save_picture(tmp_path / "a.jpg", gradient(), mine)
+def test_a_jpeg_holds_it_too(own: Recipe, tmp_path: Path) -> None:
+    recipe.save_picture(tmp_path / "a.jpg", gradient(), own)
     with Image.open(tmp_path / "a.jpg") as saved:
         assert saved.format == "JPEG"
         assert max(ImageStat.Stat(ImageChops.difference(saved, gradient())).mean) < 2
         exif = saved.getexif().get_ifd(ExifTags.IFD.Exif)
-    assert exif[ExifTags.Base.UserComment] == b"UNICODE\0" + recipe.parameters(mine).encode("utf-16-be")
-    assert recipe.read(tmp_path / "a.jpg") == replace(mine, lora_name="")
+    assert exif[ExifTags.Base.UserComment] == b"UNICODE\0" + recipe.parameters(own).encode("utf-16-be")
+    assert recipe.read(tmp_path / "a.jpg") == replace(own, lora_name="")
 
 
-def test_a_jpeg_holds_as_much_as_there_is_room_for(mine: Recipe, tmp_path: Path) -> None:
+def test_a_jpeg_holds_as_much_as_there_is_room_for(own: Recipe, tmp_path: Path) -> None:
     others = [Design(index, f"{index} " * 15_000, 100 + index) for index in range(4, 7)]
-    recipe.save_picture(tmp_path / "a.jpg", gradient(), replace(mine, batch=[*BATCH, *others]))
-    assert recipe.read(tmp_path / "a.jpg").batch == [mine.design]
+    recipe.save_picture(tmp_path / "a.jpg", gradient(), replace(own, batch=[*BATCH, *others]))
+    assert recipe.read(tmp_path / "a.jpg").batch == [own.design]
     huge = Design(3, "lace " * 20_000, 10)
-    recipe.save_picture(tmp_path / "b.jpg", gradient(), replace(mine, design=huge, batch=[huge]))
+    recipe.save_picture(tmp_path / "b.jpg", gradient(), replace(own, design=huge, batch=[huge]))
     refused(lambda: recipe.read(tmp_path / "b.jpg"), "holds no recipe")
 
 
 def test_folders_of_the_user_are_not_in_it(settings: Make, tiny: Path) -> None:
     config = settings(pretrained_vae="madebyollin/sdxl-vae-fp16-fix")
-    said = recipe.without_folders({name: getattr(config, name) for name in (*recipe.MODELS, "seed")})
-    assert said == {"pretrained_model": "base", "refiner_model": "refiner", "seed": 42,
+    carried = recipe.without_folders({name: getattr(config, name) for name in (*recipe.MODELS, "seed")})
+    assert carried == {"pretrained_model": "base", "refiner_model": "refiner", "seed": 42,
                     "pretrained_vae": "madebyollin/sdxl-vae-fp16-fix"}  # fmt: skip
 
 
@@ -80,109 +78,44 @@ FACTS = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
         ({"pretrained_model": 'me/lace, fine: "1"'}, {"Model": '"lace, fine: \\"1\\""'}),
     ],
 )
-def test_the_text_that_other_programs_read(mine: Recipe, changes: dict[str, Any], expected: dict[str, str]) -> None:
-    mine.settings.update(changes)
-    prompt, negative, facts = recipe.parameters(mine).split("\n")
+def test_the_text_that_other_programs_read(own: Recipe, changes: dict[str, Any], expected: dict[str, str]) -> None:
+    own.settings.update(changes)
+    prompt, negative, facts = recipe.parameters(own).split("\n")
     assert prompt == f"{PROMPT} <lora:lace:1>"
     assert negative == "Negative prompt: blur <b>, low"
     read = dict(FACTS.findall(facts))
     assert read.items() >= {
         "Steps": "5", "Sampler": "Euler", "CFG scale": "5.5", "Seed": "10", "Size": "64x64", **expected
     }.items()  # fmt: skip
-    assert ("Refiner" in read) == (mine.settings["refiner_flow"] == "ensemble")
+    assert ("Refiner" in read) == (own.settings["refiner_flow"] == "ensemble")
 
 
-def test_a_picture_without_lora_negative_prompt_or_refining(mine: Recipe) -> None:
-    mine.settings["negative_prompt"] = None
-    text = recipe.parameters(replace(mine, refined=False, lora_name=""))
+def test_a_picture_without_lora_negative_prompt_or_refining(own: Recipe) -> None:
+    own.settings["negative_prompt"] = None
+    text = recipe.parameters(replace(own, refined=False, lora_name=""))
     assert text.split("\n")[0] == PROMPT
     assert "Negative" not in text
     assert "Refine" not in text
 
 
-def test_a_write_that_fails_leaves_what_was_there(mine: Recipe, tmp_path: Path) -> None:
-    recipe.save_picture(tmp_path / "a.png", gradient(), mine)
+def test_a_write_that_fails_leaves_what_was_there(own: Recipe, tmp_path: Path) -> None:
+    recipe.save_picture(tmp_path / "a.png", gradient(), own)
     before = snapshot(tmp_path)
     with pytest.raises(OSError, match="mode"):
-        recipe.save_picture(tmp_path / "a.png", Image.new("HSV", (8, 8)), mine)
+        recipe.save_picture(tmp_path / "a.png", Image.new("HSV", (8, 8)), own)
     assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["photo", "text", "missing", "mixed up"])
-def test_a_file_without_a_recipe_is_refused(kind: str, mine: Recipe, tmp_path: Path) -> None:
+def test_a_file_without_a_recipe_is_refused(kind: str, own: Recipe, tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     if kind == "photo":
         jpg(path)
     elif kind == "text":
         path.write_text("no picture")
     elif kind == "mixed up":
-        recipe.save_picture(path, gradient(), replace(mine, design=Design(0, "another", 1)))
+        recipe.save_picture(path, gradient(), replace(own, design=Design(0, "another", 1)))
     refused(lambda: recipe.read(path), "holds no recipe")
-
-
-@pytest.mark.parametrize(("image_format", "refine", "flow"), [
-    ("png", True, "img2img"), ("jpg", True, "ensemble"), ("png", False, "img2img"),
-])  # fmt: skip
-def test_a_picture_is_made_again(
-    settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], image_format: str, refine: bool, flow: str
-) -> None:
-    config = settings(lora_scale=0.0)
-    own = {
-        "image_format": image_format, "refine": refine, "refiner_flow": flow, "inference_batch_size": 2,
-        "num_images": 3, "prompt": "[edge, net]", "seed": 5,
-    }  # fmt: skip
-    common = [f"{name}={getattr(config, name)}" for name in (
-        "pretrained_model", "refiner_model", "lora_scale", "width", "height", "num_inference_steps", "output_dir",
-    )]  # fmt: skip
-    (tmp_path / "empty.yaml").write_text("")
-    command = ["--mode", "inference", "--config", str(tmp_path / "empty.yaml")]
-    assert main.main([*command, *common, *(f"{name}={value}" for name, value in own.items())]) == 0
-    original = tmp_path / "pictures" / f"{'refined' if refine else 'base'}_output_001.{image_format}"
-    before = snapshot(tmp_path / "pictures")
-    models = [one for one in common if "_model=" in one]
-    again = [*command, *models, f"rebuild={original}", f"output_dir={tmp_path / 'again'}", "seed=99", "num_images=1"]
-    assert main.main([*again, "--dry-run"]) == 0
-    assert not (tmp_path / "again").exists()
-    for _ in range(2):
-        assert main.main(again) == 0
-        assert "equal to the original, pixel by pixel" in capsys.readouterr().out
-    assert names(tmp_path / "again") == {f"rebuilt_{original.stem}{end}.{image_format}" for end in ("", "-2")}
-    assert recipe.read(next((tmp_path / "again").iterdir())) == recipe.read(original)
-    assert snapshot(tmp_path / "pictures") == before
-
-
-@pytest.mark.parametrize(
-    ("changes", "part"),
-    [
-        ({"width": "wide"}, "width is 'wide', not a whole number"),
-        ({"width": 7, "scheduler": "none"}, "; "),
-        ({"seed": [[[]]]}, "seed is not a whole number"),
-        ({"refine": False}, "refine is false"),
-        ({"lora_sha256": "0" * 64}, "another LoRA"),
-    ],
-)
-def test_a_recipe_that_cannot_be_used(mine: Recipe, tmp_path: Path, changes: dict[str, Any], part: str,
-                                      capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    mine.settings.update({"lora_scale": 0.0, **changes})
-    recipe.save_picture(tmp_path / "a.png", gradient(), mine)
-    (tmp_path / "empty.yaml").write_text("")
-    config = ["--config", str(tmp_path / "empty.yaml")]
-    assert main.main(["--mode", "inference", *config, f"rebuild={tmp_path / 'a.png'}"]) == 2
-    said = capsys.readouterr().err
-    assert part in said
-    assert len(said.splitlines()) == 1
-
-
-def test_a_picture_chooses_no_models(
-    mine: Recipe, settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    mine.settings.update(lora_scale=0.0, pretrained_model="someone/elses", refiner_model="/etc/passwd", revision="x")
-    recipe.save_picture(tmp_path / "a.png", gradient(64, 64), mine)
-    own = settings(rebuild=str(tmp_path / "a.png"))
-    place = rebuild.run(own)
-    assert "was drawn with pretrained_model: someone/elses, and yours is base" in caplog.text
-    assert recipe.read(place).settings["pretrained_model"] == "base"
-    assert "or version rounds otherwise" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -193,8 +126,8 @@ def test_a_picture_chooses_no_models(
         {"prompt": "\ud800", "prompts": ["\ud800"], "batch": [[0, 0, 10]]},
     ],
 )  # fmt: skip
-def test_a_recipe_that_someone_made_up_is_refused(mine: Recipe, tmp_path: Path, damage: dict[str, Any]) -> None:
-    recipe.save_picture(tmp_path / "a.png", gradient(), mine)
+def test_a_forged_recipe_is_refused(own: Recipe, tmp_path: Path, damage: dict[str, Any]) -> None:
+    recipe.save_picture(tmp_path / "a.png", gradient(), own)
     with Image.open(tmp_path / "a.png") as picture:
         text = PngImagePlugin.PngInfo()
         text.add_itxt("lace-lora", json.dumps(json.loads(picture.info["lace-lora"]) | damage))

@@ -1,0 +1,65 @@
+"""What is known before anything is drawn: prompts and the LoRA file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import Make, refused
+from lace_lora.config import LORA_FILE, Config
+from lace_lora.drawing import plan
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Make:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / LORA_FILE).write_bytes(b"weights")
+    return lambda **changes: Config(**{"lora_output_dir": str(tmp_path / "lora"), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts"),
+    [
+        ({}, ["a photo of <myspecialstyle>"]),
+        ({"instance_prompt": "lace"}, ["lace"]),
+        ({"prompt": ("edge",)}, ["edge"]),
+        ({"prompt": ("edge", "net")}, ["edge", "net"]),
+    ],
+)
+def test_prompts(changes: dict[str, Any], prompts: list[str], settings: Make) -> None:
+    assert plan.read_prompts(settings(**changes)) == prompts
+
+
+def test_a_prompts_file(tmp_path: Path, settings: Make) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffein Rand, weiß 🧵\r\n\r\n  net: 'fine'  \n# no comment\n".encode())
+    assert plan.read_prompts(settings(prompts_file=str(path))) == ["ein Rand, weiß 🧵", "net: 'fine'", "# no comment"]
+
+
+@pytest.mark.parametrize(("content", "part"), [(None, "No such file"), (b" \n\n", "is empty"), (b"\xe4", "UTF-8")])
+def test_a_prompts_file_that_cannot_be_used(content: bytes | None, part: str, tmp_path: Path, settings: Make) -> None:
+    if content is not None:
+        (tmp_path / "prompts.txt").write_bytes(content)
+    refused(lambda: plan.read_prompts(settings(prompts_file=str(tmp_path / "prompts.txt"))), part)
+
+
+def test_a_token_among_the_prompts_is_refused_and_not_repeated(tmp_path: Path, settings: Make) -> None:
+    (tmp_path / "prompts.txt").write_text(f"lace\nhf_{'x' * 34}\n")
+    refused(lambda: plan.read_prompts(settings(prompts_file=str(tmp_path / "prompts.txt"))), "holds a token [^x]*$")
+
+
+def test_where_the_lora_is_looked_for(tmp_path: Path, settings: Make) -> None:
+    trained = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    (tmp_path / "mine.safetensors").write_bytes(b"other")
+    assert plan.find_lora(settings()) == trained
+    assert plan.find_lora(settings(lora_path=str(tmp_path / "lora"))) == trained
+    assert plan.find_lora(settings(lora_path=str(trained))) == trained
+    assert plan.find_lora(settings(lora_path=str(tmp_path / "mine.safetensors"))) == tmp_path / "mine.safetensors"
+    assert plan.find_lora(settings(lora_scale=0.0, lora_path="missing")) is None
+
+
+def test_a_lora_that_cannot_be_used(tmp_path: Path, settings: Make) -> None:
+    (tmp_path / "old.bin").write_bytes(b"pickle")
+    refused(lambda: plan.find_lora(settings(lora_path=str(tmp_path / "old.bin"))), "not a .safetensors file")
+    refused(lambda: plan.find_lora(settings(lora_path=str(tmp_path / "no.safetensors"))), "there is no LoRA at")
+    refused(lambda: plan.find_lora(settings(lora_output_dir=str(tmp_path))), "train one first")

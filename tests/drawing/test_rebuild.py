@@ -1,0 +1,88 @@
+"""Drawing a picture again from the recipe inside it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import main
+from helpers import Make, gradient, names, snapshot
+from lace_lora.config import PICTURE
+from lace_lora.drawing import rebuild
+from lace_lora.pictures import recipe
+from lace_lora.pictures.recipe import Design, Recipe
+
+BATCH = [Design(2, "edge", 9), Design(3, "lace", 10)]
+
+
+@pytest.fixture
+def own(settings: Make) -> Recipe:
+    return Recipe(BATCH[1], True, BATCH, settings().subset(PICTURE) | {"lora_sha256": None}, "lace")
+
+
+@pytest.mark.parametrize(("image_format", "refine", "flow"), [
+    ("png", True, "img2img"), ("jpg", True, "ensemble"), ("png", False, "img2img"),
+])  # fmt: skip
+def test_a_picture_is_drawn_again(
+    settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], image_format: str, refine: bool, flow: str
+) -> None:
+    thorough = refine and flow == "img2img"  # once is enough for names and for pictures of another batch
+    config = settings(lora_scale=0.0)
+    changed = {
+        "image_format": image_format, "refine": refine, "refiner_flow": flow, "inference_batch_size": 2,
+        "num_images": 3 if thorough else 2, "prompt": "[edge, net]", "seed": 5,
+    }  # fmt: skip
+    common = [f"{name}={getattr(config, name)}" for name in (
+        "pretrained_model", "refiner_model", "lora_scale", "width", "height", "num_inference_steps", "output_dir",
+    )]  # fmt: skip
+    (tmp_path / "empty.yaml").write_text("")
+    command = ["--mode", "inference", "--config", str(tmp_path / "empty.yaml")]
+    assert main.main([*command, *common, *(f"{name}={value}" for name, value in changed.items())]) == 0
+    original = tmp_path / "pictures" / f"{'refined' if refine else 'base'}_output_001.{image_format}"
+    before = snapshot(tmp_path / "pictures")
+    models = [one for one in common if "_model=" in one]
+    again = [*command, *models, f"rebuild={original}", f"output_dir={tmp_path / 'again'}", "seed=99", "num_images=1"]
+    assert main.main([*again, "--dry-run"]) == 0
+    assert not (tmp_path / "again").exists()
+    for _ in range(2 if thorough else 1):
+        assert main.main(again) == 0
+        assert "equal to the original, pixel by pixel" in capsys.readouterr().out
+    assert names(tmp_path / "again") == {
+        f"rebuilt_{original.stem}{end}.{image_format}" for end in ("", "-2")[: 1 + thorough]
+    }
+    assert recipe.read(next((tmp_path / "again").iterdir())) == recipe.read(original)
+    assert snapshot(tmp_path / "pictures") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"width": "wide"}, "width is 'wide', not a whole number"),
+        ({"width": 7, "scheduler": "none"}, "; "),
+        ({"seed": [[[]]]}, "seed is not a whole number"),
+        ({"refine": False}, "refine is false"),
+        ({"lora_sha256": "0" * 64}, "another LoRA"),
+    ],
+)
+def test_a_recipe_that_cannot_be_used(own: Recipe, tmp_path: Path, changes: dict[str, Any], part: str,
+                                      capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    own.settings.update({"lora_scale": 0.0, **changes})
+    recipe.save_picture(tmp_path / "a.png", gradient(), own)
+    (tmp_path / "empty.yaml").write_text("")
+    config = ["--config", str(tmp_path / "empty.yaml")]
+    assert main.main(["--mode", "inference", *config, f"rebuild={tmp_path / 'a.png'}"]) == 2
+    printed = capsys.readouterr().err
+    assert part in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_a_picture_chooses_no_models(
+    own: Recipe, settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    own.settings.update(lora_scale=0.0, pretrained_model="someone/elses", refiner_model="/etc/passwd", revision="x")
+    recipe.save_picture(tmp_path / "a.png", gradient(64, 64), own)
+    config = settings(rebuild=str(tmp_path / "a.png"))
+    place = rebuild.run(config)
+    assert "was drawn with pretrained_model: someone/elses, and yours is base" in caplog.text
+    assert recipe.read(place).settings["pretrained_model"] == "base"
+    assert "or version rounds differently" in capsys.readouterr().out
