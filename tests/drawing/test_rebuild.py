@@ -26,10 +26,11 @@ def own(settings: Make) -> Recipe:
 def test_a_picture_is_drawn_again(
     settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], image_format: str, refine: bool, flow: str
 ) -> None:
+    thorough = refine and flow == "img2img"  # once is enough for names and for pictures of another batch
     config = settings(lora_scale=0.0)
     changed = {
         "image_format": image_format, "refine": refine, "refiner_flow": flow, "inference_batch_size": 2,
-        "num_images": 3, "prompt": "[edge, net]", "seed": 5,
+        "num_images": 3 if thorough else 2, "prompt": "[edge, net]", "seed": 5,
     }  # fmt: skip
     common = [f"{name}={getattr(config, name)}" for name in (
         "pretrained_model", "refiner_model", "lora_scale", "width", "height", "num_inference_steps", "output_dir",
@@ -43,10 +44,12 @@ def test_a_picture_is_drawn_again(
     again = [*command, *models, f"rebuild={original}", f"output_dir={tmp_path / 'again'}", "seed=99", "num_images=1"]
     assert main.main([*again, "--dry-run"]) == 0
     assert not (tmp_path / "again").exists()
-    for _ in range(2):
+    for _ in range(2 if thorough else 1):
         assert main.main(again) == 0
         assert "equal to the original, pixel by pixel" in capsys.readouterr().out
-    assert names(tmp_path / "again") == {f"rebuilt_{original.stem}{end}.{image_format}" for end in ("", "-2")}
+    assert names(tmp_path / "again") == {
+        f"rebuilt_{original.stem}{end}.{image_format}" for end in ("", "-2")[: 1 + thorough]
+    }
     assert recipe.read(next((tmp_path / "again").iterdir())) == recipe.read(original)
     assert snapshot(tmp_path / "pictures") == before
 
