@@ -162,10 +162,10 @@ def test_only_missing_pictures_are_written_again(tmp_path: Path, artist: Artist,
     (tmp_path / "out" / "refined_output_001.png").unlink()
     (tmp_path / "out" / "refined_output_002.png").write_bytes(b"retouched")
     gradient(64, 64).save(tmp_path / "out" / "refined_output_002.png")
-    kept = {index: snapshot(tmp_path / "out" / f"refined_output_00{index}.png") for index in (0, 2, 3)}
+    before = {index: snapshot(tmp_path / "out" / f"refined_output_00{index}.png") for index in (0, 2, 3)}
     inference.run(make())
     assert artist.batches == [[0, 1, 2], [3], [0, 1, 2]]
-    assert kept == {index: snapshot(tmp_path / "out" / f"refined_output_00{index}.png") for index in (0, 2, 3)}
+    assert before == {index: snapshot(tmp_path / "out" / f"refined_output_00{index}.png") for index in (0, 2, 3)}
     assert (tmp_path / "out" / "gallery.html").read_text(encoding="utf-8").count("data-base=") == 4
     rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]
     assert [row["refining"]["latent_change"] for row in rows] == [0.0, 0.1, 0.2, 0.3]
@@ -270,11 +270,11 @@ def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path: Path, artist: Artis
         inference.run(config)
     assert not (tmp_path / "out" / "gallery.html").exists()
     (tmp_path / "out" / "refined_output_001.png").unlink()
-    kept = snapshot(tmp_path / "out" / "refined_output_002.png")
+    before = snapshot(tmp_path / "out" / "refined_output_002.png")
     artist.stop_after = 1000
     inference.run(config)
     assert artist.batches == [[0, 1], [2, 3], [0, 1], [4, 5], [6]]
-    assert snapshot(tmp_path / "out" / "refined_output_002.png") == kept
+    assert snapshot(tmp_path / "out" / "refined_output_002.png") == before
     assert len(names(tmp_path / "out")) == 7 + 4
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter, ImageStat
 from lace_lora.files import write_atomically
 
 # A picture is flagged if its edges lost more than this share, or if its latents changed more than the others' did, by
-# this many standard deviations.
+# this many stds.
 MAX_EDGE_LOSS, MAX_STDS = 0.1, 4.0
 
 
@@ -54,7 +54,7 @@ def warnings(measured: Sequence[dict[str, Any]]) -> list[str]:
     """For each picture, a one-line warning if refining changed it too much, else an empty string."""
     changes = [one["latent_change"] for one in measured if "latent_change" in one]
     median = statistics.median(changes) if changes else 0.0
-    # 1.4826 times the median absolute deviation is the std of a normal distribution, whatever a few outliers are.
+    # A std that outliers do not change: 1.4826 times the median absolute deviation, for a normal distribution.
     std = 1.4826 * statistics.median(abs(change - median) for change in changes) if changes else 0.0
     return [_warning(one, median, std) for one in measured]
 

@@ -22,7 +22,7 @@ class PictureSaver:
     As a context manager it waits for all of them in the end.
 
     Raises:
-        UserError: a picture would be black (exit 5). All others are finished before that is told.
+        UserError: a picture would be black (exit 5). All others are finished first.
     """
 
     def __init__(self, vae: AutoencoderKL, config: Config, finish: Callable[[Drawn], object]) -> None:

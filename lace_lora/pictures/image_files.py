@@ -195,7 +195,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
             assert converted is not None  # only in-place conversion returns None
             return converted
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-            logger.debug("colour profile cannot be used, its values are taken as sRGB: %s", error)
+            logger.debug("colour profile cannot be used, its values are read as sRGB: %s", error)
     return image.convert("RGB")
 
 

@@ -276,9 +276,9 @@ def test_a_full_disk_while_others_are_refined_ends_the_phase(
     ):  # fmt: skip
         monkeypatch.setattr(place, name, value)
     batches = [[Design(index, PROMPT, 1)] for index in range(4)]
-    with tempfile.TemporaryDirectory() as latents, pytest.raises(OSError, match="no space") as told:
+    with tempfile.TemporaryDirectory() as latents, pytest.raises(OSError, match="no space") as error:
         phases.draw_pictures(settings(refine=refine), None, batches, Path(latents), full)
-    assert told.tb  # holds its frames, as a notebook does
+    assert error.tb  # holds its frames, as a notebook does
     assert not open_bars
     assert [unet() for unet in unets] == [None] * (2 if refine else 1)
 

@@ -71,9 +71,9 @@ def test_a_recipe_that_cannot_be_used(own: Recipe, tmp_path: Path, changes: dict
     (tmp_path / "empty.yaml").write_text("")
     config = ["--config", str(tmp_path / "empty.yaml")]
     assert main.main(["--mode", "inference", *config, f"rebuild={tmp_path / 'a.png'}"]) == 2
-    said = capsys.readouterr().err
-    assert part in said
-    assert len(said.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert part in printed
+    assert len(printed.splitlines()) == 1
 
 
 def test_a_picture_chooses_no_models(

@@ -1,4 +1,4 @@
-"""Decoding and saving on threads: what fails is told, and costs no other picture."""
+"""Decoding and saving on threads: what fails is reported, and costs no other picture."""
 
 import errno
 from typing import Any

@@ -51,8 +51,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
         file, base = (folder / Design(index, prompt, 0).file_name("png", refined) for refined in (True, False))
         Image.new("RGB", (90, 60), RED).save(file)
         Image.new("RGB", (90, 60), BLUE).save(base)
-        told: dict[str, Any] = {} if index else {"latent_change": 0.25, "edge_change": -0.031, "warning": "look here"}
-        cards.append(Card(Design(index, prompt, 10 + index), file, None if index == 2 else base, **told))
+        values: dict[str, Any] = {} if index else {"latent_change": 0.25, "edge_change": -0.031, "warning": "look here"}
+        cards.append(Card(Design(index, prompt, 10 + index), file, None if index == 2 else base, **values))
     page = folder / gallery.PAGE
     page.write_text(gallery.page("lace", cards, {"prompts": [HOSTILE]}), encoding="utf-8")
     return page.as_uri()
@@ -107,8 +107,8 @@ class Page:
         means = [ImageStat.Stat(picture.crop((left, y, left + 4, y + 4))).mean for left in (x, 3 * x)]
         return ["red" if red > blue + 100 else "blue" if blue > red + 100 else "other" for red, _, blue in means]
 
-    def said(self) -> str:
-        """What the large view says next; copying takes a moment."""
+    def message(self) -> str:
+        """The next message of the large view; copying takes a moment."""
         return str(WebDriverWait(self.browser, 5).until(lambda _: self.one("dialog [role=status]").text))
 
     def pasted(self) -> str:
@@ -226,7 +226,7 @@ def test_prompt_and_seed_can_be_copied(clipboard: str, page: Page) -> None:
         page.open(3)
         assert page.one("dialog [role=status]").text == ""
         page.button(f"Copy {name.lower()}").click()
-        assert page.said() == f"{name} copied."
+        assert page.message() == f"{name} copied."
         assert page.pasted() == text
         page.run("document.querySelector('textarea').remove()")
 
@@ -235,7 +235,7 @@ def test_a_prompt_that_cannot_be_copied_is_selected(page: Page) -> None:
     page.run("Object.defineProperty(navigator, 'clipboard', { value: undefined }); document.execCommand = () => false")
     page.open(3)
     page.button("Copy prompt").click()
-    assert page.said() == "Prompt selected: press Ctrl+C to copy it."
+    assert page.message() == "Prompt selected: press Ctrl+C to copy it."
     assert page.run("return getSelection().toString()") == HOSTILE
 
 

@@ -30,8 +30,8 @@ def test_a_png_holds_its_pixels_and_its_recipe(own: Recipe, tmp_path: Path) -> N
     with Image.open(tmp_path / "a.png") as saved:
         assert saved.format == "PNG"
         assert ImageChops.difference(saved.convert("RGB"), gradient()).getbbox() is None
-        said = json.loads(saved.info["lace-lora"])
-        assert (said["prompt"], said["seed"], said["settings"]) == (PROMPT, 10, own.settings)
+        carried = json.loads(saved.info["lace-lora"])
+        assert (carried["prompt"], carried["seed"], carried["settings"]) == (PROMPT, 10, own.settings)
         assert saved.info["parameters"] == recipe.parameters(own)
         assert not saved.getexif()
     assert names(tmp_path) == {"a.png"}
@@ -59,8 +59,8 @@ def test_a_jpeg_holds_as_much_as_there_is_room_for(own: Recipe, tmp_path: Path) 
 
 def test_folders_of_the_user_are_not_in_it(settings: Make, tiny: Path) -> None:
     config = settings(pretrained_vae="madebyollin/sdxl-vae-fp16-fix")
-    said = recipe.without_folders({name: getattr(config, name) for name in (*recipe.MODELS, "seed")})
-    assert said == {"pretrained_model": "base", "refiner_model": "refiner", "seed": 42,
+    carried = recipe.without_folders({name: getattr(config, name) for name in (*recipe.MODELS, "seed")})
+    assert carried == {"pretrained_model": "base", "refiner_model": "refiner", "seed": 42,
                     "pretrained_vae": "madebyollin/sdxl-vae-fp16-fix"}  # fmt: skip
 
 

@@ -16,7 +16,7 @@ def test_the_refiners_noise_is_not_the_bases() -> None:
 
 
 def test_a_scheduler_is_the_variant_known_by_its_name(tiny: Path) -> None:
-    said = EulerDiscreteScheduler.from_pretrained(tiny / "base" / "scheduler").config
-    said = {**said, "algorithm_type": "dpmsolver", "predict_x0": False}
-    assert sampling.make_scheduler("DPMSolverMultistepScheduler", said).config.algorithm_type == "dpmsolver++"
-    assert sampling.make_scheduler("UniPCMultistepScheduler", said).config.predict_x0
+    config = EulerDiscreteScheduler.from_pretrained(tiny / "base" / "scheduler").config
+    config = {**config, "algorithm_type": "dpmsolver", "predict_x0": False}
+    assert sampling.make_scheduler("DPMSolverMultistepScheduler", config).config.algorithm_type == "dpmsolver++"
+    assert sampling.make_scheduler("UniPCMultistepScheduler", config).config.predict_x0
