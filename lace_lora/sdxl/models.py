@@ -3,7 +3,9 @@
 import ctypes
 import gc
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lace_lora.config import Config
 from lace_lora.errors import UserError, explain, first_line
 from lace_lora.sdxl import hub
 
+_READERS = 4  # threads
 _IN_ONE_FILE = {
     "text_encoder": "conditioner.embedders.0.transformer.",
     "text_encoder_2": "conditioner.embedders.1.model.",
@@ -140,25 +144,49 @@ def load_part(
         # transformers calls it dtype, diffusers torch_dtype.
         options = {"dtype" if issubclass(part, PreTrainedModel) else "torch_dtype": dtype, "use_safetensors": True}
         options["variant"] = variant if hub.has_weights(Path(source, subfolder), variant) else None
-        if device and device.type == "cuda":
-            options["device_map"] = {"": device}
     try:
         if Path(source).is_file():
             loaded = _load_from_file(part, Path(source), subfolder, dtype)
+        elif device and device.type == "cuda" and dtype is not None:
+            loaded = load_piecemeal(part, Path(source, subfolder), options["variant"], dtype, device)
         else:
             loaded = part.from_pretrained(source, subfolder=subfolder, **options)
         missing = [] if dtype is None else [name for name, weight in loaded.state_dict().items() if weight.is_meta]
         if missing:
             raise ValueError(f"there are no weights for {missing[0]}")
         return loaded
-    except NotImplementedError:  # with device_map, weights that are missing cannot be moved
-        reason = "it has no weights for some of its layers"
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and explain(error, ""):
             raise  # out of memory
         reason = first_line(error, most=300)
     advice = "it must be a folder in diffusers' layout or a .safetensors checkpoint of SDXL"
     raise UserError(f"{Path(source, subfolder)} cannot be loaded ({reason}): {advice}")
+
+
+def load_piecemeal(part: Any, folder: Path, variant: str | None, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model of diffusers' on a device, with only some of its weights in the machine's memory at any time.
+
+    `from_pretrained` has all of them there twice, as mapped file and converted: 10 GB for SDXL's UNet.
+
+    Raises:
+        RuntimeError, SafetensorError, OSError: the weights are not there, or not this model's.
+    """
+    with torch.device("meta"):
+        model = part.from_config(part.load_config(folder))
+
+    def read(file: Path, names: list[str]) -> dict[str, Tensor]:
+        with safe_open(file, framework="pt") as content:  # opened anew: what was read leaves memory when it closes
+            return {name: content.get_tensor(name).to(device).to(dtype) for name in names}  # converted by the device
+
+    weights: dict[str, Tensor] = {}
+    with ThreadPoolExecutor(_READERS) as pool:
+        for file in hub.weight_files(folder, variant):
+            with safe_open(file, framework="pt") as content:
+                names = list(content.keys())
+            for some in pool.map(partial(read, file), [names[n : n + 50] for n in range(0, len(names), 50)]):
+                weights |= some
+    model.load_state_dict(weights, strict=False, assign=True)
+    return model
 
 
 def _load_from_file(part: Any, file: Path, subfolder: str, dtype: torch.dtype | None) -> Any:
