@@ -6,13 +6,12 @@
 turns every failure into exit code 1.
 """
 
-import argparse
 import json
 import logging
 import os
 import sys
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -24,14 +23,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lace_lora import seeds
-from lace_lora.config import LORA_FILE, Config, load_config
+from lace_lora.config import LORA_FILE, Config
 from lace_lora.errors import UserError
-from lace_lora.files import hold_shared_lock
-from lace_lora.process import Stopped, StopSignal, report_outcome
+from lace_lora.process import Stopped, StopSignal
 from lace_lora.sdxl import lora_weights, models
 from lace_lora.training import batches, checkpoint, results
 from lace_lora.training.encode import Captions, encode
-from lace_lora.training.launch import Job
+from lace_lora.training.launch import Job, run_job
 from lace_lora.training.loss import training_loss
 from lace_lora.training.metrics import READ_EVERY, Metrics, PendingScalars
 from lace_lora.training.optimizer import (
@@ -48,21 +46,10 @@ logger = logging.getLogger("train_lora")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Train a LoRA; launched by `main.py --mode train`.")
-    parser.add_argument("--config", required=True, type=Path, help="resolved settings")
-    parser.add_argument("--job", required=True, type=Path, help="what train.py found out: captions, checkpoint")
-    arguments = parser.parse_args()
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
     threading.excepthook = _leave_disks_to_others
-
-    def work(stop: StopSignal) -> str:
-        job = Job.load(arguments.job)
-        config = replace(load_config(arguments.config), **job.models)
-        hold_shared_lock(Path(config.lora_output_dir))
-        return train(config, job, stop)
-
-    return report_outcome(work, arguments.job.parent)
+    return run_job("Train a LoRA", lambda config, job, _folder, stop: train(config, job, stop))
 
 
 def _leave_disks_to_others(failure: threading.ExceptHookArgs) -> None:

@@ -67,7 +67,7 @@ def encode(
         named = dict(zip(("text_encoder", "text_encoder_2"), text_encoders, strict=True))
         captions = Captions(prompts.tokenize(unique, tokenizers), named)
     else:
-        embed_sample = partial(_constant, embed_sample())
+        embed_sample = partial(replace, embed_sample())  # a copy of these embeddings each time
         del text_encoders, encode_prompts, embed
         models.free(device)
 
@@ -93,10 +93,6 @@ def encode(
     del encode_files, load_vae
     models.free(device)
     return data, captions, preview
-
-
-def _constant(embeddings: prompts.Embeddings) -> prompts.Embeddings:
-    return embeddings
 
 
 def _encode_files(

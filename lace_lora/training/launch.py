@@ -1,16 +1,20 @@
 """How the training process is started: its job, the command, and accelerate's settings file."""
 
+import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lace_lora.config import Config
+from lace_lora.config import Config, load_config
 from lace_lora.errors import UserError, first_line
+from lace_lora.files import hold_shared_lock
+from lace_lora.process import StopSignal, report_outcome
 
 _ROOT = Path(__file__).resolve().parents[2]
 # What accelerate runs: ours, or what runs the user's `train_script`.
@@ -38,6 +42,26 @@ class Job:
     @classmethod
     def load(cls, path: Path) -> "Job":
         return cls(**json.loads(path.read_text()))
+
+
+def run_job(description: str, run: Callable[[Config, Job, Path, StopSignal], str]) -> int:
+    """The main function of a script that accelerate runs; returns its exit code.
+
+    Args:
+        run: gets the settings, with models as paths, the job and the folder that it is in; returns the closing line.
+    """
+    parser = argparse.ArgumentParser(description=f"{description}; launched by `main.py --mode train`.")
+    parser.add_argument("--config", required=True, type=Path, help="resolved settings")
+    parser.add_argument("--job", required=True, type=Path, help="what train.py found out: captions, models, checkpoint")
+    arguments = parser.parse_args()
+
+    def work(stop: StopSignal) -> str:
+        job = Job.load(arguments.job)
+        config = replace(load_config(arguments.config), **job.models)
+        hold_shared_lock(Path(config.lora_output_dir))
+        return run(config, job, arguments.job.parent, stop)
+
+    return report_outcome(work, arguments.job.parent)
 
 
 def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list[str]:

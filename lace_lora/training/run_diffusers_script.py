@@ -5,7 +5,6 @@
 Its result is written where ours would be.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -17,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lace_lora.config import LORA_FILE, Config, load_config
+from lace_lora.config import LORA_FILE, Config
 from lace_lora.errors import UserError, explain, first_line
-from lace_lora.files import hold_shared_lock, write_atomically
-from lace_lora.process import ADVICE, Stopped, StopSignal, report_outcome
+from lace_lora.files import write_atomically
+from lace_lora.process import ADVICE, Stopped
 from lace_lora.sdxl import lora_weights, models
 from lace_lora.training import results
 from lace_lora.training.diffusers_script import command_line, flags_of
-from lace_lora.training.launch import Job
+from lace_lora.training.launch import Job, run_job
 
 logger = logging.getLogger("train_lora")
 
@@ -33,19 +32,8 @@ _PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # accele
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run a training script; launched by `main.py --mode train`.")
-    parser.add_argument("--config", required=True, type=Path, help="resolved settings")
-    parser.add_argument("--job", required=True, type=Path, help="what train.py found out: captions, models")
-    arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-
-    def work(_stop: StopSignal) -> str:
-        job = Job.load(arguments.job)
-        config = replace(load_config(arguments.config), **job.models)
-        hold_shared_lock(Path(config.lora_output_dir))
-        return run(config, job, arguments.job.parent / "pictures")
-
-    return report_outcome(work, arguments.job.parent)
+    return run_job("Run a training script", lambda config, job, folder, _stop: run(config, job, folder / "pictures"))
 
 
 def run(config: Config, job: Job, pictures: Path) -> str:
