@@ -1,4 +1,4 @@
-"""The folder of pictures: finding them, the annotations that training reads, the report; and writing files whole."""
+"""The folder of pictures: finding them, the annotations that training reads, and the report on them."""
 
 import hashlib
 import json
@@ -88,7 +88,7 @@ def write_annotations(plan: Annotations) -> Path:
     content = "".join(f"{image}\t{caption}\n" for image, caption in plan.captions.items()).encode()
     try:
         plan.path.parent.mkdir(parents=True, exist_ok=True)
-        # The record names the new content and the last: killed between the two writes, either file is still ours.
+        # The hashes of the new content and of the last: killed between the two writes, either file counts as ours.
         record = plan.path.with_name(_RECORD)
         hashes = [hashlib.sha256(content).hexdigest(), *_recorded(record)[:1]]
         write_atomically(record, "".join(f"{digest}\n" for digest in dict.fromkeys(hashes)).encode())
@@ -107,7 +107,7 @@ def read_annotations(path: Path) -> dict[Path, str]:
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); delete it to have it made anew") from error
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); delete it to have it written anew") from error
     captions: dict[Path, str] = {}
     for number, line in enumerate(lines, 1):
         image, tab, caption = line.rstrip("\r").partition("\t")
@@ -115,14 +115,14 @@ def read_annotations(path: Path) -> dict[Path, str]:
             continue
         if not tab or not image or not caption.strip():
             raise UserError(
-                f"{path}:{number}: expected a picture's path, a tab and its caption; mend the line, or delete the file"
+                f"{path}:{number}: expected a picture's path, a tab and its caption; fix the line, or delete the file"
             )
         captions[Path(image)] = caption.strip()
     return captions
 
 
 def _by_user(path: Path) -> bool:
-    """True when there is a file that we did not write, or that has changed since we did."""
+    """Whether there is a file that we did not write, or that has changed since."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -150,11 +150,11 @@ def _caption(image: Path, prompt: str) -> str:
 
 
 def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations: Annotations, prompt: str) -> str:
-    """The dataset report, one screen however many pictures there are."""
-    taken = [picture for picture in pictures if picture.used]
-    lines = [f"Pictures in {image_dir}: {len(taken)} taken, {len(pictures) - len(taken)} passed over"]
-    if taken:
-        small, large = (pick(taken, key=lambda p: p.width * p.height) for pick in (min, max))
+    """The dataset report, which fits on a screen however many pictures there are."""
+    used = [picture for picture in pictures if picture.used]
+    lines = [f"Pictures in {image_dir}: {len(used)} used, {len(pictures) - len(used)} skipped"]
+    if used:
+        small, large = (pick(used, key=lambda p: p.width * p.height) for pick in (min, max))
         lines.append(f"  sizes        {small.width}x{small.height} to {large.width}x{large.height}")
     kinds = defaultdict(list)
     for picture in pictures:
@@ -162,33 +162,33 @@ def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations:
             kinds[picture.reason.partition(":")[0]].append(f"{picture.path.name} ({picture.reason.partition(': ')[2]})")
     lines += [f"  {kind:<12} {len(names)}: {_few(names, '; ')}" for kind, names in kinds.items()]
     same = defaultdict(list)
-    for picture in taken:
+    for picture in used:
         same[picture.sha256].append(picture.path.name)
     groups = [" = ".join(names[:4]) for names in same.values() if len(names) > 1]
     if groups:
-        lines.append(f"  duplicates   {len(groups)} (all are kept): {_few(groups, '; ')}")
-    looked_at = {picture.path.suffix.lower() for picture in pictures}
-    counts = other_files(image_dir, looked_at)
+        lines.append(f"  duplicates   {len(groups)} (all are used): {_few(groups, '; ')}")
+    extensions = {picture.path.suffix.lower() for picture in pictures}
+    counts = other_files(image_dir, extensions)
     if counts:
-        lines.append("  not looked at: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+        lines.append("  other files  " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
         readable = [kind for kind in counts if kind in IMAGE_EXTENSIONS]
         if readable:
-            kinds_to_take = dict.fromkeys([".jpg", *sorted(looked_at), *readable])
-            lines.append(f"               to take them in, set image_extensions: [{', '.join(kinds_to_take)}]")
+            all_kinds = dict.fromkeys([".jpg", *sorted(extensions), *readable])
+            lines.append(f"               to use them, set image_extensions: [{', '.join(all_kinds)}]")
     plain = " ".join(prompt.split())
     own = sum(caption != plain for caption in annotations.captions.values())
     origin = f"from {annotations.path} (yours)" if annotations.by_user else f"{own} from .txt files beside the pictures"
     lines.append(f"  captions     {len(annotations.captions)}: {origin}; otherwise {plain!r}")
-    # A file name may hold broken letters that no terminal takes.
+    # A file name may have bytes that are not UTF-8, which a terminal cannot print.
     return "\n".join(lines).encode(errors="backslashreplace").decode()
 
 
-def other_files(image_dir: str | Path, looked_at: Collection[str]) -> dict[str, int]:
+def other_files(image_dir: str | Path, extensions: Collection[str]) -> dict[str, int]:
     """How many files of other extensions lie in the folder (captions and annotations do not count)."""
     counts: dict[str, int] = defaultdict(int)
     for path in visible_entries(image_dir):
         kind = path.suffix.lower() if not path.is_dir() else ""
-        if kind not in looked_at and kind not in ("", ".txt"):
+        if kind not in extensions and kind not in ("", ".txt"):
             counts[kind] += 1
     return dict(sorted(counts.items()))
 

@@ -1,6 +1,6 @@
 """`main.py --mode train`: check everything, write the annotations and the job, launch accelerate, wait for the end.
 
-No model is loaded here and torch is not imported: whatever can be wrong with the input is told within seconds.
+No model is loaded here and torch is not imported: whatever is wrong with the input is reported within seconds.
 """
 
 import json
@@ -65,15 +65,7 @@ def run(config: Config, dry_run: bool = False) -> None:
             command = launch.build_command(config, accelerate_file, job_file)
             _write_run_files(config, annotations, finished)
             captions = data_utils.read_annotations(annotations.path)
-            job = make_job(pictures, captions, fingerprint, resume, models)
-            if config.with_prior_preservation:
-                missing = class_pictures.to_draw(config, class_files)
-                job = replace(
-                    job,
-                    class_pictures={str(path): digest for path, digest in class_files.items()},
-                    class_to_draw={str(path): number for path, number in missing.items()},
-                )
-            job.save(job_file)
+            make_job(config, pictures, captions, fingerprint, resume, models, class_files).save(job_file)
             accelerate_file.write_text(launch.accelerate_settings())
             files.share_lock(lock, output_dir)
             print(process.run(command, Path(folder)))
@@ -104,7 +96,7 @@ def _write_report(path: Path, pictures: Sequence[Picture]) -> None:
 
 
 def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_utils.Annotations) -> list[Picture]:
-    """The pictures that are both good and annotated.
+    """The pictures that are both usable and annotated.
 
     Raises:
         UserError: they are too few, or too many of all are bad.
@@ -119,7 +111,7 @@ def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_ut
     pictures = [picture for picture in good if picture.path in annotations.captions]
     if len(pictures) < len(good):
         left_out = len(good) - len(pictures)
-        logger.warning("%d pictures are not in %s, which is yours: they are left out", left_out, annotations.path)
+        logger.warning("%d pictures are not in %s, which is yours: they are skipped", left_out, annotations.path)
     if not pictures:
         raise UserError("no pictures to train on: see the list above, and set images_dir or image_extensions")
     if len(pictures) < config.min_images:
@@ -131,7 +123,7 @@ def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_ut
 
 
 def run_fingerprint(config: Config, pictures: Sequence[Picture], captions: dict[Path, str]) -> dict[str, Any]:
-    """All that must stay the same when a run goes on, by name; pictures and captions by the hash of their contents."""
+    """All that must stay the same when a run is resumed, by name; pictures and captions by hashes of their contents."""
     fingerprint = config.subset(TRAINING) | {"lora_alpha": config.alpha}
     if config.with_prior_preservation:
         fingerprint["class_prompt"] = config.class_prompt
@@ -162,7 +154,7 @@ def finished_step(config: Config, fingerprint: dict[str, Any]) -> int | None:
 
 
 def find_resume_checkpoint(config: Config, fingerprint: dict[str, Any]) -> Path | None:
-    """The checkpoint to resume from, verified; None begins anew.
+    """The checkpoint to resume from, verified; None to start at step 0.
 
     Raises:
         UserError: checkpoints are there but none is complete or wanted, or they were trained on something else.
@@ -202,41 +194,41 @@ def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], place: 
 
 
 def make_job(
-    pictures: Sequence[Picture],
-    captions: dict[Path, str],
-    fingerprint: dict[str, Any],
-    resume: Path | None,
-    models: dict[str, Any],
-) -> Job:
+    config: Config, pictures: Sequence[Picture], captions: dict[Path, str], fingerprint: dict[str, Any],
+    resume: Path | None, models: dict[str, Any], class_files: dict[Path, str],
+) -> Job:  # fmt: skip
+    to_draw = class_pictures.to_draw(config, class_files) if config.with_prior_preservation else {}
     return Job(
         captions={str(picture.path): captions[picture.path] for picture in pictures},
         contents={str(picture.path): picture.sha256 for picture in pictures},
         fingerprint=fingerprint,
         resume=str(resume) if resume else None,
         models=models,
+        class_pictures={str(path): digest for path, digest in class_files.items()},
+        class_to_draw={str(path): number for path, number in to_draw.items()},
     )
 
 
 @contextmanager
 def _locked_output_dir(output_dir: Path) -> Iterator[int]:
-    """The output folder, made if missing and locked for this run; it goes again where nothing was written into it."""
+    """The output folder, created if missing and locked for this run; if nothing was written into it, it is removed."""
     is_new = not output_dir.exists()
     with _disk_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     try:
         with files.lock_for_one_run(output_dir) as lock:
-            with _disk_errors(output_dir):  # before a checkpoint is chosen: one may get its name back
+            with _disk_errors(output_dir):  # before a checkpoint is chosen: it may give one its name back
                 checkpoint.clean_up(output_dir)
                 files.remove_unfinished(output_dir / "samples")
             yield lock
     finally:
         if is_new:
-            with suppress(OSError):  # not empty: kept
+            with suppress(OSError):  # not empty
                 output_dir.rmdir()
 
 
 def _write_run_files(config: Config, annotations: data_utils.Annotations, finished: int | None) -> None:
-    """Annotations and the resolved settings; a finished LoRA that is to be trained further gets a name of its own."""
+    """Write annotations and resolved settings; a finished LoRA that is trained further is renamed."""
     output_dir = Path(config.lora_output_dir)
     with _disk_errors(output_dir):
         data_utils.write_annotations(annotations)
@@ -268,7 +260,7 @@ def _print_plan(config: Config, annotations: data_utils.Annotations, class_count
     print("Would read" if annotations.by_user else "Would write", annotations.path)
     if config.with_prior_preservation:
         missing = config.num_class_images - class_count
-        print(f"Would use {class_count} class pictures that are there, and draw {missing} more first")
+        print(f"Would use {class_count} class pictures that exist, and draw {missing} more first")
     print(f"Would write {output_dir}/config.yaml, checkpoints, metrics.csv, loss.png, {LORA_FILE}")
     print(f"  and {config.lora_name}.safetensors, the same for ComfyUI, A1111, Forge and InvokeAI")
     disk = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())

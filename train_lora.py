@@ -2,40 +2,34 @@
 
     accelerate launch train_lora.py --config lora_output/config.yaml --job job.json
 
-`train.py` writes both files. What becomes of the run is written beside the job file, as outcome.json, because the
-launcher turns every failure into exit code 1.
+`train.py` writes both files. How the run ended is written beside the job file, as outcome.json, because the launcher
+turns every failure into exit code 1.
 """
 
-import argparse
 import json
 import logging
 import os
-import re
 import sys
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lace_lora import files, seeds
-from lace_lora.config import LORA_FILE, Config, load_config
-from lace_lora.errors import UserError, is_out_of_memory
-from lace_lora.files import hold_shared_lock
-from lace_lora.pictures import gallery
-from lace_lora.process import Stopped, StopSignal, report_outcome
-from lace_lora.sdxl import lora_weights, models, sampling
-from lace_lora.sdxl.vae import decode_latents
+from lace_lora import seeds
+from lace_lora.config import LORA_FILE, Config
+from lace_lora.errors import UserError
+from lace_lora.process import Stopped, StopSignal
+from lace_lora.sdxl import lora_weights, models
 from lace_lora.training import batches, checkpoint, results
-from lace_lora.training.encode import Captions, Preview, encode
-from lace_lora.training.launch import Job
+from lace_lora.training.encode import Captions, encode
+from lace_lora.training.launch import Job, run_job
 from lace_lora.training.loss import training_loss
 from lace_lora.training.metrics import READ_EVERY, Metrics, PendingScalars
 from lace_lora.training.optimizer import (
@@ -45,42 +39,32 @@ from lace_lora.training.optimizer import (
     restore_optimizer,
     update_weights,
 )
+from lace_lora.training.samples import Preview, draw_samples
 from lace_lora.training.train_step import TrainStep
 
 logger = logging.getLogger("train_lora")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Train a LoRA; launched by `main.py --mode train`.")
-    parser.add_argument("--config", required=True, type=Path, help="resolved settings")
-    parser.add_argument("--job", required=True, type=Path, help="what train.py worked out: captions, where to go on")
-    arguments = parser.parse_args()
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
     threading.excepthook = _leave_disks_to_others
     models.prepare_process()
-
-    def work(stop: StopSignal) -> str:
-        job = Job.load(arguments.job)
-        config = replace(load_config(arguments.config), **job.models)
-        hold_shared_lock(Path(config.lora_output_dir))
-        return train(config, job, stop)
-
-    return report_outcome(work, arguments.job.parent)
+    return run_job("Train a LoRA", lambda config, job, _folder, stop: train(config, job, stop))
 
 
 def _leave_disks_to_others(failure: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread hands its error on to whoever logs, so that a lost Drive need not be a traceback too."""
+    """A disk error in TensorBoard's thread is raised again where we log, so that its own traceback is left out."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 
 
 @dataclass
 class Run:
-    """What the loop works with. One process of `world`, the `rank`-th."""
+    """What the loop works with, on one process."""
 
     config: Config
-    job: Job  # see train.make_job
+    job: Job
     data: batches.Encoded
     networks: lora_weights.Networks  # the UNet, and both text encoders if they train
     lora: dict[str, torch.nn.Parameter]
@@ -88,9 +72,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     train_step: TrainStep
     accelerator: Accelerator
-    preview: Preview
+    preview: Preview | None  # where sample grids are drawn
     publisher: checkpoint.Publisher = field(default_factory=checkpoint.Publisher)
-    wish: PendingScalars | None = None  # of any process to stop, as of the step before
+    stop_flag: PendingScalars | None = None  # of several processes: above 0 if any was to stop, as of the step before
 
     @property
     def folder(self) -> Path:
@@ -102,20 +86,25 @@ class Run:
 
 
 def train(config: Config, job: Job, stop: StopSignal) -> str:
-    """The whole run on this process; returns the closing sentence.
+    """The whole run on this process; returns the closing message.
 
     Raises:
-        Stopped, UserError: see `loop`; OSError and out-of-memory errors as they come.
+        Stopped: a stop was requested; a checkpoint of the last step is saved.
+        UserError: see `loop`. Errors of a disk or of memory go on unchanged.
     """
-    # The others wait for the first while it encodes pictures or draws samples, longer than the ten minutes of NCCL.
+    # The others wait while the first encodes pictures or draws samples, longer than NCCL's ten minutes.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))])
     device, world = accelerator.device, accelerator.num_processes
     dtype = models.pick_dtype(config.mixed_precision, device)
     others = f", one of {world} processes" if world > 1 else ""
     logger.info("training on %s in %s%s", device, str(dtype).removeprefix("torch."), others)
-    data, captions, preview = encode(config, job, accelerator, dtype)
+    # Once, for class pictures and for training.
+    load_unet = cache(
+        partial(models.load_unet, config.pretrained_model, config.variant, device, dtype, config.attention)
+    )
+    data, captions, preview = encode(config, job, accelerator, dtype, load_unet)
 
-    unet = models.load_unet(config.pretrained_model, config.variant, device, dtype, config.attention)
+    unet = load_unet()
     networks = {"unet": unet} | captions.encoders
     torch.manual_seed(seeds.stream_seed(config.seed, "lora"))
     lora = lora_weights.add_lora(networks, config)
@@ -132,16 +121,17 @@ def train(config: Config, job: Job, stop: StopSignal) -> str:
         steps = loop(run, log, first_step, stop)
     finally:
         log.close()
-    accelerator.wait_for_everyone()  # the first to leave with a code of its own takes the others along
+    accelerator.wait_for_everyone()  # the launcher ends the others once one has left with a code other than 0
     accelerator.end_training()
     if steps < config.max_train_steps:
         raise Stopped(f"stopped at step {steps}; the same command goes on from there")
-    place = run.folder / LORA_FILE
     if accelerator.is_main_process:
-        state, kind = lora_weights.lora_state(networks), noise_scheduler.config.prediction_type
-        results.save_results(config, state, config.alpha, steps, job, unet.config.layers_per_block, kind)
+        results.save_results(
+            config, lora_weights.lora_state(networks), config.alpha, steps, job,
+            unet.config.layers_per_block, noise_scheduler.config.prediction_type,
+        )  # fmt: skip
     memory = models.peak_memory(device)
-    return f"trained {steps} steps; the LoRA is {place}" + (f" ({memory})" if memory else "")
+    return f"trained {steps} steps; the LoRA is {config.lora_file}" + (f" ({memory})" if memory else "")
 
 
 def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
@@ -163,16 +153,16 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
         ending = stopping or done == config.max_train_steps
         saving = ending or done % config.checkpointing_steps == 0
         if saving or done % READ_EVERY == 0:
-            run.publisher.look()
+            run.publisher.poll()
             log.read(latest=saving)
-            # What came before a row of bad losses may be their cause: no checkpoint of that.
+            # Weights from shortly before a row of losses that are not finite may be the cause: no checkpoint of those.
             saving = log.check_finite(ending) and saving
         if saving and is_main:
             run.publisher.wait()
             log.publish()
             save_checkpoint(run, done)
-        if config.validation_steps and done % config.validation_steps == 0 and is_main and not stopping:
-            draw_samples(run, done)
+        if run.preview and done % config.validation_steps == 0 and not stopping:
+            draw_samples(config, done, run.train_step, run.unet, run.noise_scheduler, run.preview)
     run.publisher.wait()
     return done
 
@@ -181,11 +171,11 @@ def update(run: Run, step: int, factor: float, stop_requested: bool) -> tuple[Te
     """One optimizer step over the whole effective batch; `factor` is the learning rate's, from the schedule.
 
     Returns:
-        The loss (mean over the batch), the gradients' norm before clipping, and whether all processes are to stop. Of
-        several they do one step after the first of them wants to, so that none waits for its GPU to hear of it.
+        The loss (mean over the batch), the gradients' norm before clipping, and whether all processes are to stop:
+        several do so a step after the first request, so that none waits for its GPU to read the flag.
     """
     config, world, rank = run.config, run.accelerator.num_processes, run.accelerator.process_index
-    # Dropout's draws; everything else random comes with the batch.
+    # For dropout; everything else that is random comes with the batch.
     torch.manual_seed(seeds.stream_seed(config.seed, "dropout", step, rank))
     batch = batches.step_batch(
         run.data, config.seed, step, config.train_batch_size * config.gradient_accumulation_steps * world,
@@ -193,8 +183,8 @@ def update(run: Run, step: int, factor: float, stop_requested: bool) -> tuple[Te
     ).share(rank, world)  # fmt: skip
     loss = run.train_step(batch)
     if world > 1:
-        before = run.wish
-        loss, run.wish = _average(run, loss, stop_requested)
+        before = run.stop_flag
+        loss, run.stop_flag = _average(run, loss, stop_requested)
         stop_requested = before is not None and before.read()[0] > 0
     grad_norm = update_weights(run.optimizer, run.train_step.scaler, loss, factor, config.max_grad_norm)
     return loss, grad_norm, stop_requested
@@ -207,10 +197,10 @@ def _loss(
 
 
 def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, PendingScalars]:
-    """Gradients, loss and the wish to stop averaged over all processes, in one message."""
+    """Average gradients, loss and stop flag over all processes, in one all-reduce."""
     gradients = run.train_step.gradients()
-    wish = loss.new_full((1,), float(stop_requested))  # a value that a kernel takes along, not one to be copied
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss[None], wish])
+    stop_flag = loss.new_full((1,), float(stop_requested))  # filled by a kernel: nothing is copied to the GPU
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss[None], stop_flag])
     flat = run.accelerator.reduce(flat, "mean")
     sizes = [gradient.numel() for gradient in gradients]
     for gradient, averaged in zip(gradients, flat[:-2].split(sizes), strict=True):
@@ -219,9 +209,9 @@ def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, Pend
 
 
 def save_checkpoint(run: Run, step: int) -> None:
-    """Publish `checkpoint-<step>`: the LoRA as it will be used, and all that an exact resume needs.
+    """Publish `checkpoint-<step>`: the LoRA file, and all that an exact resume needs.
 
-    All of it is copied here and now; training goes on while the copy is written, hashed and read back.
+    Everything is copied before this returns; training goes on while the copy is written, hashed and read back.
     """
     tensors, numbers = optimizer_state(run.optimizer, run.train_step.trainable_params(run.lora))
     tensors = run.train_step.split_state(tensors) | {
@@ -251,72 +241,19 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def restore(run: Run, folder: Path) -> int:
     """Put a verified checkpoint back into LoRA, optimizer and loss scaler; returns its step."""
     state = json.loads((folder / "state.json").read_text())
-    # Before text encoders could train, names had no network in front.
-    tensors = {
-        re.sub(r"^(\w+)\.(?!unet\.|text_encoder)", r"\1.unet.", name): tensor
-        for name, tensor in load_file(folder / "training_state.safetensors").items()
-    }
+    tensors = load_file(folder / "training_state.safetensors")
     try:
         with torch.no_grad():
             for name, weight in run.lora.items():
                 weight.copy_(tensors.pop(f"lora.{name}"))
         tensors = run.train_step.merge_state(tensors)
-        restore_optimizer(run.optimizer, run.train_step.trainable_params(run.lora), tensors, state.get("optimizer", {}))
+        restore_optimizer(run.optimizer, run.train_step.trainable_params(run.lora), tensors, state["optimizer"])
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this model: to start anew, set another lora_output_dir") from error
     if state["scaler"]:
         run.train_step.scaler.load_state_dict(state["scaler"])
     logger.info("going on from %s", folder)
     return int(state["step"])
-
-
-def draw_samples(run: Run, step: int) -> None:
-    """Draw a grid with the LoRA as it is now, at training size, into `samples/step-<step>.png`."""
-    run.train_step.train(False)
-    try:
-        pictures = sample_pictures(run)
-    except UserError as error:  # of the VAE, or of drawing in fp16: the LoRA need not be at fault
-        logger.warning("no sample pictures at step %d: %s", step, error)
-        return
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        logger.warning("no sample pictures at step %d: out of memory", step)
-        return
-    finally:
-        run.preview.vae.to("cpu")
-        run.train_step.train()
-    path = run.folder / "samples" / f"step-{step:06d}.png"
-    path.parent.mkdir(exist_ok=True)
-    files.write_atomically(path, gallery.contact_sheet(pictures, side=512))
-
-
-def sample_pictures(run: Run) -> list[Image.Image]:
-    """As many at once as training takes, or, where memory runs out, one after another and without graphs beside."""
-    try:
-        return _drawn(run, run.config.train_batch_size)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    run.train_step.forget_graphs()
-    return _drawn(run, 1)
-
-
-@torch.no_grad()
-def _drawn(run: Run, at_once: int) -> list[Image.Image]:
-    config = replace(run.config, width=run.config.resolution, height=run.config.resolution, refine=False)
-    embeddings = run.preview.embed().to(run.unet.device, run.unet.dtype)
-    scheduler = sampling.make_scheduler(config.scheduler, run.noise_scheduler.config)
-    seeds = [config.seed + index for index in range(config.num_validation_images)]
-    vae = run.preview.vae.to(run.accelerator.device)
-    pictures = []
-    for start in range(0, len(seeds), at_once):
-        some = seeds[start : start + at_once]
-        with run.train_step.autocast():
-            conditions = embeddings.rows([0] * len(some))
-            latents = sampling.base_latents(run.unet, scheduler, conditions, some, config)
-        pictures += decode_latents(vae, latents)
-    return pictures
 
 
 if __name__ == "__main__":

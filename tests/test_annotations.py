@@ -54,7 +54,7 @@ def test_nothing_else_in_the_folder_changes(tmp_path: Path) -> None:
     assert {Path(name).name for name in set(after) - set(before)} == {"annotations.txt", ".annotations.sha256"}
 
 
-def test_ours_are_made_anew(tmp_path: Path) -> None:
+def test_ours_are_written_anew(tmp_path: Path) -> None:
     jpgs(tmp_path, 2)
     path = data_utils.create_annotations(tmp_path, "one")
     jpgs(tmp_path, 3)

@@ -61,17 +61,17 @@ def test_the_report_counts_everything(tmp_path: Path) -> None:
     for name in ("a.png", "b.PNG", "c.heic"):
         (tmp_path / name).write_bytes(b"x")
     text = report(tmp_path)
-    assert "5 taken, 2 passed over" in text
+    assert "5 used, 2 skipped" in text
     assert "64x48 to 90x200" in text
     assert "tiny.jpg (20x20" in text
     assert "cut.jpg (" in text
     assert "copy.jpg = lace_1.jpg" in text
-    assert "not looked at: 1 .heic, 2 .png" in text
+    assert "other files  1 .heic, 2 .png" in text
     assert "image_extensions: [.jpg, .png]" in text
     assert "5: 1 from .txt files beside the pictures; otherwise 'lace'" in text
 
 
-def test_the_report_advises_to_keep_what_is_looked_at(tmp_path: Path) -> None:
+def test_the_report_advises_to_keep_the_extensions_in_use(tmp_path: Path) -> None:
     jpgs(tmp_path, 1)
     gradient().save(tmp_path / "a.png")
     gradient().save(tmp_path / "a.webp")

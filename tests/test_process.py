@@ -1,4 +1,4 @@
-"""Both ends of the line to the training process, with real processes: a main, a launcher and a training."""
+"""The training process and main.py with real processes: a main, a launcher and a training."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import pytest
 from helpers import ROOT
 from lace_lora import errors, process
 from lace_lora.errors import UserError
+from lace_lora.training.launch import accelerate_settings
 
 # Like accelerate's: any failure becomes 1, and its own end is not passed on.
 LAUNCHER = "import subprocess, sys; sys.exit(1 if subprocess.run([sys.executable, *sys.argv[1:]]).returncode else 0)"
@@ -23,7 +24,7 @@ import errno, os, signal, sys, time
 from pathlib import Path
 ROOT, FOLDER, KIND = sys.argv[1:]
 sys.path.insert(0, ROOT)
-if KIND == "early":
+if KIND == "starting":
     Path(FOLDER, "pid").write_text(str(os.getpid()))
     time.sleep(1.2)
 from lace_lora import errors
@@ -55,6 +56,15 @@ def work(stop):
         raise ZeroDivisionError("a bug")
     if KIND == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    if KIND == "forks":
+        if os.fork() == 0:
+            os.setsid()
+            Path(FOLDER, "pid").write_text(str(os.getpid()))
+            time.sleep(60)
+            os._exit(0)
+        while not Path(FOLDER, "pid").exists():
+            time.sleep(0.01)
+        return "trained 8 steps"
     stop.deferred = KIND != "encoding"
     wait(stop, heeds=KIND != "deaf")
 
@@ -75,20 +85,22 @@ except UserError as error:
     sys.exit(error.exit_code)
 """
 
-Start = Callable[[str], subprocess.Popen[str]]
+Start = Callable[..., subprocess.Popen[str]]
 
 
-def launch(folder: Path, kind: str) -> list[str]:
-    return [sys.executable, "-c", LAUNCHER, "-c", TRAINING, str(ROOT), str(folder), kind]
+def launch(folder: Path, kind: str, single: bool = False) -> list[str]:
+    """The command for a launcher with the training below it, or, as accelerate's with a single process, in itself."""
+    launcher = [sys.executable] if single else [sys.executable, "-c", LAUNCHER]
+    return [*launcher, "-c", TRAINING, str(ROOT), str(folder), kind]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a main process over a training of some kind and waits until that is at work."""
+    """Starts a main process with a training of some kind and waits until that is running."""
     started = []
 
-    def begin(kind: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", MAIN, str(ROOT), str(tmp_path), *launch(tmp_path, kind)]
+    def begin(kind: str, single: bool = False) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", MAIN, str(ROOT), str(tmp_path), *launch(tmp_path, kind, single)]
         started.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         soon(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
         return started[-1]
@@ -118,7 +130,7 @@ def training_is_gone(folder: Path) -> None:
     soon(lambda: not alive(pid))
 
 
-def test_a_good_end_brings_the_closing_sentence(tmp_path: Path) -> None:
+def test_a_success_returns_the_closing_line(tmp_path: Path) -> None:
     assert process.run(launch(tmp_path, "good"), tmp_path) == "trained 8 steps"
 
 
@@ -130,7 +142,7 @@ def test_a_good_end_brings_the_closing_sentence(tmp_path: Path) -> None:
         ("memory", 3, "out of memory: set gradient_checkpointing"),
         ("gpu", 3, "out of memory: set gradient_checkpointing"),
         ("killed", 3, "the training process was killed"),
-        ("bug", 1, "a fault of this program"),
+        ("bug", 1, "a bug of this program"),
     ],
 )
 def test_the_reason_of_a_failure_comes_through(
@@ -156,10 +168,14 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("whom", ["main", "training"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stop_lets_the_training_save(number: int, code: int, start: Start, tmp_path: Path) -> None:
-    main = start("loop")
-    main.send_signal(number)
+def test_a_stop_lets_the_training_save(
+    number: int, code: int, whom: str, single: bool, start: Start, tmp_path: Path
+) -> None:
+    main = start("loop", single)
+    os.kill(main.pid if whom == "main" else int((tmp_path / "pid").read_text()), number)
     _, said = main.communicate(timeout=15)
     assert main.returncode == code
     assert said == "saved at step 7; the same command goes on from there\n"
@@ -167,10 +183,13 @@ def test_a_stop_lets_the_training_save(number: int, code: int, start: Start, tmp
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [("encoding", "stopped before a step was made"), ("early", "the same command")]
+    ("kind", "said"), [("encoding", "stopped before the first step"), ("starting", "the same command")]
 )
-def test_a_stop_before_the_loop_ends_it_at_once(kind: str, said: str, start: Start, tmp_path: Path) -> None:
-    main = start(kind)
+@pytest.mark.parametrize("single", [True, False])
+def test_a_stop_before_the_loop_ends_it_at_once(
+    kind: str, said: str, single: bool, start: Start, tmp_path: Path
+) -> None:
+    main = start(kind, single)
     main.send_signal(signal.SIGINT)
     _, err = main.communicate(timeout=15)
     assert main.returncode == 130
@@ -191,12 +210,63 @@ def test_a_second_stop_ends_a_deaf_training(start: Start, tmp_path: Path) -> Non
     training_is_gone(tmp_path)
 
 
-def test_no_orphan_is_left_when_main_is_killed(start: Start, tmp_path: Path) -> None:
-    main = start("loop")
+@pytest.mark.parametrize("single", [True, False])
+def test_when_main_is_killed_the_training_saves_and_no_orphan_is_left(
+    single: bool, start: Start, tmp_path: Path
+) -> None:
+    main = start("loop", single)
     main.kill()
     main.wait()
     training_is_gone(tmp_path)
-    assert json.loads((tmp_path / "outcome.json").read_text())["exit_code"] == 130
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert outcome == {"exit_code": 143, "message": "saved at step 7; the same command goes on from there"}
+
+
+def test_a_launcher_that_ends_before_the_training_lets_it_save(tmp_path: Path) -> None:
+    """As torch's does, which ends half a minute after the signal: here at once."""
+    leave = "import subprocess, sys, time; subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)"
+    wait = "; import pathlib\nwhile not pathlib.Path(sys.argv[-2], 'pid').exists(): time.sleep(0.02)"
+    command = [sys.executable, "-c", leave + wait, "-c", TRAINING, str(ROOT), str(tmp_path), "loop"]
+    with pytest.raises(UserError, match="saved at step 7") as caught:
+        process.run(command, tmp_path)
+    assert caught.value.exit_code == 143
+
+
+def test_a_process_forked_by_the_training_does_not_keep_main_waiting(tmp_path: Path) -> None:
+    began = time.monotonic()
+    assert process.run(launch(tmp_path, "forks", single=True), tmp_path) == "trained 8 steps"
+    assert time.monotonic() - began < 30
+    forked = int((tmp_path / "pid").read_text())
+    assert alive(forked)
+    os.kill(forked, signal.SIGKILL)
+
+
+def test_no_file_in_the_current_folder_is_imported_in_place_of_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "colorsys.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    training = (
+        "import sys, colorsys, lace_lora.process as p; sys.exit(p.report_outcome(lambda _: p.__file__, p.Path('.')))"
+    )
+    assert process.run([sys.executable, "-c", training], tmp_path) == str(ROOT / "lace_lora" / "process.py")
+
+
+def test_accelerates_launcher_is_the_training_process_if_that_is_a_single_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\nfrom pathlib import Path\nfrom lace_lora import process\n"
+        "said = [__name__, *sys.argv[1:], os.environ['OMP_NUM_THREADS'], os.environ['ACCELERATE_MIXED_PRECISION']]\n"
+        "said += [str('LACE_LORA_LAUNCHER' in os.environ), str(os.getpgrp() == os.getpid())]\n"
+        "sys.exit(process.report_outcome(lambda _: ' '.join(said), Path(sys.argv[1])))\n"
+    )
+    (tmp_path / "accelerate.yaml").write_text(accelerate_settings())
+    command = [sys.executable, "-m", "lace_lora.process", "--config_file", str(tmp_path / "accelerate.yaml")]
+    command += ["--num_cpu_threads_per_process", "3", "--quiet", str(script), str(tmp_path)]
+    assert process.run(command, tmp_path) == f"__main__ {tmp_path} 3 no False True"
 
 
 def test_a_training_that_is_killed_from_outside(start: Start, tmp_path: Path) -> None:
@@ -219,26 +289,28 @@ def test_leftovers_of_the_group_are_ended(tmp_path: Path) -> None:
 
 
 def report(folder: Path, rank: str, work: Callable[[process.StopSignal], str]) -> int | None:
-    """report_outcome in a process of its own, as one of several; what the outcome file says, None when nothing yet."""
+    """report_outcome in a process of its own, as one of several; the exit code in the outcome file, if there is one."""
     pid = os.fork()
     if pid == 0:
         os.environ["LOCAL_RANK"] = rank
         os._exit(process.report_outcome(work, folder))
     os.waitpid(pid, 0)
-    return json.loads((folder / "outcome.json").read_text())["exit_code"]
+    outcome = folder / "outcome.json"
+    return json.loads(outcome.read_text())["exit_code"] if outcome.exists() else None
 
 
-def test_of_several_processes_the_first_tells_the_good_end_and_any_a_failure(tmp_path: Path) -> None:
+def test_of_several_processes_the_first_reports_success_and_any_a_failure(tmp_path: Path) -> None:
     def fail(_: process.StopSignal) -> str:
         raise MemoryError
 
     assert report(tmp_path, "1", lambda _: "done") is None
     assert report(tmp_path, "0", lambda _: "done") == 0
     assert report(tmp_path, "1", fail) == 3
+    assert report(tmp_path, "0", lambda _: "done") == 3
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "no", "x"), FileExistsError(17, "no", "x"), OSError(30, "no")])
-def test_errors_of_the_disk_are_the_users_to_mend(error: OSError) -> None:
+def test_errors_of_the_disk_are_the_users_to_fix(error: OSError) -> None:
     explained = errors.explain(error, "buy more")
     assert explained
     assert explained.exit_code == 4

@@ -1,4 +1,4 @@
-"""Planning a training: what is checked, written and launched. The launch itself is played by a stand-in."""
+"""Planning a training: what is checked, written and launched. A stand-in takes the place of the launch itself."""
 
 import json
 import shlex
@@ -175,7 +175,7 @@ def test_a_dry_run_writes_nothing(
     assert snapshot(tmp_path) == before
     assert len(launched.commands) == (state in ("stopped", "finished"))
     said = capsys.readouterr().out
-    assert "3 taken" in said
+    assert "3 used, 0 skipped" in said
     if state == "finished":
         assert "Finished already" in said
         return
@@ -222,7 +222,7 @@ def test_more_than_a_tenth_bad_is_refused(
     for index in range(bad):
         truncated_jpg(tmp_path / "photos" / f"cut_{index}.jpg")
     if refuses:
-        refused(make(skip_bad_images=False), "2 of 12 pictures cannot be taken.*skip_bad_images: true")
+        refused(make(skip_bad_images=False), "2 of 12 pictures cannot be used.*skip_bad_images: true")
         assert not launched.jobs
         train.run(make(skip_bad_images=True))
     else:
@@ -273,7 +273,7 @@ def test_more_steps_go_on_and_keep_the_finished_lora(tmp_path: Path, launched: L
     assert (tmp_path / "lora" / LORA).read_bytes() != first
 
 
-def test_an_interrupted_run_goes_on_from_the_newest_whole_checkpoint(
+def test_an_interrupted_run_goes_on_from_the_newest_complete_checkpoint(
     tmp_path: Path, launched: Launch, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     launched.stop_at = 7
@@ -281,7 +281,7 @@ def test_an_interrupted_run_goes_on_from_the_newest_whole_checkpoint(
     put(tmp_path / "lora" / "checkpoint-6" / "state.json", "damaged")
     train.run(make(learning_rate=1e-5, max_train_steps=7))
     assert launched.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-3")
-    assert "passed over checkpoint-6: state.json" in caplog.text
+    assert "skipped checkpoint-6: state.json" in caplog.text
 
 
 def test_leftovers_of_killed_writes_are_removed_before_the_training(
@@ -352,11 +352,11 @@ def test_what_is_not_ours_is_never_overwritten(tmp_path: Path, launched: Launch,
     assert len(launched.jobs) == 1
 
 
-def test_no_whole_checkpoint_and_no_lora(tmp_path: Path, launched: Launch, make: Make) -> None:
+def test_no_complete_checkpoint_and_no_lora(tmp_path: Path, launched: Launch, make: Make) -> None:
     launched.stop_at = 7
     refused(make(), "stopped", 130)
     put(tmp_path / "lora" / "checkpoint-4" / "state.json", "damaged")
-    refused(make(), "no checkpoint in .* is whole \\(checkpoint-4: state.json")
+    refused(make(), "no checkpoint in .* is complete \\(checkpoint-4: state.json")
 
 
 def test_a_finished_lora_without_checkpoints_is_not_trained_over(tmp_path: Path, launched: Launch, make: Make) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
 import data_utils
@@ -15,10 +16,11 @@ from helpers import contents
 from lace_lora.config import Config
 from lace_lora.sdxl import lora_weights, models
 from lace_lora.training import batches, class_pictures
-from lace_lora.training.encode import Captions
+from lace_lora.training.encode import Captions, encode
 from lace_lora.training.latents import Latents
 from lace_lora.training.launch import Job
 from lace_lora.training.optimizer import make_optimizer
+from lace_lora.training.samples import Preview
 from lace_lora.training.train_step import TrainStep
 
 CPU = torch.device("cpu")
@@ -60,10 +62,7 @@ def make_run(config: Config, data: batches.Encoded | None = None) -> train_lora.
     train_step = TrainStep(config, networks, loss, CPU, torch.float32)
     optimizer = make_optimizer(config, train_step.trainable_params(lora))
     job = Job({}, {}, {}, None, {})
-    preview: Any = None
-    return train_lora.Run(
-        config, job, data, networks, lora, noise_scheduler, optimizer, train_step, process, preview,
-    )  # fmt: skip
+    return train_lora.Run(config, job, data, networks, lora, noise_scheduler, optimizer, train_step, process, None)
 
 
 class StopAt:
@@ -89,15 +88,21 @@ def job_of(captions: dict[str, str], **others: Any) -> Job:
     return Job(captions, as_json(contents(map(Path, captions))), **values)
 
 
+def encode_here(config: Config, job: Job) -> tuple[batches.Encoded, Captions, Preview | None]:
+    load_unet = partial(models.load_unet, config.pretrained_model, None, CPU, torch.float32)
+    return encode(config, job, Accelerator(), torch.float32, load_unet)
+
+
 def train_here(
     config: Config, resume: Path | None = None, stop: StopAt | None = None, of_class: Iterable[Path] = ()
 ) -> str:
     """Runs `train_lora.train` in this process, from scratch or from a checkpoint."""
     images = data_utils.list_images(config.images_dir)
+    to_draw = class_pictures.to_draw(config, list(of_class)) if config.with_prior_preservation else {}
     job = job_of(
         {str(path): config.instance_prompt for path in images},
         class_pictures=as_json(contents(of_class)),
-        class_to_draw=as_json(class_pictures.to_draw(config, list(of_class))),
+        class_to_draw=as_json(to_draw),
         fingerprint={"rank": config.rank},
         resume=str(resume) if resume else None,
     )

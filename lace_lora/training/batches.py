@@ -1,12 +1,12 @@
 """What a training step sees: every picture and caption encoded once, and the batch of step n as a function of n.
 
 All randomness of a step comes from a generator seeded by (seed, step) and is drawn for the whole effective batch, so a
-resumed run repeats the straight one with no saved state, and processes share one draw without training alike.
+resumed run repeats the uninterrupted one without saved state, and processes share one draw without training alike.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from lace_lora.training.latents import Latents
 
 @dataclass(frozen=True)
 class Encoded:
-    """N pictures and U different captions.
+    """N pictures and U unique captions.
 
     The first `instances` are the user's; any that follow are of the class, for prior preservation.
     """
@@ -28,6 +28,19 @@ class Encoded:
     pooled_prompt_embeds: Tensor  # (U, p)
     instances: int
 
+    @cached_property
+    def buckets(self) -> list[list[int]]:
+        """The user's pictures of each shape, in the order of their first ones."""
+        buckets: dict[torch.Size, list[int]] = {}
+        for picture, mean in enumerate(self.latents.mean[: self.instances]):
+            buckets.setdefault(mean.shape, []).append(picture)
+        return list(buckets.values())
+
+    @cached_property
+    def bucket_of_each(self) -> list[int]:
+        """The number of a bucket, as often as it has pictures, for all buckets one after another."""
+        return [number for number, bucket in enumerate(self.buckets) for _ in bucket]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -37,13 +50,13 @@ class Batch:
     noise: Tensor  # (B, 4, h, w)
     timesteps: Tensor  # (B,)
     time_ids: Tensor  # (B, 6)
-    caption: Tensor  # (B,) index into the different captions
+    caption: Tensor  # (B,) index into the unique captions
     prompt_embeds: Tensor  # (B, 77, c)
     pooled_prompt_embeds: Tensor  # (B, p)
     weights: Tensor  # (B,) of each picture's loss in the mean over the batch
 
     def split(self, size: int) -> list["Batch"]:
-        """In parts of `size` whose losses add up to the loss of the whole, which is a mean over pictures."""
+        """In micro-batches of `size` whose losses add up to the loss of the whole, which is a mean over pictures."""
         count = len(self.caption)
         rows = zip(*(value.split(size) for value in vars(self).values()), strict=True)
         return [part.weighed(len(part.caption) / count) for part in (Batch(*values) for values in rows)]
@@ -64,22 +77,18 @@ class Batch:
         return Batch(*(value.pin_memory() for value in vars(self).values()))
 
 
-def encode_captions(
-    captions: Sequence[str], encode: Callable[[list[str]], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Every different caption through the text encoders once.
+def unique_captions(captions: Sequence[str]) -> tuple[list[str], Tensor]:
+    """The U different ones of N captions, and for each of the N its index (N,) among them."""
+    index = {caption: position for position, caption in enumerate(dict.fromkeys(captions))}
+    return list(index), torch.tensor([index[caption] for caption in captions])
 
-    Returns:
-        caption indices (N,), prompt_embeds (U, 77, c) and pooled_prompt_embeds (U, p), on the CPU.
-    """
-    different = list(dict.fromkeys(captions))
-    encoded = [encode([caption]) for caption in different]
-    index = {caption: position for position, caption in enumerate(different)}
-    return (
-        torch.tensor([index[caption] for caption in captions]),
-        torch.cat([embeds.cpu() for embeds, _ in encoded]),
-        torch.cat([pooled.cpu() for _, pooled in encoded]),
-    )
+
+def encode_captions(
+    unique: Sequence[str], encode: Callable[[list[str]], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """prompt_embeds (U, 77, c) and pooled_prompt_embeds (U, p), on the CPU; one caption at a time."""
+    encoded = [encode([caption]) for caption in unique]
+    return torch.cat([embeds.cpu() for embeds, _ in encoded]), torch.cat([pooled.cpu() for _, pooled in encoded])
 
 
 def step_batch(
@@ -92,19 +101,19 @@ def step_batch(
     Args:
         size: pictures of the user in the effective batch: processes x accumulation x batch size.
         timesteps: how many the noise schedule has (1000).
-        noise_offset: deviation of a shift of each channel's noise as a whole. Guttenberg 2023, "Diffusion with Offset
+        noise_offset: std of a shift of each channel's noise as a whole. Guttenberg 2023, "Diffusion with Offset
             Noise".
-        prior_weight: of the class pictures' mean loss, which is added to that of the user's pictures.
+        prior_weight: of the class pictures' mean loss, which is added to that of the user's.
     """
     generator = stream(seed, "step", step)
     weights = torch.ones(size)
     mean, std = data.latents.mean, data.latents.std
-    bucket, before = _bucket(_buckets(mean[: data.instances]), seed, step)
+    bucket, before = _bucket(data, seed, step)
     pictures = torch.tensor([bucket[place] for place in _places(len(bucket), seed, "epoch", before * size, size)])
     if others := len(data.caption) - data.instances:
-        classes = data.instances + torch.tensor(list(_places(others, seed, "class epoch", step * size, size)))
+        classes = data.instances + torch.tensor(_places(others, seed, "class epoch", step * size, size))
         pictures = torch.stack([pictures, classes], dim=1).flatten()
-        # Twice, since the mean is taken over twice as many.
+        # Doubled, since the mean is over twice as many pictures.
         weights = torch.tensor([2.0, 2.0 * prior_weight]).repeat(size)
     versions = torch.randint(len(mean[0]), pictures.shape, generator=generator)
     chosen = list(zip(pictures.tolist(), versions.tolist(), strict=True))
@@ -127,32 +136,25 @@ def step_batch(
     )
 
 
-def _buckets(mean: Sequence[Tensor]) -> list[list[int]]:
-    """The pictures of each shape, in the order of their first ones."""
-    buckets: dict[Any, list[int]] = {}
-    for picture, value in enumerate(mean):
-        buckets.setdefault(value.shape, []).append(picture)
-    return list(buckets.values())
+def _bucket(data: Encoded, seed: int, step: int) -> tuple[list[int], int]:
+    """The bucket that a step trains on, and how many steps trained on it before.
 
-
-def _bucket(buckets: list[list[int]], seed: int, step: int) -> tuple[list[int], int]:
-    """The bucket that a step learns from, and how many steps learnt from it before.
-
-    In as many steps as there are pictures, each bucket has as many as it has pictures: all pictures are seen equally
+    In as many steps as there are pictures, each bucket comes as often as it has pictures: all pictures are seen equally
     often.
     """
-    row = [number for number, bucket in enumerate(buckets) for _ in bucket]
+    row = data.bucket_of_each
     cycle, place = divmod(step, len(row))
-    order = [row[index] for index in torch.randperm(len(row), generator=stream(seed, "buckets", cycle)).tolist()]
+    order = [row[index] for index in _shuffle(len(row), seed, "buckets", cycle)]
     number = order[place]
-    return buckets[number], cycle * len(buckets[number]) + order[:place].count(number)
+    return data.buckets[number], cycle * len(data.buckets[number]) + order[:place].count(number)
 
 
-def _places(count: int, seed: int, name: str, start: int, size: int) -> Iterator[int]:
+def _places(count: int, seed: int, name: str, start: int, size: int) -> list[int]:
     """Positions start … start + size of an endless row in which every epoch is a new shuffle of 0 … count."""
-    orders: dict[int, list[int]] = {}
-    for position in range(start, start + size):
-        epoch, place = divmod(position, count)
-        if epoch not in orders:
-            orders[epoch] = torch.randperm(count, generator=stream(seed, name, epoch)).tolist()
-        yield orders[epoch][place]
+    positions = [divmod(position, count) for position in range(start, start + size)]
+    return [_shuffle(count, seed, name, epoch)[place] for epoch, place in positions]
+
+
+@lru_cache(maxsize=16)  # an epoch's is needed in many steps, and by a batch of few pictures several at once
+def _shuffle(count: int, seed: int, name: str, epoch: int) -> list[int]:
+    return torch.randperm(count, generator=stream(seed, name, epoch)).tolist()

@@ -1,10 +1,9 @@
-"""What takes long to calculate and comes out the same in the next run, in files in the user's cache folder.
+"""Tensors that take long to calculate and are the same in the next run, as files in the user's cache folder.
 
-Nothing depends on these files: a damaged one is made anew, and a folder that cannot be written to costs time only.
+Nothing depends on these files: a damaged one is replaced, and a folder that cannot be written to costs time only.
 """
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -15,20 +14,20 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lace_lora.files import write_atomically
+from lace_lora.files import json_digest, write_atomically
 
 logger = logging.getLogger("train_lora")
 
-MOST_BYTES = 4 * 2**30  # of all files together; the least recently used ones go
+MOST_BYTES = 4 * 2**30  # of all files together; beyond that the least recently used ones are deleted
 
 
-def remembered(key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What `make` gives, from an earlier run if that had an equal key.
+def cached(key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that `make` returns, from the file of an earlier run if that had an equal key.
 
     Args:
-        key: all that the tensors depend on, as JSON takes it.
+        key: all that the tensors depend on, in types that JSON has.
     """
-    name = _digest(json.dumps(key, sort_keys=True).encode())
+    name = json_digest(key, length=32)
     for file in folder().glob(f"{name}-*.safetensors"):
         try:
             content = file.read_bytes()
@@ -49,20 +48,16 @@ def remembered(key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> di
         write_atomically(folder() / _file_name(name, content), content)
         _drop_oldest()
     except OSError as error:
-        logger.warning("%s cannot keep this for the next run (%s)", folder(), error.strerror)
+        logger.warning("%s: nothing can be cached there for the next run (%s)", folder(), error.strerror)
     return tensors
 
 
 def _file_name(name: str, content: bytes) -> str:
-    return f"{name}-{_digest(content)}.safetensors"
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
+    return f"{name}-{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
 
 
 def _drop_oldest() -> None:
-    """Leftovers of writes that were killed go with the rest, by their age."""
+    """Leftovers of killed writes are deleted like all else, by their age."""
     total = 0
     for file in sorted(folder().iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
         total += file.stat().st_size
@@ -71,11 +66,11 @@ def _drop_oldest() -> None:
 
 
 def folder() -> Path:
-    """Where the XDG base directory specification puts it."""
+    """As the XDG base directory specification says."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "lace-lora")
 
 
 def stamps(place: Path) -> list[Any]:
-    """Name, size and time of a file, or of each in a folder: they tell that its content is the same, without a look."""
+    """Name, size and time of a file, or of each in a folder: if they are equal, so is the content, most likely."""
     files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]

@@ -1,4 +1,4 @@
-"""A checkpoint as one thing: a folder that is whole and proven, or not there.
+"""Checkpoints: folders that are complete and verified, or not there.
 
 `publish` lets the caller write files on a local disk, notes their sizes and SHA-256 sums in a manifest, copies all
 beside their final place, flushes them, and gives the folder its name by a rename. `verify` reads everything back and
@@ -6,7 +6,6 @@ compares it with what was written locally, so that bytes lost on the way to a Dr
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from lace_lora.files import remove_unfinished
+from lace_lora.files import file_sha256, json_digest, remove_unfinished
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -38,7 +37,7 @@ def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: in
         local.mkdir(mode=0o700)
         write(local)
         written = sorted(local.iterdir())
-        files = {path.name: _seal(path) for path in written}
+        files = {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in written}
         temporary.mkdir()  # not its parents: a Drive that is gone must not be replaced by a folder of that name
         for path in written:
             shutil.copyfile(path, temporary / path.name)
@@ -68,40 +67,35 @@ def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: in
 
 
 class Publisher:
-    """Publishes beside other work, one checkpoint at a time. What fails is raised by the next `wait` or `look`."""
+    """Publishes in the background, one checkpoint at a time. An error is raised by the next `wait` or `poll`."""
 
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.under_way: Future[Path] | None = None
+        self.pending: Future[Path] | None = None
 
     def publish(self, output_dir: Path, step: int, write: Callable[[Path], None], keep: int) -> None:
-        """Begin; what `write` reads must stay as it is until the end."""
+        """Start; what `write` reads must not change until `wait` returns."""
         self.wait()
-        self.under_way = self.thread.submit(publish, output_dir, step, write, keep)
+        self.pending = self.thread.submit(publish, output_dir, step, write, keep)
 
     def wait(self) -> None:
         """
         Raises:
             OSError: see `publish`.
         """
-        if self.under_way:
-            ended, self.under_way = self.under_way, None
+        if self.pending:
+            ended, self.pending = self.pending, None
             ended.result()
 
-    def look(self) -> None:
-        """Wait only if there is nothing to wait for any more."""
-        if self.under_way and self.under_way.done():
+    def poll(self) -> None:
+        """`wait`, but only if the writing has ended."""
+        if self.pending and self.pending.done():
             self.wait()
 
 
 def _local_folder(output_dir: Path) -> Path:
-    """One for each output folder, so that what a killed write left in it goes with the next."""
-    digest = hashlib.sha256(str(output_dir.absolute()).encode()).hexdigest()
-    return Path(tempfile.gettempdir(), f"lace-lora-{digest[:16]}")
-
-
-def _seal(path: Path) -> dict[str, int | str]:
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+    """One for each output folder, so that the next write removes what a killed one left in it."""
+    return Path(tempfile.gettempdir(), f"lace-lora-{json_digest(str(output_dir.absolute()))}")
 
 
 def _flush(path: Path) -> None:
@@ -117,24 +111,19 @@ def _flush_names(folder: Path) -> None:
     try:
         _flush(folder)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # what Drives say that cannot do it
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # from Drives that cannot do it
             raise
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def verify(folder: Path) -> str:
-    """Why the checkpoint is not whole, or an empty string when every byte is as it was written."""
+    """Why the checkpoint is not complete, or an empty string if every byte is as it was written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        for name, seal in manifest["files"].items():
+        for name, written in manifest["files"].items():
             path = folder / Path(name).name
-            if path.stat().st_size != seal["size"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {seal['size']}"
-            if _sha256(path) != seal["sha256"]:
+            if path.stat().st_size != written["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {written['size']}"
+            if file_sha256(path) != written["sha256"]:
                 return f"{name} is damaged"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -144,7 +133,7 @@ def verify(folder: Path) -> str:
 
 
 def checkpoints(output_dir: Path) -> list[tuple[Path, int]]:
-    """All checkpoint folders with their steps, oldest first, whole or not."""
+    """All checkpoint folders with their steps, oldest first, complete or not."""
     if not output_dir.is_dir():
         return []
     found = [(path, _NAME.fullmatch(path.name)) for path in output_dir.iterdir() if path.is_dir()]
@@ -152,7 +141,7 @@ def checkpoints(output_dir: Path) -> list[tuple[Path, int]]:
 
 
 def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that was passed over, with the reason."""
+    """The newest checkpoint that verifies, and a line for each newer one that is skipped, with the reason."""
     skipped: list[str] = []
     for path, _ in reversed(checkpoints(output_dir)):
         reason = verify(path)
@@ -162,15 +151,10 @@ def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def step_of(folder: Path) -> int:
-    """The step a verified checkpoint was made at."""
-    return int(json.loads((folder / MANIFEST).read_text())["step"])
-
-
 def clean_up(output_dir: Path) -> None:
-    """Remove what writes that were killed left behind; a checkpoint killed while it changed places gets its name back.
+    """Remove what killed writes left behind, and give a checkpoint that was being replaced its name back.
 
-    Only for whoever has the folder to itself: another run's unfinished writes look the same.
+    Only for a run that has the folder to itself: another run's unfinished writes look the same.
     """
     for path in output_dir.glob(".checkpoint-*.old"):
         if (match := _DISPLACED.fullmatch(path.name)) and not (output_dir / match[1]).exists():

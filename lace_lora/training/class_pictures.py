@@ -1,6 +1,7 @@
-"""Prior preservation's class pictures: those that exist, and those that the base has to draw.
+"""Prior preservation's class pictures: those that exist, and those that the base model has to draw.
 
-Ruiz et al. 2022, "DreamBooth", section 3.3: what the class's prompt draws is kept as it is by learning it too.
+Ruiz et al. 2022, "DreamBooth", section 3.3: pictures of the class are trained on too, so that its prompt goes on
+drawing what it did.
 """
 
 import logging
@@ -31,12 +32,12 @@ def existing(config: Config) -> dict[Path, str]:
     """
     folder, digest = folder_of(config), _digest(config)
     if config.class_data_dir and not folder.is_dir():
-        raise UserError(f"class_data_dir: {folder} is no folder: make it, or leave the key empty")
+        raise UserError(f"class_data_dir: {folder} is not a folder: create it, or leave the key empty")
     if not folder.is_dir():
         return {}
     found = sorted(image_files.named_as_pictures(folder, IMAGE_EXTENSIONS), key=_is_drawn)  # the user's own first
     usable = [path for path in found if not _is_drawn(path) or path.name.startswith(f"class_{digest}_")]
-    pictures = image_files.check_pictures(usable, 1, kinds())
+    pictures = image_files.check_pictures(usable, 1, image_files.formats_of(IMAGE_EXTENSIONS))
     for picture in pictures:
         if not picture.used:
             logger.warning("class picture %s is skipped: %s", picture.path, picture.reason)
@@ -45,9 +46,10 @@ def existing(config: Config) -> dict[Path, str]:
 
 
 def to_draw(config: Config, existing: Collection[Path]) -> dict[Path, int]:
-    """Files of the pictures that are still missing, each with its number, which stands for its seed.
+    """Files of the missing pictures, each with the number that its seed comes from.
 
-    For the settings as the user wrote them: the training process knows models as paths, and would find other names.
+    Called with the settings as the user wrote them: their digest is in the names, and the training process has paths in
+    place of model names.
     """
     missing: dict[Path, int] = {}
     number = 0
@@ -60,17 +62,12 @@ def to_draw(config: Config, existing: Collection[Path]) -> dict[Path, int]:
 
 
 def fingerprint(config: Config, existing: dict[Path, str]) -> dict[str, Any]:
-    """What tells which class pictures a run learns: the user's own by content, drawn ones by their settings."""
+    """The class pictures' part of a run's fingerprint: the user's own by content, drawn ones by their settings."""
     users_own = sorted(content for path, content in existing.items() if not _is_drawn(path))
     values: dict[str, Any] = {"num_class_images": config.num_class_images, "class_pictures": users_own}
     if len(users_own) < config.num_class_images:
         values |= config.subset(CLASS_PICTURE)
     return values
-
-
-def kinds() -> tuple[str, ...]:
-    """The decoders that class pictures may need: they may be of any kind that is known."""
-    return image_files.formats_of(IMAGE_EXTENSIONS)
 
 
 def _is_drawn(path: Path) -> bool:

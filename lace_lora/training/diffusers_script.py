@@ -1,6 +1,7 @@
-"""`train_script: path`, seen from main.py: what diffusers' own script takes, read from its source and never run here.
+"""`train_script: path` in main.py: the flags of diffusers' own script, read from its source, which is not run here.
 
-It is `train_dreambooth_lora_sdxl.py` in place of train_lora.py; `run_diffusers_script.py` is what accelerate runs.
+The script is `train_dreambooth_lora_sdxl.py`, in place of train_lora.py; accelerate runs it by
+`run_diffusers_script.py`.
 """
 
 import ast
@@ -20,10 +21,10 @@ _FLAG_OF = {"pretrained_vae": "pretrained_vae_model_name_or_path"}
 
 
 def check(config: Config) -> None:
-    """Name the settings that the script has no flag for.
+    """Warn of settings that the script has no flag for.
 
     Raises:
-        UserError: the script is not there, or is not one; a model in a single file, which it cannot read.
+        UserError: the file is not that script; a model in a single file, which it cannot read.
     """
     path = Path(str(config.train_script))
     flags = flags_of(path)
@@ -34,7 +35,7 @@ def check(config: Config) -> None:
 
 
 def flags_of(path: Path) -> dict[str, bool]:
-    """The flags that a script declares, and whether each is a switch; read from its source, which is not run."""
+    """The flags that a script declares, and whether each is a switch without a value."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError) as error:
@@ -65,7 +66,7 @@ def command_line(config: Config, flags: dict[str, bool], pictures: Path, folder:
         "instance_data_dir": pictures,
         "output_dir": folder,
         "mixed_precision": precision,
-        "center_crop": True,  # as ours
+        "center_crop": True,  # as in train_lora.py
         "enable_xformers_memory_efficient_attention": config.attention == "xformers",
         "resume_from_checkpoint": "latest" if any(folder.glob("checkpoint-*")) else None,
     }

@@ -1,4 +1,4 @@
-"""Pictures to latents: decoded ahead, through the VAE once, and kept for the next run."""
+"""Pictures to latents: decoded ahead, encoded by the VAE once, and cached for the next run."""
 
 import hashlib
 import io
@@ -38,12 +38,12 @@ _BUCKETS = {
     960: (1088, 1024),
     1024: (1024,),
 }
-_VERSION = 1  # of what is kept: count up when pictures are encoded in another way
+_VERSION = 1  # of the cached latents: count up when pictures are encoded in another way
 
 
 @dataclass(frozen=True)
 class Latents:
-    """N pictures, each in F versions: as it is, and mirrored where that is wanted."""
+    """N pictures, each in F versions: the picture, and with `random_flip` its mirror image."""
 
     mean: list[Tensor]  # N of (F, 4, h, w): the VAE's posterior, in the UNet's scale
     std: list[Tensor]  # N of (F, 4, h, w)
@@ -54,7 +54,7 @@ class Latents:
 
 
 def shapes(resolution: int, buckets: bool) -> list[Shape]:
-    """What pictures are cut to: a square, or SDXL's bucket list scaled to `resolution`, in whole 32 pixels."""
+    """What pictures are cropped to: a square, or SDXL's bucket list scaled to `resolution`, in whole 32 pixels."""
     if not buckets:
         return [(resolution, resolution)]
     pairs = [(short, long) for short, longs in _BUCKETS.items() for long in longs]
@@ -67,19 +67,19 @@ def encode_pictures(
     contents: Mapping[Path, str],
     allowed: Sequence[Shape],
     mirrored: bool,
-    kinds: Sequence[str] = ("JPEG",),
+    formats: Sequence[str] = ("JPEG",),
     depends_on: Any = None,
 ) -> Latents:
-    """Every picture through the VAE once, or not at all if an earlier run has done it.
+    """Encode every picture once, or take its latents from the cache of an earlier run.
 
-    The posterior's mean and deviation are kept, not a sample of it: sampling belongs into the step. A mirrored version
-    is encoded on its own, because mirrored latents are not the latents of the mirrored picture.
+    The posterior's mean and std are cached, not a sample of it: sampling belongs to the step. A mirrored version is
+    encoded on its own, because mirrored latents are not the latents of the mirrored picture.
 
     Args:
-        load_vae: called if it is needed.
+        load_vae: called only if latents are not in the cache.
         contents: SHA-256 of each picture file.
-        allowed: each picture is scaled and cut to the one that is most like it.
-        depends_on: what else earlier latents must have in common: the VAE, its number format.
+        allowed: shapes, of which each picture is scaled and cropped to the one nearest to its own.
+        depends_on: all else that cached latents must have been made with: the VAE, its dtype.
 
     Raises:
         UserError: a picture is no longer what it was, or the VAE makes no finite numbers of it (exit 5).
@@ -88,8 +88,8 @@ def encode_pictures(
     def make() -> dict[str, Tensor]:
         means, stds, time_ids = [], [], []
         vae = load_vae()
-        cut = partial(_cut, contents=contents, allowed=allowed, mirrored=mirrored, kinds=kinds)
-        decoded = tqdm(_ahead(cut, contents), desc="encoding pictures", unit="picture", total=len(contents))
+        read = partial(_read, contents=contents, allowed=allowed, mirrored=mirrored, formats=formats)
+        decoded = tqdm(_ahead(read, contents), desc="encoding pictures", unit="picture", total=len(contents))
         for path, (pixels, ids) in zip(contents, decoded, strict=True):
             mean, std = encode_pixels(vae, pixels, path)
             means.append(mean)
@@ -101,13 +101,13 @@ def encode_pictures(
 
     key = {"version": _VERSION, "pictures": list(contents.values()), "shapes": allowed, "mirrored": mirrored,
            "depends_on": depends_on}  # fmt: skip
-    kept = cache.remembered(key, make)
-    means, stds = ([kept[f"{name}.{number}"] for number in range(len(contents))] for name in ("mean", "std"))
-    return Latents(means, stds, kept["time_ids"])
+    tensors = cache.cached(key, make)
+    means, stds = ([tensors[f"{name}.{number}"] for number in range(len(contents))] for name in ("mean", "std"))
+    return Latents(means, stds, tensors["time_ids"])
 
 
-def _cut(
-    path: Path, contents: Mapping[Path, str], allowed: Sequence[Shape], mirrored: bool, kinds: Sequence[str]
+def _read(
+    path: Path, contents: Mapping[Path, str], allowed: Sequence[Shape], mirrored: bool, formats: Sequence[str]
 ) -> tuple[Tensor, list[int]]:
     """A picture file as pixels (F, 3, height, width), and its time ids."""
     try:
@@ -115,7 +115,7 @@ def _cut(
         if hashlib.sha256(content).hexdigest() != contents[path]:
             raise UserError(f"{path} was changed while the program was running: run the same command again")
         # Twice the training size is enough to scale down from, and much faster to decode.
-        picture, (width, height) = image_files.open_picture(io.BytesIO(content), 2 * max(map(min, allowed)), kinds)
+        picture, (width, height) = image_files.open_picture(io.BytesIO(content), 2 * max(map(min, allowed)), formats)
     except image_files.BROKEN as error:
         raise UserError(f"{path} can no longer be read ({error}): was it changed or moved meanwhile?") from error
     shape = min(allowed, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
@@ -125,10 +125,10 @@ def _cut(
 
 
 def _ahead(function: Callable[[Path], Any], items: Iterable[Path]) -> Iterator[Any]:
-    """`map` on several threads, with few results waiting at any time.
+    """`map` on several threads, with few results in memory at any time.
 
-    Threads do: Pillow decodes and scales without Python's lock, and every byte of these files has been read by the same
-    decoder before, in a process that it could have taken along.
+    Not on processes: Pillow decodes and scales without Python's lock, and the same decoder has read all of these files
+    in processes of their own before, without crashing one.
     """
     most = min(8, os.cpu_count() or 1)
     waiting: deque[Future[Any]] = deque()

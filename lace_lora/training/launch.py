@@ -1,36 +1,40 @@
-"""How the training process is started: what it is told, the command, and accelerate's settings file for it."""
+"""How the training process is started: its job, the command, and accelerate's settings file."""
 
+import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lace_lora.config import Config
+from lace_lora.config import Config, load_config
 from lace_lora.errors import UserError, first_line
+from lace_lora.files import hold_shared_lock
+from lace_lora.process import StopSignal, report_outcome
 
 _ROOT = Path(__file__).resolve().parents[2]
 # What accelerate runs: ours, or what runs the user's `train_script`.
-_TRAINING_SCRIPT, _SCRIPT_RUNNER = (
-    [str(_ROOT / "train_lora.py")],
-    ["--module", "lace_lora.training.run_diffusers_script"],
-)
+_TRAINING_SCRIPT = [str(_ROOT / "train_lora.py")]
+_SCRIPT_RUNNER = ["--module", "lace_lora.training.run_diffusers_script"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the training process is told besides the settings, as JSON in a file."""
+    """What the training process needs besides the settings, as JSON in a file."""
 
     captions: dict[str, str]  # by picture file
     contents: dict[str, str]  # SHA-256 of each picture file
     fingerprint: dict[str, Any]  # see train.run_fingerprint
-    resume: str | None  # the checkpoint to go on from
+    resume: str | None  # the checkpoint to resume from
     models: dict[str, Any]  # settings that name models, as paths
-    class_pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that are there
-    class_to_draw: dict[str, int] = field(default_factory=dict)  # files to draw, with the number that gives the seed
+    class_pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that exist
+    class_to_draw: dict[str, int] = field(
+        default_factory=dict
+    )  # files to draw, each with the number that gives its seed
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
@@ -40,13 +44,33 @@ class Job:
         return cls(**json.loads(path.read_text()))
 
 
+def run_job(description: str, run: Callable[[Config, Job, Path, StopSignal], str]) -> int:
+    """The main function of a script that accelerate runs; returns its exit code.
+
+    Args:
+        run: gets the settings, with models as paths, the job and the folder that it is in; returns the closing line.
+    """
+    parser = argparse.ArgumentParser(description=f"{description}; launched by `main.py --mode train`.")
+    parser.add_argument("--config", required=True, type=Path, help="resolved settings")
+    parser.add_argument("--job", required=True, type=Path, help="what train.py found out: captions, models, checkpoint")
+    arguments = parser.parse_args()
+
+    def work(stop: StopSignal) -> str:
+        job = Job.load(arguments.job)
+        config = replace(load_config(arguments.config), **job.models)
+        hold_shared_lock(Path(config.lora_output_dir))
+        return run(config, job, arguments.job.parent, stop)
+
+    return report_outcome(work, arguments.job.parent)
+
+
 def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list[str]:
-    """The whole launch. accelerate gets a file, the user's or ours: one cached on the machine would win over flags."""
+    """The whole launch. accelerate gets a file, the user's or ours: one cached on the machine would override flags."""
     return [
         sys.executable, "-m", "lace_lora.process",
         "--config_file", config.accelerate_config or str(accelerate_file),
-        "--num_cpu_threads_per_process", str(_threads(config.accelerate_config)),  # its own default is one
-        "--quiet",  # we say why a training failed, once
+        "--num_cpu_threads_per_process", str(_threads(config.accelerate_config)),  # accelerate's default is 1
+        "--quiet",  # no traceback of the launcher's: the outcome file says why a training failed
         *(_SCRIPT_RUNNER if config.train_script else _TRAINING_SCRIPT),
         "--config", str(Path(config.lora_output_dir) / "config.yaml"),
         "--job", str(job_file),
@@ -54,10 +78,12 @@ def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list
 
 
 def _threads(accelerate_config: str | None) -> int:
-    """What OMP_NUM_THREADS asks for, or this process's share of the CPUs."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """What OMP_NUM_THREADS asks for, or each process's share of the CPUs."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdecimal() and int(wanted) else max(1, cpus // _processes_here(accelerate_config))
+    if wanted.isdecimal() and int(wanted):
+        return int(wanted)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // _processes_here(accelerate_config))
 
 
 def _processes_here(accelerate_config: str | None) -> int:
@@ -66,7 +92,7 @@ def _processes_here(accelerate_config: str | None) -> int:
 
 
 def accelerate_settings() -> str:
-    """accelerate's file for one process on whatever this machine has; precision is train_lora.py's own matter."""
+    """accelerate's file for one process on any device; train_lora.py chooses the precision itself."""
     settings = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "NO",

@@ -1,4 +1,4 @@
-"""The loss that teaches SDXL."""
+"""SDXL's training loss."""
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel

@@ -1,4 +1,4 @@
-"""The run's record: metrics.csv, TensorBoard, loss.png, and the progress bar."""
+"""Loss, learning rate and gradient norm by step: metrics.csv, TensorBoard, loss.png and the progress bar."""
 
 import csv
 import io
@@ -18,21 +18,21 @@ from lace_lora.errors import LOSS_NOT_FINITE, UserError
 from lace_lora.files import write_atomically
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
-# Updates in a row that may be left out because the loss or the gradients are not finite; fp16 begins with a few such.
-MOST_LOST, MOST_OVERFLOWN = 5, 25
+# So many updates in a row that are skipped, because the loss or the gradient norm is not finite, end the training. fp16
+# starts with a few overflows of the gradients, until the loss scale fits.
+SKIPPED_FOR_LOSS, SKIPPED_FOR_NORM = 5, 25
 READ_EVERY = 10  # steps between readings of the loss: each costs the CPU a little
-
 
 logger = logging.getLogger("train_lora")
 
 
 class PendingScalars:
-    """Numbers that a GPU is still calculating; they come to the CPU by themselves, and only reading waits for them."""
+    """Scalars that a GPU may still be calculating; their copy to the CPU is asynchronous, only `read` waits for it."""
 
     def __init__(self, *values: Tensor) -> None:
-        together = torch.stack([value.detach().float() for value in values])
-        self.numbers = together.to("cpu", non_blocking=together.is_cuda)
-        self.arrived = torch.cuda.Event() if together.is_cuda else None
+        stacked = torch.stack([value.detach().float() for value in values])
+        self.numbers = stacked.to("cpu", non_blocking=stacked.is_cuda)
+        self.arrived = torch.cuda.Event() if stacked.is_cuda else None
         if self.arrived:
             self.arrived.record()
 
@@ -45,8 +45,8 @@ class PendingScalars:
 class Metrics:
     """Collects one row per step and publishes them with every checkpoint.
 
-    metrics.csv is written whole, by a rename: a file that is only ever appended to may never reach Google Drive, and
-    rows past the last checkpoint would stand twice after a resume.
+    metrics.csv is written anew and renamed each time: appended lines may never reach Google Drive, and rows past the
+    last checkpoint would be there twice after a resume.
     """
 
     def __init__(self, config: Config, first_step: int, quiet: bool) -> None:
@@ -58,12 +58,12 @@ class Metrics:
         self.writer = _tensorboard(self.folder / "logs", first_step) if config.report_to == "tensorboard" else None
 
     def record(self, step: int, loss: Tensor, learning_rate: float, grad_norm: Tensor) -> None:
-        """Note one step, counted from 1; loss and norm may still be in the making."""
+        """Note one step, counted from 1; loss and norm may still be pending."""
         self.pending.append((step, learning_rate, PendingScalars(loss, grad_norm)))
         self.bar.update()
 
     def read(self, latest: bool) -> None:
-        """Take losses and norms into `rows` and show the last; without `latest` all but one that may still be due."""
+        """Read pending losses and norms into `rows` and show the last; without `latest`, leave the newest pending."""
         ready = self.pending if latest else self.pending[:-1] or self.pending
         self.pending = self.pending[len(ready) :]
         for step, learning_rate, numbers in ready:
@@ -77,17 +77,17 @@ class Metrics:
         self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}")
 
     def check_finite(self, ending: bool) -> bool:
-        """Whether what was learnt may be saved: the last loss read is a finite number, or the run is ending.
+        """Whether the weights may be saved: the last loss is a finite number, or the run is ending.
 
         Raises:
             UserError: too many in a row are not (exit 5).
         """
-        lost, overflown = (self._longest_not_finite(column) for column in ("loss", "grad_norm"))
-        if lost < MOST_LOST and overflown < MOST_OVERFLOWN:
+        losses, norms = (self._longest_not_finite(column) for column in ("loss", "grad_norm"))
+        if losses < SKIPPED_FOR_LOSS and norms < SKIPPED_FOR_NORM:
             return ending or math.isfinite(self.rows[-1]["loss"])
         raise UserError(
             f"the loss is not a finite number at step {self.rows[-1]['step']}, nor shortly before; those updates were "
-            f"left out: lower learning_rate ({self.learning_rate:g}), or, if it was fp16, use mixed_precision: bf16 or "
+            f"skipped: lower learning_rate ({self.learning_rate:g}), or, if it was fp16, use mixed_precision: bf16 or "
             "no; the same command then goes on from the last checkpoint",
             LOSS_NOT_FINITE,
         )
@@ -116,25 +116,25 @@ class Metrics:
 def _tensorboard(folder: Path, first_step: int) -> Any:
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    # purge_step: curves of a run that is gone on with show no second branch.
+    # purge_step: the curves of a resumed run have no second branch.
     return SummaryWriter(str(folder), purge_step=first_step or None)
 
 
 def _read_rows(path: Path, before: int) -> list[dict[str, float]]:
-    """Rows of an earlier run up to the step that this one goes on from."""
+    """Rows of an earlier run up to the step that this one resumes from."""
     if not before or not path.exists():
         return []
     try:
         with open(path, newline="") as file:
             rows = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
     except (ValueError, KeyError, TypeError):
-        logger.warning("%s is damaged: the curves begin anew", path)
+        logger.warning("%s is damaged: the curves start at this step", path)
         return []
     return [row | {"step": int(row["step"])} for row in rows if row["step"] <= before]
 
 
 def _plot(rows: list[dict[str, float]]) -> bytes:
-    """The loss by step as a PNG: every step faint, and its running mean, since single steps tell little."""
+    """The loss by step as a PNG: single steps faint, since they tell little, and their running mean."""
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The update of the LoRA: which optimizer, at which rate, leaving out what is not finite; its state as tensors."""
+"""The LoRA's update: the optimizer, its schedule, skipping updates that are not finite, and its state as tensors."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,10 +10,8 @@ from torch import Tensor
 from lace_lora.config import Config
 from lace_lora.errors import UserError
 
-# What Prodigy knows of all weights together; AdamW has nothing of the kind.
-_SHARED_STATE = ("d", "d_max", "d_numerator", "k")
-
-_IN_ROWS = ("s", "p0")  # what Prodigy keeps of a weight without its shape
+_SHARED_STATE = ("d", "d_max", "d_numerator", "k")  # of Prodigy, for all weights; AdamW has none
+_FLAT_STATE = ("s", "p0")  # of Prodigy, for each weight, but flattened
 
 Weights = dict[str, torch.nn.Parameter]
 
@@ -49,7 +47,7 @@ def make_optimizer(config: Config, lora: Weights) -> torch.optim.Optimizer:
 
 
 def rate_factor_at(config: Config) -> Callable[[int], float]:
-    """The course of the learning rate as a function of the step, so that a resumed run needs no schedule state."""
+    """The learning rate's schedule as a function of the step, so that a resumed run needs no state of it."""
     # polynomial ends at a rate of 1e-7, so it has to know the rate it begins at.
     nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], max(config.learning_rate, 1e-6))
     return get_scheduler(
@@ -61,7 +59,7 @@ def rate_factor_at(config: Config) -> Callable[[int], float]:
 def update_weights(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor, factor: float, max_grad_norm: float
 ) -> Tensor:
-    """One update from the gradients that are there; left out where loss or gradients are not finite.
+    """One update from the gradients; skipped where the loss or a gradient is not finite.
 
     Args:
         factor: of every learning rate, from the schedule.
@@ -74,15 +72,15 @@ def update_weights(
     grad_norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    lost = ~(loss + grad_norm).isfinite()
+    not_finite = ~(loss + grad_norm).isfinite()
     if optimizer.defaults.get("fused"):
-        # It leaves its step out where this is 1, without waiting for the GPU; the scaler sets it itself.
-        optimizer.found_inf = lost.float()  # type: ignore[attr-defined]
+        # It skips its step where this is 1, without waiting for the GPU; the scaler sets it itself.
+        optimizer.found_inf = not_finite.float()  # type: ignore[attr-defined]
         scaler.step(optimizer)
-    elif not lost:
+    elif not not_finite:
         scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=False)  # graphs and one buffer for all rely on where gradients are
+    optimizer.zero_grad(set_to_none=False)  # CUDA graphs and the flat buffer rely on their addresses
     return grad_norm
 
 
@@ -101,13 +99,13 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> t
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, Tensor], shared: dict[str, Any]
 ) -> None:
-    """Put back what `optimizer_state` gave; learning rates and the like are the settings' of now."""
-    own: dict[int, dict[str, Tensor]] = {index: {} for index, _ in enumerate(names)}
+    """Put back what `optimizer_state` gave; learning rates and the like come from the settings of this run."""
     index_of = {name: index for index, name in enumerate(names)}
+    own: dict[int, dict[str, Tensor]] = {index: {} for index in index_of.values()}
     for key, value in tensors.items():
         what, _, name = key.partition(".")
         if name in index_of:
-            own[index_of[name]][what] = value.flatten() if what in _IN_ROWS and value.dim() else value
+            own[index_of[name]][what] = value.flatten() if what in _FLAT_STATE and value.dim() else value
     groups = [group | shared for group in optimizer.state_dict()["param_groups"]]
     optimizer.load_state_dict(
         {"state": {index: state for index, state in own.items() if state}, "param_groups": groups}

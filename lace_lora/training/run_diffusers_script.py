@@ -1,11 +1,10 @@
-"""What accelerate runs with `train_script`: diffusers' script, with flags from our settings and only the good pictures.
+"""What accelerate runs with `train_script`: diffusers' script, with flags from our settings and only the used pictures.
 
     accelerate launch --module lace_lora.training.run_diffusers_script --config lora_output/config.yaml --job job.json
 
-Its result is put where ours would be.
+Its result is written where ours would be.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -17,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lace_lora.config import LORA_FILE, Config, load_config
+from lace_lora.config import LORA_FILE, Config
 from lace_lora.errors import UserError, explain, first_line
-from lace_lora.files import hold_shared_lock, write_atomically
-from lace_lora.process import ADVICE, Stopped, StopSignal, report_outcome
+from lace_lora.files import write_atomically
+from lace_lora.process import ADVICE, Stopped
 from lace_lora.sdxl import lora_weights, models
 from lace_lora.training import results
 from lace_lora.training.diffusers_script import command_line, flags_of
-from lace_lora.training.launch import Job
+from lace_lora.training.launch import Job, run_job
 
 logger = logging.getLogger("train_lora")
 
@@ -33,34 +32,23 @@ _PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # accele
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run a training script; launched by `main.py --mode train`.")
-    parser.add_argument("--config", required=True, type=Path, help="resolved settings")
-    parser.add_argument("--job", required=True, type=Path, help="what train.py worked out: captions, models")
-    arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     models.prepare_process()
-
-    def work(_stop: StopSignal) -> str:
-        job = Job.load(arguments.job)
-        config = replace(load_config(arguments.config), **job.models)
-        hold_shared_lock(Path(config.lora_output_dir))
-        return run(config, job, arguments.job.parent / "pictures")
-
-    return report_outcome(work, arguments.job.parent)
+    return run_job("Run a training script", lambda config, job, folder, _stop: run(config, job, folder / "pictures"))
 
 
 def run(config: Config, job: Job, pictures: Path) -> str:
-    """Run the script in this process, with links to the good pictures in `pictures`; returns the closing line."""
+    """Run the script in this process, with links to the used pictures in `pictures`; returns the closing line."""
     script = Path(str(config.train_script)).absolute()
     folder = Path(config.lora_output_dir, SCRIPT_FOLDER).absolute()
     folder.mkdir(exist_ok=True)
     pictures.mkdir(exist_ok=True)
     _check_fingerprint(folder / "learns.json", job.fingerprint)
     for number, path in enumerate(job.captions):
-        with suppress(FileExistsError):  # another process of this run made it
+        with suppress(FileExistsError):  # by another process of this run
             (pictures / f"{number:05d}{Path(path).suffix}").symlink_to(Path(path).absolute())
     if set(job.captions.values()) != {config.instance_prompt}:
-        logger.warning("%s learns every picture with the instance prompt: captions have no effect", script.name)
+        logger.warning("%s trains every picture with instance_prompt: captions have no effect", script.name)
     dtype = models.pick_dtype(config.mixed_precision, models.pick_device())
     precision = _PRECISIONS[str(dtype).removeprefix("torch.")]
     _run_as_main(script, command_line(config, flags_of(script), pictures, folder, precision))
@@ -75,10 +63,10 @@ def run(config: Config, job: Job, pictures: Path) -> str:
 
 
 def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
-    """The script's checkpoints do not say what they were trained on: a file beside them does.
+    """Note what the script's checkpoints are trained on in a file beside them, since they do not.
 
     Raises:
-        UserError: they were trained on something else.
+        UserError: the ones that exist were trained on something else.
     """
     if path.exists() and json.loads(path.read_text()) != fingerprint:
         raise UserError(
@@ -96,7 +84,7 @@ def _run_as_main(script: Path, arguments: list[str]) -> None:
         raise Stopped("stopped; the same command goes on from the script's last checkpoint, if it made one") from stop
     except ModuleNotFoundError as error:
         raise UserError(f"{script} needs {error.name}, which is not installed: pip install {error.name}") from error
-    except ImportError as error:  # what it asks for is in another version
+    except ImportError as error:  # a library is there in another version
         raise UserError(f"{script} does not fit the installed packages: {first_line(error)}") from error
     except SystemExit as end:
         if end.code:

@@ -72,8 +72,7 @@ def test_latents_are_sampled_anew_from_the_posterior() -> None:
     spread = replace(data, latents=replace(data.latents, std=list(torch.full((2, 1, 4, 2, 2), 0.5))))
     samples = torch.stack([batches.step_batch(spread, 0, step, 2, 1000).latents for step in range(400)])
     means = torch.stack([batches.step_batch(data, 0, step, 2, 1000).latents for step in range(400)])
-    deviation = (samples - means).std().item()
-    assert deviation == pytest.approx(0.5, rel=0.05)
+    assert (samples - means).std().item() == pytest.approx(0.5, rel=0.05)
 
 
 def test_timesteps_cover_the_whole_schedule() -> None:
@@ -90,7 +89,8 @@ def test_equal_captions_are_encoded_once() -> None:
         asked.extend(prompts)
         return torch.full((1, 77, 2), float(len(asked))), torch.full((1, 3), float(len(asked)))
 
-    index, embeds, pooled = batches.encode_captions(["a", "b", "a"], encode)
+    unique, index = batches.unique_captions(["a", "b", "a"])
+    embeds, pooled = batches.encode_captions(unique, encode)
     assert asked == ["a", "b"]
     assert index.tolist() == [0, 1, 0]
     assert embeds[index][:, 0, 0].tolist() == pooled[index][:, 0].tolist() == [1.0, 2.0, 1.0]

@@ -1,9 +1,10 @@
-"""What is remembered from run to run, and that nothing depends on it."""
+"""What is cached from run to run, and that nothing depends on it."""
 
 import logging
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,12 +30,8 @@ class Counted:
 
 def test_an_equal_key_is_answered_from_the_file_and_another_one_is_not(own_folder: Path) -> None:
     make = Counted()
-    assert [float(cache.remembered(key, make)["value"]) for key in ({"a": 1}, {"a": 1}, {"a": 2}, {"a": 1})] == [
-        1,
-        1,
-        2,
-        1,
-    ]
+    keys: list[dict[str, Any]] = [{"a": 1}, {"a": 1}, {"a": 2}, {"a": 1}]
+    assert [float(cache.cached(key, make)["value"]) for key in keys] == [1, 1, 2, 1]
     assert len(list(own_folder.iterdir())) == 2
 
 
@@ -46,28 +43,28 @@ def test_an_equal_key_is_answered_from_the_file_and_another_one_is_not(own_folde
         lambda path: path.write_text("x"),
     ],
 )
-def test_a_damaged_file_is_made_anew(own_folder: Path, caplog: pytest.LogCaptureFixture, damage: object) -> None:
+def test_a_damaged_file_is_replaced(own_folder: Path, caplog: pytest.LogCaptureFixture, damage: object) -> None:
     make = Counted()
-    cache.remembered({}, make)
+    cache.cached({}, make)
     [file] = own_folder.iterdir()
     damage(file)  # type: ignore[operator]
-    assert float(cache.remembered({}, make)["value"]) == 2
+    assert float(cache.cached({}, make)["value"]) == 2
     assert str(file) in caplog.text
-    assert float(cache.remembered({}, make)["value"]) == 2
+    assert float(cache.cached({}, make)["value"]) == 2
     assert len(list(own_folder.iterdir())) == 1
 
 
-def test_a_folder_that_takes_nothing_costs_a_warning(own_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_written_to_costs_a_warning(own_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     own_folder.write_text("a file where the folder should be")
     make = Counted()
     with caplog.at_level(logging.WARNING):
-        assert [float(cache.remembered({}, make)["value"]) for _ in range(2)] == [1, 2]
-    assert "cannot keep" in caplog.text
+        assert [float(cache.cached({}, make)["value"]) for _ in range(2)] == [1, 2]
+    assert "nothing can be cached" in caplog.text
 
 
 def test_the_least_recently_used_files_go(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = Counted()
-    cache.remembered({"number": 0}, make)
+    cache.cached({"number": 0}, make)
     [file] = own_folder.iterdir()
     monkeypatch.setattr(cache, "MOST_BYTES", 4 * file.stat().st_size)
     killed = own_folder / ".killed.1.tmp"
@@ -77,21 +74,21 @@ def test_the_least_recently_used_files_go(own_folder: Path, monkeypatch: pytest.
         for path in own_folder.iterdir():  # as if some time had passed
             at = path.stat().st_mtime - 10
             os.utime(path, (at, at))
-        cache.remembered({"number": number}, make)
-    cache.remembered({"number": 0}, make)
-    cache.remembered({"number": "new"}, make)
+        cache.cached({"number": number}, make)
+    cache.cached({"number": 0}, make)
+    cache.cached({"number": "new"}, make)
     assert len(list(own_folder.iterdir())) == 4
     assert not killed.exists()
-    assert float(cache.remembered({"number": 0}, make)["value"]) == 1
-    assert float(cache.remembered({"number": 1}, make)["value"]) == 6
+    assert float(cache.cached({"number": 0}, make)["value"]) == 1
+    assert float(cache.cached({"number": 1}, make)["value"]) == 6
 
 
-def test_others_on_the_machine_cannot_look_into_the_folder(own_folder: Path) -> None:
-    cache.remembered({}, Counted())
+def test_other_users_of_the_machine_cannot_read_the_folder(own_folder: Path) -> None:
+    cache.cached({}, Counted())
     assert stat.S_IMODE(own_folder.stat().st_mode) == 0o700
 
 
-def test_stamps_change_with_what_they_stand_for(tmp_path: Path) -> None:
+def test_stamps_change_with_the_file(tmp_path: Path) -> None:
     file = tmp_path / "weights" / "deep" / "model.safetensors"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"one")

@@ -1,4 +1,4 @@
-"""A checkpoint is whole and proven, or it is not there."""
+"""A checkpoint is complete and verified, or it is not there."""
 
 import errno
 import json
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def write(folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def test_a_published_checkpoint_is_whole(tmp_path: Path) -> None:
+def test_a_published_checkpoint_is_complete(tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     folder = checkpoint.publish(tmp_path / "lora", 4, write, keep=2)
     assert folder == tmp_path / "lora" / "checkpoint-4"
@@ -71,7 +72,7 @@ def test_damage_of_the_manifest_is_found(tmp_path: Path, content: bytes | None) 
     assert checkpoint.newest(tmp_path) == (None, [f"checkpoint-4: {checkpoint.verify(folder)}"])
 
 
-def test_the_newest_whole_one_is_found(tmp_path: Path) -> None:
+def test_the_newest_complete_one_is_found(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         checkpoint.publish(tmp_path, step, write, keep=5)
     assert checkpoint.checkpoints(tmp_path) == [(tmp_path / f"checkpoint-{step}", step) for step in (2, 9, 10)]
@@ -129,14 +130,15 @@ KILLS = [("shutil", "copyfile", 1), ("shutil", "copyfile", 3), ("os", "replace",
 
 
 @pytest.mark.parametrize(("module", "function", "call"), KILLS)
-def test_a_write_that_is_killed_leaves_a_whole_checkpoint_or_none(
+def test_a_write_that_is_killed_leaves_a_complete_checkpoint_or_none(
     module: str, function: str, call: int, tmp_path: Path
 ) -> None:
     older = checkpoint.publish(tmp_path, 4, lambda folder: put(folder / "weights.bin", b"older"), keep=2)
     code = f"""
 import os, shutil, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from lace_lora.training import checkpoint, test_checkpoint
+sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}, {str(ROOT / "tests")!r}]
+import test_checkpoint
+from lace_lora.training import checkpoint
 from pathlib import Path
 real, calls = {module}.{function}, []
 def die(source, target):
@@ -217,7 +219,7 @@ def test_everything_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypat
     assert order == [*sorted(CONTENT), "manifest.json", folder, "named checkpoint-4", tmp_path.name]
 
 
-def test_sweep_takes_only_what_is_ours(tmp_path: Path) -> None:
+def test_clean_up_removes_only_what_is_ours(tmp_path: Path) -> None:
     for name in (".checkpoint-4.77.tmp", ".checkpoint-4.77.old", ".checkpoint-mine", "checkpoint-4", ".hidden"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
@@ -246,7 +248,7 @@ def test_the_manifest_names_every_file_with_its_size(tmp_path: Path) -> None:
     assert {name: seal["size"] for name, seal in manifest["files"].items()} == {n: len(c) for n, c in CONTENT.items()}
 
 
-def test_a_publisher_writes_beside_other_work_and_raises_what_fails_at_the_next_look(tmp_path: Path) -> None:
+def test_a_publisher_writes_in_the_background_and_raises_an_error_at_the_next_call(tmp_path: Path) -> None:
     publisher, go_on = checkpoint.Publisher(), threading.Event()
 
     def slowly(folder: Path) -> None:
@@ -254,7 +256,7 @@ def test_a_publisher_writes_beside_other_work_and_raises_what_fails_at_the_next_
         write(folder)
 
     publisher.publish(tmp_path, 4, slowly, keep=2)
-    publisher.look()  # still at it
+    publisher.poll()  # still writing
     assert checkpoint.checkpoints(tmp_path) == []
     go_on.set()
     publisher.wait()
@@ -263,6 +265,11 @@ def test_a_publisher_writes_beside_other_work_and_raises_what_fails_at_the_next_
     def fail(_: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    publisher.publish(tmp_path, 6, fail, keep=2)
+    assert publisher.pending
+    wait([publisher.pending])
+    with pytest.raises(OSError, match="No space left"):
+        publisher.poll()
     publisher.publish(tmp_path, 6, fail, keep=2)
     with pytest.raises(OSError, match="No space left"):
         publisher.publish(tmp_path, 8, write, keep=2)

@@ -1,4 +1,4 @@
-"""Pictures to latents: against the VAE and diffusers' own time ids, shapes, and what is kept for the next run."""
+"""Pictures to latents: against the VAE and diffusers' own time ids, shapes, and what is cached for the next run."""
 
 import threading
 import time
@@ -126,17 +126,17 @@ def test_a_second_run_needs_neither_vae_nor_pictures(settings: Make, photos: Pat
 def test_few_pictures_are_in_memory_at_once() -> None:
     lock = threading.Lock()
     begun: list[Path] = []
-    taken: list[Path] = []
+    used: list[Path] = []
 
     def note(path: Path) -> Path:
         with lock:
             begun.append(path)
-            assert len(begun) - len(taken) <= 9
+            assert len(begun) - len(used) <= 9
         time.sleep(0.001)
         return path
 
     paths = [Path(str(number)) for number in range(60)]
     for path in latents._ahead(note, paths):
         with lock:
-            taken.append(path)
-    assert taken == paths
+            used.append(path)
+    assert used == paths

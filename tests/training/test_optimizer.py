@@ -1,4 +1,4 @@
-"""AdamW and Prodigy: their rates, their course, and their state put back to the bit."""
+"""AdamW and Prodigy: their rates, their schedule, and their state restored bit by bit."""
 
 import json
 import sys
@@ -47,7 +47,7 @@ def test_text_encoders_have_a_rate_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
-def test_a_restored_optimizer_goes_on_as_if_nothing_had_been(optimizer: str) -> None:
+def test_a_restored_optimizer_continues_bit_by_bit(optimizer: str) -> None:
     config = Config(optimizer=optimizer, learning_rate=1.0 if optimizer == "prodigy" else 1e-2)  # type: ignore[arg-type]
     straight, parted = made_up(), made_up()
     make_steps(make_optimizer(config, straight), straight, range(40))
@@ -69,7 +69,7 @@ def test_prodigy_finds_the_rate_by_itself() -> None:
     assert optimizer.param_groups[0]["d"] > 1e-4  # from 1e-6
 
 
-def test_prodigy_leaves_out_what_is_not_finite() -> None:
+def test_prodigy_skips_updates_that_are_not_finite() -> None:
     lora = made_up()
     optimizer = make_optimizer(Config(optimizer="prodigy", learning_rate=1.0), lora)
     make_steps(optimizer, lora, range(3))
@@ -80,7 +80,7 @@ def test_prodigy_leaves_out_what_is_not_finite() -> None:
     assert all(map(torch.equal, before, lora.values()))
 
 
-def test_prodigy_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prodigy_that_is_not_installed_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     refused(lambda: make_optimizer(Config(optimizer="prodigy", learning_rate=1.0), made_up()), "pip install prodigyopt")
 
@@ -94,7 +94,7 @@ def test_prodigy_that_is_not_installed_is_one_sentence(monkeypatch: pytest.Monke
         ("constant", {}),
     ],
 )
-def test_the_course_of_the_rate_is_diffusers(name: str, options: dict[str, float]) -> None:
+def test_the_schedule_is_diffusers(name: str, options: dict[str, float]) -> None:
     settings = {f"lr_{key}": value for key, value in options.items()}
     factor = rate_factor_at(Config(lr_scheduler=name, lr_warmup_steps=4, max_train_steps=30, **settings))  # type: ignore[arg-type]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1e-4)

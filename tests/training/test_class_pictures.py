@@ -1,0 +1,57 @@
+"""Prior preservation's class pictures: which are used, which are drawn, and how a run is known by them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import data_utils
+from helpers import Make, contents, gradient, jpg, snapshot
+from lace_lora.training import class_pictures
+from training_helpers import as_json, encode_here, job_of
+
+
+def test_missing_class_pictures_are_drawn_by_the_base_and_kept(settings: Make, photos: Path, tmp_path: Path) -> None:
+    config = settings(with_prior_preservation=True, num_class_images=3, class_prompt="a net")
+    captions = {str(path): "lace" for path in data_utils.list_images(photos)}
+    to_draw = class_pictures.to_draw(config, [])
+    (tmp_path / "lora").mkdir()
+    first, _, _ = encode_here(config, job_of(captions, class_to_draw=as_json(to_draw)))
+    drawn = sorted((tmp_path / "lora" / "class_images").iterdir())
+    assert len(drawn) == 3
+    assert len({path.read_bytes() for path in drawn}) == 3
+    assert class_pictures.existing(config) == contents(drawn)
+    before = snapshot(tmp_path / "lora" / "class_images")
+    again, _, _ = encode_here(config, job_of(captions, class_pictures=as_json(class_pictures.existing(config))))
+    assert snapshot(tmp_path / "lora" / "class_images") == before
+    assert all(map(torch.equal, first.latents.mean, again.latents.mean))
+    # With another prompt they are of no use, and with a larger number only the rest is drawn.
+    assert class_pictures.existing(replace(config, class_prompt="a stripe")) == {}
+    more = class_pictures.to_draw(replace(config, num_class_images=5), drawn)
+    assert list(more.values()) == [3, 4]
+
+
+def test_pictures_of_the_class_are_known_by_content_and_drawn_ones_by_their_settings(
+    settings: Make, tmp_path: Path
+) -> None:
+    folder = tmp_path / "nets"
+    folder.mkdir()
+    config = settings(class_data_dir=str(folder), num_class_images=3, class_prompt="a net")
+
+    def learnt(**changes: Any) -> dict[str, Any]:
+        changed = replace(config, **changes)
+        return class_pictures.fingerprint(changed, class_pictures.existing(changed))
+
+    jpg(folder / "mine.jpg", gradient())
+    before = learnt()
+    for path in class_pictures.to_draw(config, class_pictures.existing(config)):
+        gradient().save(path)
+    assert learnt() == before  # drawn or to be drawn
+    (folder / "mine.jpg").rename(folder / "renamed.jpg")
+    assert learnt() == before
+    assert learnt(seed=7) == before | {"seed": 7}
+    assert learnt(num_class_images=4) == before | {"num_class_images": 4}
+    assert learnt(seed=7, num_class_images=1) == learnt(num_class_images=1)  # none is drawn
+    jpg(folder / "renamed.jpg", gradient(turn=1))
+    assert learnt() != before

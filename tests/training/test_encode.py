@@ -1,0 +1,118 @@
+"""Everything encoded before the first step, against encoding in the step itself."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import data_utils
+from helpers import Make, contents, gradient, jpg
+from lace_lora import seeds
+from lace_lora.pictures import image_files
+from lace_lora.sdxl import lora_weights, models, prompts
+from lace_lora.sdxl.vae import to_tensor
+from lace_lora.training import batches
+from lace_lora.training.loss import training_loss
+from training_helpers import CPU, as_json, encode_here, job_of, make_run
+
+
+def test_cached_latents_give_the_loss_of_encoding_in_the_step(settings: Make, photos: Path) -> None:
+    config = settings()
+    vae = models.load_vae(config, CPU, torch.float32)
+    tokenizers, encoders = (
+        prompts.load_tokenizers(config.pretrained_model),
+        prompts.load_text_encoders(config, CPU, torch.float32),
+    )
+    captions = {str(path): f"lace number {index}" for index, path in enumerate(data_utils.list_images(photos))}
+    data, _, _ = encode_here(config, job_of(captions))
+    run = make_run(config, data)
+    batch = batches.step_batch(data, config.seed, 3, 2, 1000)
+    cached = training_loss(run.unet, batch, run.noise_scheduler, None)
+
+    # The same two pictures, found by their time ids and captions, encoded here and now.
+    chosen = [int((data.prompt_embeds == embeds).flatten(1).all(1).nonzero()[0]) for embeds in batch.prompt_embeds]
+    paths = [Path(list(captions)[index]) for index in chosen]
+    embeds, pooled = prompts.encode_prompts([captions[str(path)] for path in paths], tokenizers, encoders)
+    squares = [image_files.fit(image_files.open_picture(path)[0], (64, 64))[0] for path in paths]
+    posterior = vae.encode(torch.stack([to_tensor(square) for square in squares])).latent_dist
+    stream = seeds.stream(config.seed, "step", 3)
+    torch.randint(1, (2,), generator=stream)  # the draw of mirrored versions comes first
+    sampled = (posterior.mean + posterior.std * torch.randn(2, 4, 8, 8, generator=stream)) * vae.config.scaling_factor
+    uncached = replace(batch, latents=sampled, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+    direct = training_loss(run.unet, uncached, run.noise_scheduler, None)
+    torch.testing.assert_close(cached, direct, rtol=1e-4, atol=1e-5)
+
+
+def test_text_encoders_learn_what_the_whole_gradient_says(settings: Make, photos: Path) -> None:
+    """Against the plain way: captions through a pipeline's encoders in the step, and autograd over everything."""
+    config = settings(train_text_encoder=True)
+    captions = {str(path): f"lace number {index % 2}" for index, path in enumerate(data_utils.list_images(photos))}
+    data, read, _ = encode_here(config, job_of(captions))
+    run = make_run(config, data)
+    torch.manual_seed(3)
+    lora = lora_weights.add_lora(read.encoders, config)
+    for weight in lora.values():
+        weight.data = torch.randn(weight.shape) * 0.1
+    assert {name.partition(".")[0] for name in lora} == {"text_encoder", "text_encoder_2"}
+    batch = batches.step_batch(data, config.seed, 0, 4, 1000)
+    training_loss(run.unet, read.read(batch), run.noise_scheduler, None).backward()
+    got = {name: weight.grad.clone() for name, weight in lora.items() if weight.grad is not None}
+
+    for weight in lora.values():
+        weight.grad = None
+    tokenizers = prompts.load_tokenizers(config.pretrained_model)
+    texts = [list(dict.fromkeys(captions.values()))[index] for index in batch.caption.tolist()]
+    tokens = prompts.tokenize(texts, tokenizers)
+    first, second = (
+        encoder(ids, output_hidden_states=True) for encoder, ids in zip(read.encoders.values(), tokens, strict=True)
+    )
+    embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    direct = replace(batch, prompt_embeds=embeds, pooled_prompt_embeds=second.text_embeds)
+    training_loss(run.unet, direct, run.noise_scheduler, None).backward()
+    # SDXL reads the layer before the last of the first encoder: nothing comes back to that one.
+    settings_of_first: Any = read.encoders["text_encoder"].config
+    last = f"text_encoder.encoder.layers.{settings_of_first.num_hidden_layers - 1}."
+    assert got.keys() == {name for name in lora if not name.replace("text_model.", "").startswith(last)}
+    for name, gradient_there in got.items():
+        torch.testing.assert_close(gradient_there, lora[name].grad, rtol=1e-4, atol=1e-8)
+    assert sum(float(gradient.abs().sum()) for gradient in got.values()) > 0
+
+
+def test_class_pictures_have_time_ids_and_captions_of_their_own(settings: Make, photos: Path, tmp_path: Path) -> None:
+    own = jpg(tmp_path / "net.jpg", gradient(200, 120))
+    config = settings(with_prior_preservation=True, num_class_images=1, class_prompt="a net")
+    captions = {str(path): "lace" for path in data_utils.list_images(photos)}
+    job = replace(job_of(captions), class_pictures=as_json(contents([own])))
+    data, _, _ = encode_here(config, job)
+    assert (data.instances, len(data.caption)) == (5, 6)
+    assert data.latents.time_ids[5].tolist() == [120.0, 200.0, 0.0, 22.0, 64.0, 64.0]  # 200 x 120 scaled to 107 x 64
+    assert data.caption.tolist() == [0, 0, 0, 0, 0, 1]
+    tokenizers = prompts.load_tokenizers(config.pretrained_model)
+    encoders = prompts.load_text_encoders(config, CPU, torch.float32)
+    assert torch.equal(data.prompt_embeds[1:], prompts.encode_prompts(["a net"], tokenizers, encoders)[0])
+
+
+@pytest.mark.parametrize(
+    ("validation_steps", "cached", "loads"), [(0, False, 1), (2, False, 1), (2, True, 1), (0, True, 0)]
+)
+def test_the_vae_is_loaded_once_and_only_if_it_is_needed(
+    settings: Make, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    validation_steps: int, cached: bool, loads: int,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = settings(validation_steps=validation_steps)
+    job = job_of({str(path): "lace" for path in data_utils.list_images(photos)})
+    if cached:
+        encode_here(config, job)
+    load_vae, loaded = models.load_vae, []
+
+    def note(*arguments: Any) -> Any:
+        loaded.append(arguments)
+        return load_vae(*arguments)
+
+    monkeypatch.setattr(models, "load_vae", note)
+    _, _, preview = encode_here(config, job)
+    assert len(loaded) == loads
+    assert (preview is not None) == (validation_steps > 0)

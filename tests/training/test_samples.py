@@ -1,0 +1,84 @@
+"""Sample grids: where memory is short, where pictures are black, and without effect on the training."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import train_lora
+from helpers import Make
+from lace_lora.config import LORA_FILE, Config
+from lace_lora.sdxl import models, sampling
+from lace_lora.sdxl.prompts import Embeddings
+from lace_lora.training.samples import Preview, draw_samples
+from training_helpers import CPU, make_run, random_batch, train_here
+
+
+def made_up_embeddings() -> Embeddings:
+    batch = random_batch(2)
+    prompt, pooled = batch.prompt_embeds, batch.pooled_prompt_embeds
+    return Embeddings(prompt[:1], pooled[:1], prompt[1:], pooled[1:])
+
+
+def draw(config: Config, step: int) -> train_lora.Run:
+    run = make_run(config)
+    preview = Preview(made_up_embeddings, models.load_vae(config, CPU, torch.float32))
+    Path(config.lora_output_dir).mkdir(exist_ok=True)
+    draw_samples(config, step, run.train_step, run.unet, run.noise_scheduler, preview)
+    return run
+
+
+@pytest.mark.parametrize("most", [1, 0])
+def test_without_memory_they_are_drawn_one_by_one_or_not_at_all(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, most: int
+) -> None:
+    config = settings(num_validation_images=3, train_batch_size=2)
+    draw(replace(config, lora_output_dir=str(tmp_path / "plenty")), 2)
+    base_latents = sampling.base_latents
+
+    def scarce(*arguments: Any) -> torch.Tensor:
+        if len(arguments[3]) > most:  # seeds
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return base_latents(*arguments)
+
+    monkeypatch.setattr(sampling, "base_latents", scarce)
+    run = draw(config, 2)
+    assert run.unet.training
+    grids = [tmp_path / name / "samples" / "step-000002.png" for name in ("plenty", "lora")]
+    if most:
+        plenty, few = (torch.from_numpy(np.array(Image.open(grid))).int() for grid in grids)
+        assert (plenty - few).abs().max() <= 2
+    else:
+        assert not grids[1].exists()
+        assert "no sample pictures at step 2: out of memory" in caplog.text
+
+
+def test_black_ones_do_not_end_the_training(
+    settings: Make, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    [file] = (tmp_path / "base" / "vae").glob("*.safetensors")
+    broken = load_file(file)
+    broken["decoder.conv_out.bias"].fill_(torch.nan)
+    save_file(broken, file, metadata={"format": "pt"})
+    run = draw(settings(pretrained_model=str(tmp_path / "base"), num_validation_images=1), 2)
+    assert "no sample pictures at step 2: the VAE's output" in caplog.text
+    loss, _, _ = train_lora.update(run, 2, 1.0, False)
+    assert loss.isfinite()
+
+
+def test_sample_grids_do_not_disturb_the_training(settings: Make, tmp_path: Path) -> None:
+    plain = settings(lora_output_dir=str(tmp_path / "plain"), max_train_steps=2)
+    watched = replace(plain, lora_output_dir=str(tmp_path / "watched"), validation_steps=1, num_validation_images=2)
+    for config in (plain, watched):
+        train_here(config)
+    expected, got = (load_file(tmp_path / name / LORA_FILE) for name in ("plain", "watched"))
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    grids = sorted(path.name for path in (tmp_path / "watched" / "samples").iterdir())
+    assert grids == ["step-000001.png", "step-000002.png"]
