@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from helpers import Make
+import main
+from helpers import Make, RunHere
 from lace_lora.config import Config
 
 # All of this before anything imports torch, and for the processes that tests start. One thread each: two processes of
@@ -93,3 +94,19 @@ def two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     path.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\n"
                     "num_processes: 2\nmachine_rank: 0\nmixed_precision: 'no'\nuse_cpu: false\n")  # fmt: skip
     return str(path)
+
+
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str]) -> RunHere:
+    """Runs main.py's `main` in this process; returns the exit code and all that was printed, but not logged."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        capsys.readouterr()
+        try:
+            code = main.main(arguments)
+        except SystemExit as end:  # argparse's
+            code = int(end.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run

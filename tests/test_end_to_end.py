@@ -1,7 +1,6 @@
 """The program as a user runs it: main.py in processes of its own, training through accelerate, then drawing."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +9,9 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-import main
-from helpers import Make, main_py, snapshot
+from helpers import Make, RunHere, main_py, snapshot
 from lace_lora.config import LORA_FILE, dump_config, load_config
 from training_helpers import train_here
-
-Run = Callable[..., tuple[int, str]]
 
 
 def files(folder: Path) -> set[str]:
@@ -33,20 +29,7 @@ def config_file(settings: Make, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def run_here(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs main.py's `main` in this process; returns the exit code and all that was printed."""
-
-    def run(*arguments: str) -> tuple[int, str]:
-        capsys.readouterr()
-        code = main.main(arguments)
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return run
-
-
-def test_train_and_draw(config_file: Path, run_here: Run, tmp_path: Path) -> None:
+def test_train_and_draw(config_file: Path, run_here: RunHere, tmp_path: Path) -> None:
     train, draw = (["--mode", mode, "--config", str(config_file)] for mode in ("train", "inference"))
     trained = main_py(*train, "validation_steps=4", "report_to=tensorboard")
     assert trained.returncode == 0, trained.stderr
@@ -132,7 +115,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(
     assert len(event_files(tmp_path / "two")) == 2
 
 
-def test_class_pictures_are_drawn_once_and_the_users_files_kept(settings: Make, run_here: Run, tmp_path: Path) -> None:
+def test_class_pictures_are_drawn_once_and_user_files_kept(settings: Make, run_here: RunHere, tmp_path: Path) -> None:
     config = settings(with_prior_preservation=True, class_prompt="a net", num_class_images=2, max_train_steps=2)
     model = f"{config.pretrained_model}/"  # as a hub's name is, another than the training process is given
     (tmp_path / "lora").mkdir()
