@@ -20,7 +20,7 @@ def draw(folder: Path, name: str, *overrides: str) -> Figures:
         proof.HERE / "config.yaml",
         [
             f"lora_output_dir={folder / 'lora'}", f"output_dir={folder / name}", f"seed={proof.SEED}",
-            "num_images=8", "num_inference_steps=12", "refine=false", *overrides,
+            "num_images=8", "num_inference_steps=10", "refine=false", *overrides,
         ],
     )  # fmt: skip
     return measure.figures(sorted(inference.run(config).glob("base_output_*")))
