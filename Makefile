@@ -1,8 +1,8 @@
 # make          lint and test
-# make install  the environment in .venv
+# make install  the environment in .venv; what only developers need comes with make test and make lint
 # make demo     train and draw on the embedded demo model, offline, without a GPU
 # make proof    that training teaches the style, and that a broken program would not pass for it
-# make test     the test suite
+# make test     the test suite, in two processes
 # make test-gpu  what only a GPU can show
 # make test-colab  the same with the versions that Google Colab has, in .venv-colab
 # make torture  a hundred kills and thousands of broken inputs, about half an hour
@@ -17,9 +17,13 @@ check: lint test
 
 install: .venv/installed
 
-.venv/installed: requirements.txt requirements-dev.txt constraints.txt
+.venv/installed: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'
 	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet -r requirements.txt -c constraints.txt
+	@touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
 	$(RUN) -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
@@ -31,29 +35,30 @@ demo: install
 proof: install
 	$(RUN) -m demo.proof
 
-test: install
-	$(RUN) -m pytest
+test: .venv/installed-dev
+	$(RUN) -m pytest -n 2 --dist worksteal
 
-test-gpu: install
+test-gpu: .venv/installed-dev
 	TEST_GPU=1 $(RUN) -m pytest -m gpu
 
 test-colab: .venv-colab/installed
-	.venv-colab/bin/python -m pytest
+	.venv-colab/bin/python -m pytest -n 2 --dist worksteal
 
 .venv-colab/installed: requirements.txt requirements-dev.txt constraints-colab.txt
 	test -x .venv-colab/bin/python || $(PYTHON) -m venv .venv-colab
 	.venv-colab/bin/python -m pip install --quiet -r requirements-dev.txt -c constraints-colab.txt
 	@touch $@
 
-torture: install
+torture: .venv/installed-dev
 	KILLS=100 EXAMPLES=3000 $(RUN) -m pytest tests/test_nothing_lost.py tests/test_properties.py
 
-lint: install
+lint: .venv/installed-dev
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
+	.venv/bin/lint-imports --no-cache --no-logo
 
-format: install
+format: .venv/installed-dev
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 

@@ -3,8 +3,8 @@
     python -m benchmarks.equal_to_diffusers --script train_dreambooth_lora_sdxl.py
 
 The script's own `main` makes one optimizer step on a tiny SDXL, with hooks around the library calls that it and we both
-make. Our code gets the same model and pictures, and what it drew by lot: latents, noise and timesteps. All else,
-from the pictures to the LoRA's gradients, we work out ourselves. Besides our requirements the script needs torchvision.
+make. Our code gets the same model and pictures, and the random values of that step: latents, noise and timesteps. It
+computes all else itself, from the pictures to the LoRA's gradients. The script also needs torchvision.
 """
 
 import argparse
@@ -39,7 +39,7 @@ HOOKED = (
     (AutoencoderKL, "encode"), (UNet2DConditionModel, "add_adapter"), (UNet2DConditionModel, "forward"),
     (DDPMScheduler, "add_noise"), (Tensor, "backward"),
 )  # fmt: skip
-DRAWN = ("latents", "noise", "timesteps")  # by lot, in the script's step, and given to ours
+DRAWN = ("latents", "noise", "timesteps")  # random in the script's step, and given to ours
 
 
 class Case(NamedTuple):
@@ -50,10 +50,13 @@ class Case(NamedTuple):
     prior_loss_weight: float | None = None
 
 
-CASES = [Case("plain"), Case("min-SNR, gamma 5", ("--snr_gamma=5",), snr_gamma=5.0)]
-if "weights" in batches.Batch.__annotations__:  # one picture: with more, the script gives instances the class prompt
-    prior = ("--with_prior_preservation", "--prior_loss_weight=0.7")
-    CASES.append(Case("prior preservation", prior, size=1, prior_loss_weight=0.7))
+PRIOR = ("--with_prior_preservation", "--prior_loss_weight=0.7")
+CASES = (
+    Case("plain"),
+    Case("min-SNR, gamma 5", ("--snr_gamma=5",), snr_gamma=5.0),
+    # One picture: with more, the script gives instances the class prompt.
+    Case("prior preservation", PRIOR, size=1, prior_loss_weight=0.7),
+)
 
 
 def main() -> int:
@@ -79,7 +82,7 @@ def main() -> int:
 
 
 def lay_out_pictures(source: Path, work: Path, case: Case) -> list[Path]:
-    """Some pictures in a folder of their own, where the script stumbles over nothing else; then the class's."""
+    """Some pictures in a folder of their own, where the script finds nothing else; then the class's."""
     folders = ("instance", "class") if case.prior_loss_weight else ("instance",)
     for folder in folders:  # the same in both, since the script uses the instances' time ids for the class
         (work / folder).mkdir(parents=True)
@@ -92,7 +95,7 @@ Step = dict[str, dict[str, Tensor]]  # a training step's quantities, each of one
 
 @contextmanager
 def watched_step() -> Iterator[Step]:
-    """Keeps copies of what goes into and comes out of the `HOOKED` methods, which the script and our code both call."""
+    """Copies what goes into and comes out of the `HOOKED` methods, which the script and our code both call."""
     step: Step = {}
     with ExitStack() as hooks:
         for kind, name in HOOKED:
@@ -103,35 +106,35 @@ def watched_step() -> Iterator[Step]:
 def followed(method: Callable[..., Any], step: Step) -> Callable[..., Any]:
     @wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if method.__name__ == "add_adapter":  # so that both sides begin with the same LoRA
+        if method.__name__ == "add_adapter":  # so that both sides start from the same LoRA
             torch.manual_seed(SEED)
         result = method(*args, **kwargs)
-        see(step, method.__name__, result, *args, **kwargs)
+        record(step, method.__name__, result, *args, **kwargs)
         return result
 
     return call
 
 
-def see(step: Step, method: str, output: Any, owner: Any, *inputs: Any, **options: Any) -> None:
+def record(step: Step, method: str, output: Any, owner: Any, *inputs: Any, **options: Any) -> None:
     if method == "add_adapter":
         step["LoRA"] = {name: weight for name, weight in owner.named_parameters() if weight.requires_grad}
         for name, weight in step["LoRA"].items():
             if "lora_B" in name:  # zeros at first, with which lora_A has no gradient that could be compared
                 torch.nn.init.normal_(weight, std=0.02)
-        keep(step, initial_LoRA=step["LoRA"])
+        store(step, initial_LoRA=step["LoRA"])
     elif method == "encode":
         scale, posterior = owner.config.scaling_factor, output.latent_dist
-        keep(step, posterior_mean=posterior.mean * scale, posterior_deviation=posterior.std * scale)
+        store(step, posterior_mean=posterior.mean * scale, posterior_std=posterior.std * scale)
     elif method == "add_noise":
-        keep(step, latents=inputs[0], noise=inputs[1], timesteps=inputs[2])
+        store(step, latents=inputs[0], noise=inputs[1], timesteps=inputs[2])
     elif method == "forward":
-        keep(step, noisy_latents=inputs[0], prompt_embeds=inputs[2], prediction=output[0])
-        keep(step, **options["added_cond_kwargs"])
+        store(step, noisy_latents=inputs[0], prompt_embeds=inputs[2], prediction=output[0])
+        store(step, **options["added_cond_kwargs"])
     else:
-        keep(step, loss=owner, LoRA_gradients={name: weight.grad for name, weight in step["LoRA"].items()})
+        store(step, loss=owner, LoRA_gradients={name: weight.grad for name, weight in step["LoRA"].items()})
 
 
-def keep(step: Step, **quantities: Any) -> None:
+def store(step: Step, **quantities: Any) -> None:
     for quantity, value in quantities.items():
         tensors = value if isinstance(value, dict) else {"": value}
         step[quantity.replace("_", " ")] = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -154,7 +157,7 @@ def script_step(path: Path, case: Case, model: Path, work: Path) -> Step:
 
 
 def our_step(case: Case, model: Path, pictures: list[Path], drawn: Step) -> Step:
-    """The same step with our code, all of whose use is here, and what the script's step drew."""
+    """The same step with our code, all of whose use is here, and with the random values of the script's step."""
     config, cpu = Config(pretrained_model=str(model), variant=None, rank=RANK), torch.device("cpu")
     contents = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures}
     load_vae = partial(models.load_vae, config, cpu, torch.float32)
@@ -183,7 +186,7 @@ def our_step(case: Case, model: Path, pictures: list[Path], drawn: Step) -> Step
     with watched_step() as seen:
         lora_weights.add_lora({"unet": unet}, config)
         training_loss(unet.train(), batch, models.load_noise_scheduler(config), case.snr_gamma).backward()
-    keep(seen, posterior_mean=mean[rows], posterior_deviation=std[rows])
+    store(seen, posterior_mean=mean[rows], posterior_std=std[rows])
     return {name: seen[name] for name in seen if name not in (*DRAWN, "LoRA")}
 
 
@@ -192,7 +195,7 @@ def report(case: Case, theirs: Step, ours: Step) -> bool:
     loss, plain = theirs["loss"][""], (theirs["prediction"][""] - theirs["noise"][""]).pow(2).mean()
     print(f"{case.name}: loss {loss:.6f}, without weights {plain:.6f}", file=sys.stderr)
     # Min-SNR weights nothing where all timesteps are noisy, and would be equal however wrong.
-    assert torch.isclose(loss, plain, rtol=1e-3) != bool(case.options), f"{case.name} tests nothing: take another seed"
+    assert torch.isclose(loss, plain, rtol=1e-3) != bool(case.options), f"{case.name} tests nothing: change the seed"
     all_equal = True
     for quantity, tensors in ours.items():
         assert tensors.keys() == theirs[quantity].keys()

@@ -2,10 +2,11 @@
 
     python -m benchmarks.inference [--work FOLDER]
 
-builds SDXL base and refiner at their real shapes with random weights, on which speed and memory do not depend, and a
+builds SDXL base and refiner at their real shapes with random weights (speed and memory do not depend on them) and a
 LoRA of rank 16, and runs `main.py --mode inference` as a user would, at 1024² and 30 steps. `--work` keeps the models
-for the next time (14 GB); `benchmarks/train.py` takes the same folder. A picture's time is what 40 pictures take longer
-than 8, divided by 32, so that it holds everything but the start. Needs psutil, of requirements-dev.txt.
+for the next run (14 GB); `benchmarks/train.py` uses the same folder. The time of a picture is the difference between 40
+pictures and 8, divided by 32: it includes everything except start-up. The time of 24 pictures with the plain flow is
+extrapolated from 4. Needs psutil, which is in requirements-dev.txt.
 """
 
 import argparse
@@ -27,7 +28,7 @@ PLAIN_PICTURES = 4
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder to keep the models in; empty: a temporary one")
-    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)  # the other side, in a process of its own
+    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)  # the plain flow, in a process of its own
     options = parser.parse_args()
     if options.plain:
         draw_plainly(options.work, options.plain)
@@ -41,11 +42,11 @@ def main() -> int:
 
 
 def measure(work: Path, runs: Path) -> None:
-    """Make all runs and print the table."""
+    """Run everything and print the table."""
     lora = make_lora(work, runs / "lora.safetensors")
     print(f"{train.machine()}; 1024², 30 steps, bf16, with a LoRA of rank 16.\n")
     plain = watch([sys.executable, "-m", "benchmarks.inference", "--work", str(work), "--plain", str(lora)])
-    run_ours(work, runs / "first", lora, "num_images=1")  # Triton's files and the system's cache
+    run_ours(work, runs / "first", lora, "num_images=1")  # fills Triton's cache and the page cache
     whole = run_ours(work, runs / "whole", lora, "num_images=24")
     each = {}
     for flow in ("img2img", "ensemble"):
@@ -54,14 +55,14 @@ def measure(work: Path, runs: Path) -> None:
             for count in (8, 40)
         )
         each[flow] = (many.seconds - few.seconds) / 32
-    alone = run_ours(work, runs / "alone", lora, "num_images=2", "inference_batch_size=1")
-    all_of_them = plain.seconds + (24 - PLAIN_PICTURES) * plain.step
+    batch_1 = run_ours(work, runs / "alone", lora, "num_images=2", "inference_batch_size=1")
+    extrapolated = plain.seconds + (24 - PLAIN_PICTURES) * plain.step
     rows = [
         ("a picture, default flow", f"{plain.step:.2f} s", f"{each['img2img']:.2f} s"),
         ("a picture, ensemble flow", "", f"{each['ensemble']:.2f} s"),
-        ("24 pictures, start to page on disk", f"about {all_of_them:.0f} s", f"{whole.seconds:.0f} s"),
-        ("peak GPU memory, batch 1", f"{plain.gpu:.1f} GiB", f"{alone.gpu:.1f} GiB"),
-        ("the same, batch chosen by the program", "", f"{whole.gpu:.1f} GiB"),
+        ("24 pictures, from the command to the gallery page", f"about {extrapolated:.0f} s", f"{whole.seconds:.0f} s"),
+        ("peak GPU memory, batch 1", f"{plain.gpu:.1f} GiB", f"{batch_1.gpu:.1f} GiB"),
+        ("peak GPU memory, batch size chosen automatically", "", f"{whole.gpu:.1f} GiB"),
         ("peak host memory", f"{plain.host:.1f} GiB", f"{whole.host:.1f} GiB"),
     ]
     print("| work | plain diffusers flow | this program |\n|---|---|---|")
@@ -81,7 +82,7 @@ def run_ours(work: Path, folder: Path, lora: Path, *overrides: str) -> Run:
 
 
 def make_lora(work: Path, path: Path) -> Path:
-    """A LoRA of rank 16 for the base's UNet, whose weights are not loaded for it."""
+    """A LoRA of rank 16 for the base's UNet, made without loading its weights."""
     from diffusers import UNet2DConditionModel
 
     from lace_lora.sdxl import lora_weights

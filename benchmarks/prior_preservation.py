@@ -1,4 +1,4 @@
-"""Show on the demo model what prior preservation is for: how far the class's pictures move while a style is learnt.
+"""Show on the demo model what prior preservation is for: how far the class's pictures drift in training on a style.
 
     python -m benchmarks.prior_preservation [--steps 300] [--pictures 24] [key=value ...]
 
@@ -18,7 +18,7 @@ from PIL import Image, ImageChops, ImageStat
 from demo import proof
 
 CLASS_PROMPT = "a photo of fabric"
-MOST = 0.5  # of the drift without it
+MOST = 0.5  # share of the drift without it
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def measure(folder: Path, steps: int, pictures: int, overrides: Sequence[str] = 
     prior = ["with_prior_preservation=true", f"class_prompt={CLASS_PROMPT}", f"num_class_images={pictures}"]
     of_class = f"prompt={CLASS_PROMPT}"
     proof.draw(folder, "base", *common, of_class, *proof.WITHOUT_LORA)
-    print("| prior preservation | drift of the class's pictures | distance of the token's to lace | called lace |")
+    print("| prior preservation | class's drift | token's distance to lace | classified as lace |")
     print("|---|---|---|---|")
     drifts = {}
     for name, extra in (("without", []), ("with", prior)):

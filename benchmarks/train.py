@@ -2,10 +2,11 @@
 
     python -m benchmarks.train [--script train_dreambooth_lora_sdxl.py] [--work FOLDER]
 
-builds SDXL at its real shapes with random weights, on which speed and memory do not depend, makes 300 photos of 12
-megapixels, and runs `main.py --mode train` on them as a user would. `--work` keeps both for the next time (14 GB). What
-is called cold is without anything that this program or Triton keeps between runs; files are in the system's cache, and
-nothing is downloaded. The script needs torchvision besides our requirements. Needs psutil, of requirements-dev.txt.
+builds SDXL at its real shapes with random weights (speed and memory do not depend on them), makes 300 photos of 12
+megapixels, and runs `main.py --mode train` on them as a user would. `--work` keeps both for the next run (14 GB). A
+cold run has none of the caches of this program and Triton; files are in the page cache, and nothing is downloaded. The
+total time of diffusers' script is extrapolated from 60 steps. Needs psutil, which is in requirements-dev.txt; the
+script also needs torchvision.
 """
 
 import argparse
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 PHOTOS, PHOTO_SIZE = 300, (4000, 3000)
 GIB = 2**30
 SCRIPT_STEPS = 60
-# Runs a script as if it were called, and says afterwards what it took.
+# Runs a script as `python script.py` would, and prints the peak of its GPU memory.
 WATCHED = (
     "import runpy, sys, torch; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
     f"print(torch.cuda.max_memory_allocated() / {GIB}, 'GiB of GPU memory')"
@@ -46,10 +47,10 @@ WATCHED = (
 
 @dataclass
 class Run:
-    """What one training took."""
+    """What one command took."""
 
     seconds: float  # from the start of the command to its end
-    step: float  # seconds a step, once it runs
+    step: float  # seconds per step, once it is under way
     gpu: float  # GiB that PyTorch had allocated at the peak
     host: float  # GiB of memory of all its processes at the peak, each page counted once (PSS)
 
@@ -89,7 +90,7 @@ def make_photo(path: Path) -> None:
 
 
 def measure(work: Path, runs: Path, steps: int, script: Path | None) -> None:
-    """Make all runs and print the table, row by row."""
+    """Run everything and print the table."""
     print(f"{machine()}; rank 16, bf16, {PHOTOS} photos of 12 megapixels.\n")
     theirs = run_script(script, work, runs / "script") if script else None
     cold = run_ours(work, runs / "cold", "train_batch_size=2", f"max_train_steps={steps}")
@@ -102,7 +103,7 @@ def measure(work: Path, runs: Path, steps: int, script: Path | None) -> None:
     rows = [
         ("step, 512², batch 2", theirs and f"{theirs.step * 1000:.0f} ms", f"{cold.step * 1000:.1f} ms"),
         ("step, 1024², batch 4", "", f"{large.step * 1000:.1f} ms"),
-        (f"{steps} steps, 512², batch 2, start to LoRA on disk", about, f"{cold.seconds:.0f} s"),
+        (f"{steps} steps, 512², batch 2, from the command to the LoRA file", about, f"{cold.seconds:.0f} s"),
         ("the same with warm caches", "", f"{warm.seconds:.0f} s"),
         ("peak GPU memory, 512², batch 2", theirs and f"{theirs.gpu:.1f} GiB", f"{cold.gpu:.1f} GiB"),
         ("the same with checkpointing", "", f"{saving.gpu:.1f} GiB, {saving.step * 1000:.0f} ms a step"),
@@ -121,7 +122,7 @@ def machine() -> str:
 
 
 def run_ours(work: Path, folder: Path, *overrides: str) -> Run:
-    """`main.py --mode train`, with what is kept between runs in folders beside this run's."""
+    """`main.py --mode train`, with all caches in folders beside this run's."""
     command = [
         sys.executable, str(ROOT / "main.py"), "--mode", "train", f"pretrained_model={work / 'model' / 'base'}",
         f"images_dir={work / 'photos'}", f"lora_output_dir={folder}", "mixed_precision=bf16", "variant=",
@@ -148,7 +149,7 @@ def run_script(script: Path, work: Path, folder: Path) -> Run:
 
 
 def watch(command: list[str], environment: dict[str, str] | None = None) -> Run:
-    """Run a command to its end; the time of a step is read off its progress bar.
+    """Run a command to its end; the time of a step is read from its progress bar.
 
     Raises:
         SystemExit: it failed.
@@ -160,19 +161,19 @@ def watch(command: list[str], environment: dict[str, str] | None = None) -> Run:
     peak = [0.0]
     watcher = threading.Thread(target=note_memory, args=(process, peak))
     watcher.start()
-    said, reached = "", dict[int, float]()
+    output, reached = "", dict[int, float]()
     while part := os.read(process.stdout.fileno(), 65536):
-        said += part.decode(errors="replace")
-        for step in re.findall(r"Steps: .*?(\d+)/\d+ \[", said[-2000:]):
+        output += part.decode(errors="replace")
+        for step in re.findall(r"Steps: .*?(\d+)/\d+ \[", output[-2000:]):
             reached.setdefault(int(step), time.monotonic())
     if process.wait():
-        raise SystemExit(f"{' '.join(command)}\nfailed:\n{said[-3000:]}")
+        raise SystemExit(f"{' '.join(command)}\nfailed:\n{output[-3000:]}")
     watcher.join()
-    gpu = re.findall(r"([\d.]+) GiB of GPU memory", said)
+    gpu = re.findall(r"([\d.]+) GiB of GPU memory", output)
     steps = sorted(step for step in reached if step >= SCRIPT_STEPS // 4)
     step = (reached[steps[-1]] - reached[steps[0]]) / (steps[-1] - steps[0]) if len(steps) > 1 else 0.0
-    if told := re.findall(r"Seconds a step: ([\d.]+)", said):
-        step = min(map(float, told))
+    if printed := re.findall(r"Seconds a step: ([\d.]+)", output):
+        step = min(map(float, printed))
     return Run(time.monotonic() - began, step, float(gpu[-1]) if gpu else 0.0, peak[0])
 
 

@@ -2,10 +2,9 @@
 
     python -m demo.measure FOLDER...
 
-prints, for the base and the refined pictures of each folder, their distance to `demo/held_out`, the share called lace
-and how crisp they are. The judge is a small classifier taught by `demo/teach.py` on real drawings of textiles and
-lace; sets of pictures are compared in its features, not in pixels, and not by texture statistics, which a plain net
-fools.
+prints, for the base and the refined pictures of each folder, their distance to `demo/held_out`, the share classified as
+lace and how crisp they are. The judge is a small classifier trained by `demo/making/teach.py` on drawings of textiles
+and lace. Sets of pictures are compared in its features: a plain net would pass for lace in texture statistics.
 """
 
 import argparse
@@ -53,7 +52,7 @@ class Judge(nn.Module):
         )  # fmt: skip
         self.kind = nn.Linear(2 * (widths[-2] + widths[-1]), len(KINDS))
         self.colour = nn.Linear(2 * (widths[-2] + widths[-1]), len(COLOURS))
-        # The features' standard deviations over textiles, so that all count alike in a distance.
+        # The features' std over textiles, so that all weigh the same in a distance.
         self.register_buffer("spread", torch.ones(self.kind.in_features))
 
     def features(self, pictures: Tensor) -> Tensor:
@@ -89,7 +88,7 @@ def kinds_of(judge: Judge, pictures: Tensor) -> list[str]:
 
 
 def lace_share(judge: Judge, pictures: Tensor) -> float:
-    """Share of the pictures that the judge calls lace."""
+    """Share of the pictures that the judge classifies as lace."""
     return kinds_of(judge, pictures).count("lace") / len(pictures)
 
 
@@ -134,7 +133,7 @@ def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
 # --- does the base model draw what the prompt says?
 
 
-def spoken_prompts(count: int, seed: int = 3) -> list[tuple[str, Textile]]:
+def plain_prompts(count: int, seed: int = 3) -> list[tuple[str, Textile]]:
     """Prompts that name a pattern and its colours plainly, and what each asks for; all patterns in turn."""
     choices = random.Random(seed)
     asked = []
@@ -159,7 +158,7 @@ def draw_prompts(model: Path, prompts: Sequence[str], lora: Path | None = None, 
     return to_pixels([drawn[index] for index in range(len(designs))])
 
 
-def obeyed(judge: Judge, pictures: Tensor, asked: Sequence[Textile]) -> tuple[float, float]:
+def prompt_adherence(judge: Judge, pictures: Tensor, asked: Sequence[Textile]) -> tuple[float, float]:
     """Share of the pictures that show the pattern asked for, and share with all the colours asked for."""
     kinds = kinds_of(judge, pictures)
     seen = in_chunks(lambda chunk: judge(chunk)[1] > 0, pictures)
@@ -180,11 +179,12 @@ class Figures:
     """A set of pictures beside the held-out lace."""
 
     distance: float  # energy distance in the judge's features
-    lace: float  # share called lace
+    lace: float  # share classified as lace
     crispness: float
 
     def __str__(self) -> str:
-        return f"distance to lace {self.distance:.2f}, called lace {self.lace:.0%}, crispness {self.crispness:.1f}"
+        distance = f"distance to lace {self.distance:.2f}"
+        return f"{distance}, classified as lace {self.lace:.0%}, crispness {self.crispness:.1f}"
 
 
 @cache

@@ -26,7 +26,7 @@ def tell() -> None:
     """Draw without the LoRA, measure, and make the picture."""
     config = load_config(HERE / "config.yaml")
     output = Path(config.output_dir).parent
-    drawn = inference.run(config)  # done already: this finds its folder
+    drawn = inference.run(config)  # finished already: this only finds the folder
     without_lora = dataclasses.replace(config, lora_scale=0.0, refine=False, output_dir=str(output / "without_lora"))
     plain = inference.run(without_lora)
     sets = {

@@ -7,36 +7,37 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from helpers import Make
+import main
+from helpers import Make, RunHere
 from lace_lora.config import Config
 
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", GOMP_SPINCOUNT="10000")  # the last as main.py
-# What is compared bit by bit is compared on the CPU; `make test-gpu` asks for the rest. Before anything imports torch.
+# All of this before anything imports torch, and for the processes that tests start. One thread each: two processes of
+# pytest share two cores, and what is compared bit by bit is computed by as many threads wherever it runs.
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", OMP_NUM_THREADS="1")
+# What is compared bit by bit is compared on the CPU; `make test-gpu` asks for the rest.
 if not os.environ.get("TEST_GPU"):
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    import torch
+    if item.get_closest_marker("gpu"):
+        import torch
 
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a GPU: make test-gpu")
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU: make test-gpu")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests read nothing that a run of the user's has kept, and leave nothing there."""
+    """Tests read nothing that a user's runs have cached, and leave nothing there."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `base` and `refiner`: SDXL's own classes and layout, tiny shapes, random weights."""
-    import torch
-
     from demo.making import build_model
 
-    torch.set_num_threads(2)
     folder = tmp_path_factory.mktemp("model")
     build_model.build(folder, build_model.TINY, seed=0)
     return folder
@@ -44,7 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five small pictures, landscape and portrait, each of its own colours."""
+    """Five small pictures, landscape and portrait, each in its own colours."""
     folder = tmp_path_factory.mktemp("photos")
     for index in range(5):
         picture = Image.radial_gradient("L").resize((96, 72) if index % 2 else (72, 100))
@@ -93,3 +94,19 @@ def two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     path.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\n"
                     "num_processes: 2\nmachine_rank: 0\nmixed_precision: 'no'\nuse_cpu: false\n")  # fmt: skip
     return str(path)
+
+
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str]) -> RunHere:
+    """Runs main.py's `main` in this process; returns the exit code and all that was printed, but not logged."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        capsys.readouterr()
+        try:
+            code = main.main(arguments)
+        except SystemExit as end:  # argparse's
+            code = int(end.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run

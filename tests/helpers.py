@@ -17,6 +17,7 @@ from lace_lora.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 Make = Callable[..., Config]  # a Config for tests, changed by keyword arguments
+RunHere = Callable[..., tuple[int, str]]  # main.py in this process: its exit code and what it printed
 
 
 def gradient(width: int = 64, height: int = 48, turn: int = 0) -> Image.Image:

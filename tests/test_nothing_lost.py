@@ -1,4 +1,4 @@
-"""What the program promises when machines, disks and people get in its way: whole runs, really killed and cut off."""
+"""What the program promises when machines, disks and people get in its way: real runs, killed and stopped."""
 
 import contextlib
 import os
@@ -17,30 +17,30 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import inference
-from helpers import ROOT, Make, main_py, names, refused
+from helpers import ROOT, Make, RunHere, main_py, names, refused
 from lace_lora import errors, files
-from lace_lora.config import Config, dump_config
+from lace_lora.config import LORA_FILE, Config, dump_config
 from lace_lora.errors import DISK_OR_DRIVE, UserError
 from lace_lora.sdxl import lora_weights
 from lace_lora.training import checkpoint
 from training_helpers import StopAt, train_here
 
-KILLS = int(os.environ.get("KILLS", "3"))  # `make torture` asks for 100
-LORA = "pytorch_lora_weights.safetensors"
+KILLS = int(os.environ.get("KILLS", "2"))  # `make torture` asks for 100
+slow = pytest.mark.skipif(KILLS < 50, reason="takes minutes: make torture")
 Start = Callable[..., psutil.Popen]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts `main.py --mode train`; what it says goes to `said.txt`."""
+    """Starts `main.py --mode train`; what it prints goes to `output.txt`."""
     started: list[psutil.Popen] = []
 
     def begin(config: Config) -> psutil.Popen:
         path = tmp_path / "my.yaml"
         path.write_text(dump_config(config))
         command = [sys.executable, str(ROOT / "main.py"), "--mode", "train", "--config", str(path)]
-        with open(tmp_path / "said.txt", "w") as said:
-            started.append(psutil.Popen(command, stdout=said, stderr=said, start_new_session=True))
+        with open(tmp_path / "output.txt", "w") as output:
+            started.append(psutil.Popen(command, stdout=output, stderr=output, start_new_session=True))
         return started[-1]
 
     yield begin
@@ -54,13 +54,34 @@ def family_of(process: psutil.Popen) -> list[psutil.Process]:
     return [*reversed(process.children(recursive=True)), process]
 
 
+def signal_all(family: list[psutil.Process], number: signal.Signals) -> None:
+    for member in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member.pid, number)
+
+
 def kill_all(family: list[psutil.Process]) -> None:
     """kill -9 for all at one instant, so that none can react to another's end."""
-    for number in (signal.SIGSTOP, signal.SIGKILL):
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.send_signal(number)
+    signal_all(family, signal.SIGSTOP)
+    signal_all(family, signal.SIGKILL)
     psutil.wait_procs(family, timeout=20)
+
+
+def kill_amid_write(family: list[psutil.Process], folder: Path) -> None:
+    """The same while a checkpoint is being written, which takes a moment only: checked while all are halted."""
+
+    def is_writing() -> bool:
+        return any(name.startswith(".checkpoint-") for name in os.listdir(folder))
+
+    while True:
+        while not is_writing():
+            assert family[-1].is_running(), "it ended before it could be killed"
+        signal_all(family, signal.SIGSTOP)
+        wait_for(lambda: all(member.status() == psutil.STATUS_STOPPED for member in family))
+        if is_writing():
+            break
+        signal_all(family, signal.SIGCONT)
+    kill_all(family)
 
 
 def reached(folder: Path) -> int:
@@ -68,148 +89,158 @@ def reached(folder: Path) -> int:
     return max((step for _, step in checkpoint.checkpoints(folder)), default=0)
 
 
-def wait_for(condition: Callable[[], bool], process: psutil.Popen, seconds: float = 120) -> bool:
-    """Whether it came true before the process ended."""
+def wait_for(condition: Callable[[], bool], process: psutil.Popen | None = None, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        if process.poll() is not None:
-            return False
+        assert process is None or process.poll() is None, "the process ended before it happened"
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.005)
-    return True
 
 
-def test_killed_at_any_instant_it_ends_as_if_nothing_had_been(settings: Make, start: Start, tmp_path: Path) -> None:
-    options = {"max_train_steps": 6 * KILLS + 20, "checkpointing_steps": 1}
-    straight = settings(lora_output_dir=str(tmp_path / "straight"), **options)
-    assert start(straight).wait(3600) == 0, (tmp_path / "said.txt").read_text()
+def test_killed_at_any_instant_it_ends_like_an_uninterrupted_run(settings: Make, start: Start, tmp_path: Path) -> None:
+    options = {"max_train_steps": 6 * KILLS + 12, "checkpointing_steps": 1}
+    train_here(settings(lora_output_dir=str(tmp_path / "uninterrupted"), **options))
 
-    parted, folder = settings(lora_output_dir=str(tmp_path / "parted"), **options), tmp_path / "parted"
-    chance, began, amid_writes = random.Random(KILLS), [], 0
+    killed, folder, output = settings(**options), tmp_path / "lora", tmp_path / "output.txt"
+    chance, resumed = random.Random(KILLS), []
     for index in range(KILLS):
         before = reached(folder)
-        process = start(parted)
-        assert wait_for(lambda before=before: reached(folder) > before, process), (tmp_path / "said.txt").read_text()  # type: ignore[misc]
+        process = start(killed)
+        wait_for(lambda before=before: reached(folder) > before, process)  # type: ignore[misc]
         family = family_of(process)
-        time.sleep(chance.uniform(0, 0.2))
-        if index % 2:  # every other time while a checkpoint is being written, which takes a moment only
-            while not any(name.startswith(".checkpoint-") for name in os.listdir(folder)) and process.poll() is None:
-                pass
-        assert process.poll() is None, "it ended before it could be killed"
-        kill_all(family)
-        amid_writes += any(folder.glob(".checkpoint-*"))
-        whole = [checkpoint.verify(path) for path, _ in checkpoint.checkpoints(folder)]
-        assert whole, "no checkpoint is left"
-        assert not any(whole), "half a checkpoint has a final name"
-        began.append(gone_on_from(tmp_path / "said.txt"))
-    assert start(parted).wait(3600) == 0, (tmp_path / "said.txt").read_text()
-    began.append(gone_on_from(tmp_path / "said.txt"))
-    assert began[0] == 0
-    assert all(earlier < later for earlier, later in zip(began[:-1], began[1:], strict=True)), began
-    print(f"{KILLS} kills, {amid_writes} of them amid the writing of a checkpoint; gone on from {began}")
-    assert amid_writes > KILLS // 10 or KILLS < 50, "too few kills fell into the writing of a checkpoint"
-    for name in (LORA, f"checkpoint-{parted.max_train_steps}/training_state.safetensors"):
-        expected, got = load_file(tmp_path / "straight" / name), load_file(folder / name)
-        assert expected.keys() == got.keys()
-        assert all(torch.equal(expected[key], got[key]) for key in expected), name
-    rows = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("straight", "parted")]
+        if index % 2:
+            kill_amid_write(family, folder)
+            assert any(folder.glob(".checkpoint-*"))
+        else:
+            time.sleep(chance.uniform(0, 0.2))
+            assert process.poll() is None, "it ended before it could be killed"
+            kill_all(family)
+        reasons = [checkpoint.verify(path) for path, _ in checkpoint.checkpoints(folder)]
+        assert reasons, "no checkpoint is left"
+        assert not any(reasons), "half a checkpoint has a final name"
+        resumed.append(resumed_from(output))
+    assert start(killed).wait(3600) == 0, output.read_text()
+    resumed.append(resumed_from(output))
+    assert resumed[0] == 0
+    assert all(earlier < later for earlier, later in zip(resumed[:-1], resumed[1:], strict=True)), resumed
+    print(f"{KILLS} kills, {KILLS // 2} of them amid the writing of a checkpoint; resumed from {resumed}")
+    for name in (LORA_FILE, f"checkpoint-{killed.max_train_steps}/training_state.safetensors"):
+        expected, actual = load_file(tmp_path / "uninterrupted" / name), load_file(folder / name)
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[key], actual[key]) for key in expected), name
+    rows = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("uninterrupted", "lora")]
     assert [line.rpartition(",")[0] for line in rows[0]] == [line.rpartition(",")[0] for line in rows[1]]
     assert not list(folder.glob(".*")), "leftovers of dead writes"
 
 
-def gone_on_from(said: Path) -> int:
-    lines = [line for line in said.read_text().splitlines() if "going on from" in line]
+def resumed_from(output: Path) -> int:
+    lines = [line for line in output.read_text().splitlines() if "going on from" in line]
     return int(lines[0].rpartition("-")[2]) if lines else 0
 
 
-STOPS = [("main", signal.SIGTERM), ("group", signal.SIGINT), ("launcher", signal.SIGINT), ("launcher", signal.SIGTERM)]
-
-
-@pytest.mark.parametrize(("whom", "number"), STOPS)
-def test_a_stop_saves_and_says_how_to_go_on(
+# The others are shown in tests/test_process.py, with processes that take no seconds to start.
+@pytest.mark.parametrize(
+    ("whom", "number"),
+    [
+        ("main", signal.SIGINT),
+        *(
+            pytest.param(whom, number, marks=slow)
+            for whom in ("main", "group", "launcher")
+            for number in (signal.SIGINT, signal.SIGTERM)
+            if (whom, number) != ("main", signal.SIGINT)
+        ),
+    ],
+)
+def test_a_stop_saves_and_the_same_command_resumes(
     whom: str, number: signal.Signals, settings: Make, start: Start, tmp_path: Path
 ) -> None:
-    stop_and_look(whom, number, settings(max_train_steps=100_000, checkpointing_steps=5), start, tmp_path)
+    step = stop(whom, number, settings(max_train_steps=100_000, checkpointing_steps=5), start, tmp_path)
+    assert start(settings(max_train_steps=step + 1, checkpointing_steps=5)).wait(120) == 0
+    assert resumed_from(tmp_path / "output.txt") == step
 
 
-@pytest.mark.parametrize(("whom", "number"), [("main", signal.SIGINT), ("launcher", signal.SIGTERM)])
-def test_a_stop_of_two_processes_saves_and_says_how_to_go_on(
+@pytest.mark.parametrize(
+    ("whom", "number"), [("launcher", signal.SIGTERM), pytest.param("main", signal.SIGINT, marks=slow)]
+)
+def test_a_stop_of_two_processes_saves(
     whom: str, number: signal.Signals, settings: Make, start: Start, two_processes: str, tmp_path: Path
 ) -> None:
     config = settings(max_train_steps=100_000, checkpointing_steps=5, accelerate_config=two_processes)
-    stop_and_look(whom, number, config, start, tmp_path)
-    assert "one of 2 processes" in (tmp_path / "said.txt").read_text()
+    stop(whom, number, config, start, tmp_path)
+    assert "one of 2 processes" in (tmp_path / "output.txt").read_text()
 
 
-@pytest.mark.skipif(KILLS < 50, reason="takes a minute: make torture")
+def stop(whom: str, number: signal.Signals, config: Config, start: Start, tmp_path: Path) -> int:
+    """Stop a training after some steps, check all that a stop promises, and return the step it was saved at."""
+    process = start(config)
+    wait_for(lambda: reached(tmp_path / "lora") >= 5, process)
+    family = process.children(recursive=True)
+    began = time.monotonic()
+    if whom == "group":
+        os.killpg(process.pid, number)
+    else:
+        launcher = next(child for child in process.children() if "lace_lora.process" in child.cmdline())
+        os.kill(process.pid if whom == "main" else launcher.pid, number)
+    assert process.wait(30) == 128 + number
+    _, left = psutil.wait_procs(family, timeout=5)
+    assert not left
+    assert time.monotonic() - began < 10
+    output = (tmp_path / "output.txt").read_text()
+    step = reached(tmp_path / "lora")
+    assert output.splitlines()[-1] == f"stopped at step {step}; the same command goes on from there"
+    assert "Traceback" not in output
+    assert checkpoint.verify(tmp_path / "lora" / f"checkpoint-{step}") == ""
+    return step
+
+
+@slow
 def test_a_stop_of_two_processes_waits_for_a_slow_disk(
     settings: Make, start: Start, two_processes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # torch kills whoever is left thirty seconds after the first process of a job has left with a code other than 0.
-    slow = tmp_path / "slow" / "sitecustomize.py"
-    slow.parent.mkdir()
-    slow.write_text(
+    # torch kills whoever is left thirty seconds after the first process of a job has ended with a code other than 0.
+    code = tmp_path / "slow" / "sitecustomize.py"
+    code.parent.mkdir()
+    code.write_text(
         "import os, time\nreal = os.replace\n"
         "def replace(source, target):\n"
         "    time.sleep(40 * (os.path.basename(str(target)) == 'checkpoint-5'))\n"
         "    real(source, target)\n"
         "os.replace = replace\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(slow.parent))
+    monkeypatch.setenv("PYTHONPATH", str(code.parent))
     process = start(settings(max_train_steps=100_000, checkpointing_steps=5, accelerate_config=two_processes))
-    assert wait_for(lambda: any((tmp_path / "lora").glob(".checkpoint-5.*")), process)
+    wait_for(lambda: any((tmp_path / "lora").glob(".checkpoint-5.*")), process)
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 130
     step = reached(tmp_path / "lora")
-    assert (tmp_path / "said.txt").read_text().splitlines()[-1].startswith(f"stopped at step {step};")
+    assert (tmp_path / "output.txt").read_text().splitlines()[-1].startswith(f"stopped at step {step};")
     assert checkpoint.verify(tmp_path / "lora" / f"checkpoint-{step}") == ""
 
 
-def stop_and_look(whom: str, number: signal.Signals, config: Config, start: Start, tmp_path: Path) -> None:
-    process = start(config)
-    assert wait_for(lambda: reached(tmp_path / "lora") >= 5, process)
-    family = process.children(recursive=True)
-    began = time.monotonic()
-    if whom == "group":
-        os.killpg(process.pid, number)
-    else:
-        between = next(child for child in process.children() if "lace_lora.process" in child.cmdline())
-        os.kill(process.pid if whom == "main" else between.pid, number)
-    assert process.wait(30) == 128 + number
-    _, left = psutil.wait_procs(family, timeout=5)
-    assert not left
-    assert time.monotonic() - began < 10
-    said = (tmp_path / "said.txt").read_text()
-    step = reached(tmp_path / "lora")
-    assert said.splitlines()[-1] == f"stopped at step {step}; the same command goes on from there"
-    assert "Traceback" not in said
-    assert checkpoint.verify(tmp_path / "lora" / f"checkpoint-{step}") == ""
-
-
-def test_a_second_stop_leaves_at_once_with_the_last_checkpoint_whole(
+@slow
+def test_a_second_stop_ends_at_once_with_the_last_checkpoint_whole(
     settings: Make, start: Start, tmp_path: Path
 ) -> None:
     process = start(settings(max_train_steps=100_000, checkpointing_steps=5))
-    assert wait_for(lambda: reached(tmp_path / "lora") >= 5, process)
+    wait_for(lambda: reached(tmp_path / "lora") >= 5, process)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)
     assert process.wait(30) == 130
-    assert "stopped at once" in (tmp_path / "said.txt").read_text()
+    assert "stopped at once" in (tmp_path / "output.txt").read_text()
     newest, skipped = checkpoint.newest(tmp_path / "lora")
     assert newest is not None
     assert not skipped
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
-    settings: Make, start: Start, tmp_path: Path
+    settings: Make, start: Start, run_here: RunHere, tmp_path: Path
 ) -> None:
-    config = settings(max_train_steps=100_000, checkpointing_steps=2)
-    process = start(config)
-    assert wait_for(lambda: reached(tmp_path / "lora") >= 2, process)
-    second = main_py("--mode", "train", "--config", str(tmp_path / "my.yaml"))
-    assert second.returncode == 2
-    assert f"another run is at work in {tmp_path / 'lora'}" in second.stderr
+    process = start(settings(max_train_steps=100_000, checkpointing_steps=2))
+    wait_for(lambda: reached(tmp_path / "lora") >= 2, process)
+    code, printed = run_here("--mode", "train", "--config", str(tmp_path / "my.yaml"))
+    assert code == 2
+    assert f"another run is at work in {tmp_path / 'lora'}" in printed
     [training] = [one for one in process.children(recursive=True) if "train_lora.py" in str(one.cmdline())]
     training.suspend()  # main is killed, and the training has not noticed yet
     process.kill()
@@ -245,7 +276,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(settings: Make, small_disk: Pa
     config = settings(lora_output_dir=str(small_disk / "lora"), max_train_steps=2)
     folder = small_disk / "lora"
     train_here(config)
-    kept, ballast = names(folder), fill(small_disk, leave=100_000)
+    before, ballast = names(folder), fill(small_disk, leave=100_000)
     with pytest.raises(OSError, match="No space left") as caught:
         train_here(settings(lora_output_dir=str(folder), max_train_steps=4), resume=folder / "checkpoint-2")
     explained = errors.explain(caught.value, "")
@@ -253,14 +284,14 @@ def test_a_full_disk_costs_nothing_that_was_saved(settings: Make, small_disk: Pa
     assert f"{folder}/.checkpoint-4." in str(explained), "the file that could not be written"
     assert explained.exit_code == DISK_OR_DRIVE
     assert checkpoint.newest(folder) == (folder / "checkpoint-2", [])
-    assert names(folder) == kept
+    assert names(folder) == before
     ballast.unlink()
     train_here(settings(lora_output_dir=str(folder), max_train_steps=4), resume=folder / "checkpoint-2")
     assert checkpoint.newest(folder) == (folder / "checkpoint-4", [])
 
 
 @pytest.mark.parametrize("kind", ["lora", "local"])
-def test_a_full_disk_is_told_as_such_wherever_it_is(
+def test_a_full_disk_is_reported_wherever_it_is(
     kind: str, settings: Make, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The finished LoRA on a full Drive, and a checkpoint on its way over a full local disk."""
@@ -269,10 +300,10 @@ def test_a_full_disk_is_told_as_such_wherever_it_is(
         monkeypatch.setattr("tempfile.tempdir", str(small_disk))
         with pytest.raises(OSError, match="No space left"):
             train_here(settings(max_train_steps=2))
-        assert not names(tmp_path / "lora") & {"checkpoint-2", LORA}
+        assert not names(tmp_path / "lora") & {"checkpoint-2", LORA_FILE}
         return
     with pytest.raises(OSError, match="No space left"):
-        lora_weights.save_lora(small_disk / LORA, {"weight": torch.zeros(10_000)}, {})
+        lora_weights.save_lora(small_disk / LORA_FILE, {"weight": torch.zeros(10_000)}, {})
     assert names(small_disk) == {"ballast"}
 
 
@@ -300,7 +331,7 @@ def test_a_full_disk_leaves_no_half_picture(settings: Make, small_disk: Path, le
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer
 @pytest.mark.parametrize("report_to", ["none", "tensorboard"])
-def test_a_folder_that_vanishes_is_a_disk_error_and_is_not_made_anew(
+def test_a_folder_that_vanishes_is_a_disk_error_and_is_not_created_again(
     report_to: str, settings: Make, tmp_path: Path
 ) -> None:
     class Unmount(StopAt):
@@ -309,7 +340,7 @@ def test_a_folder_that_vanishes_is_a_disk_error_and_is_not_made_anew(
             self.asked += 1
             if self.asked == 3:
                 while not (tmp_path / "lora" / "checkpoint-2").exists():
-                    time.sleep(0.01)  # it is written beside the training
+                    time.sleep(0.01)  # it is written while training goes on
                 (tmp_path / "lora").rename(tmp_path / "elsewhere")
             return False
 
@@ -321,15 +352,15 @@ def test_a_folder_that_vanishes_is_a_disk_error_and_is_not_made_anew(
     assert checkpoint.newest(tmp_path / "elsewhere") == (tmp_path / "elsewhere" / "checkpoint-2", [])
 
 
-def test_a_lost_drive_is_one_sentence_and_no_traceback(settings: Make, start: Start, tmp_path: Path) -> None:
+def test_a_lost_drive_is_a_one_line_error_and_no_traceback(settings: Make, start: Start, tmp_path: Path) -> None:
     process = start(settings(max_train_steps=100_000, checkpointing_steps=100_000, report_to="tensorboard"))
-    assert wait_for(lambda: any((tmp_path / "lora").glob("logs/*")), process)
+    wait_for(lambda: any((tmp_path / "lora").glob("logs/*")), process)
     (tmp_path / "lora").rename(tmp_path / "elsewhere")
     assert process.wait(300) == 4
-    said = (tmp_path / "said.txt").read_text()
-    assert said.splitlines()[-1].startswith(f"error: {tmp_path}/lora/logs/events")
-    assert "could not be written or read (No such file or directory): make room, or see" in said.splitlines()[-1]
-    assert "Traceback" not in said
+    output = (tmp_path / "output.txt").read_text()
+    assert output.splitlines()[-1].startswith(f"error: {tmp_path}/lora/logs/events")
+    assert "could not be written or read (No such file or directory): make room, or see" in output.splitlines()[-1]
+    assert "Traceback" not in output
     assert not (tmp_path / "lora").exists()
 
 
@@ -337,7 +368,7 @@ CANARY = "hf_" + "Canary" * 6
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         (f"pretrained_model=https://lace:{CANARY}@hub.example/model", "pretrained_model holds a token or a password"),
         (f"validation_prompt=lace {CANARY}", "validation_prompt holds a token"),
@@ -349,12 +380,15 @@ CANARY = "hf_" + "Canary" * 6
         (f"rank=my own token is {CANARY}", "rank is 'my own token is ***'"),
     ],
 )
-def test_a_token_in_a_setting_is_refused_and_not_repeated(override: str, said: str, tmp_path: Path) -> None:
+def test_a_token_in_a_setting_is_refused_and_redacted(
+    override: str, message: str, run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text("")
-    done = main_py("--mode", "train", override, cwd=tmp_path)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert CANARY not in done.stderr + done.stdout
+    code, printed = run_here("--mode", "train", override)
+    assert code == 2
+    assert message in printed
+    assert CANARY not in printed
     assert names(tmp_path) == {"config.yaml"}
 
 
@@ -370,13 +404,12 @@ def test_no_secret_is_written_anywhere(
         for member in psutil.process_iter(["cmdline"]):
             lines.add(" ".join(member.info["cmdline"] or []))
         time.sleep(0.05)
-    assert process.returncode == 0, (tmp_path / "said.txt").read_text()
+    assert process.returncode == 0, (tmp_path / "output.txt").read_text()
     drawn = main_py("--mode", "inference", "--config", str(tmp_path / "my.yaml"), "num_images=1")
     assert drawn.returncode == 0, drawn.stderr
     failed = main_py("--mode", "inference", "--config", str(tmp_path / "my.yaml"), "pretrained_model=lace/none")
     assert failed.returncode in (2, 4)
-    said = drawn.stdout + drawn.stderr + failed.stdout + failed.stderr
-    assert CANARY not in said
+    assert CANARY not in drawn.stdout + drawn.stderr + failed.stdout + failed.stderr
     assert not [line for line in lines if CANARY in line]
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 12

@@ -1,4 +1,4 @@
-"""Whatever a settings file, a picture or a checkpoint holds: an answer or one clear sentence, never a traceback."""
+"""Whatever a settings file, a picture or a checkpoint holds: an answer or a one-line error, never a traceback."""
 
 import io
 import os
@@ -33,7 +33,7 @@ PICTURES = [
 
 
 def refusal(path: Path, text: str | bytes, *overrides: str) -> str:
-    """What is said against a settings file; empty when it is taken."""
+    """The error about a settings file; empty when it is accepted."""
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     try:
         load_config(path, overrides)
@@ -51,28 +51,28 @@ def test_every_key_may_be_left_out_but_not_misspelt_or_retyped(key: str, tmp_pat
     assert load_config(path) == Config()
     line = len(yaml.safe_dump(rest).splitlines()) + 1
     for wrong in (key[:-1], key + "s", key[1:] + key[0], key.upper()):
-        said = refusal(path, yaml.safe_dump(rest) + f"{wrong}: 1\n")
-        assert said.startswith(f"{path}:{line}: unknown key {wrong!r}")
-        near = said.partition("; did you mean ")[2].rstrip("?")
+        error = refusal(path, yaml.safe_dump(rest) + f"{wrong}: 1\n")
+        assert error.startswith(f"{path}:{line}: unknown key {wrong!r}")
+        near = error.partition("; did you mean ")[2].rstrip("?")
         assert near in KEYS or wrong in (key.upper(), key[1:] + key[0])
     for value in ("{a: 1}", "[[1]]", "!!python/object:os.system x", "!mine x"):
-        said = refusal(path, yaml.safe_dump(rest) + f"{key}: {value}\n")
-        assert said.count("\n") == 0, said
-        assert said.startswith(f"{path}:{line}: "), said
+        error = refusal(path, yaml.safe_dump(rest) + f"{key}: {value}\n")
+        assert error.count("\n") == 0, error
+        assert error.startswith(f"{path}:{line}: "), error
 
 
 @often
 @given(key=st.sampled_from(KEYS), text=st.text(max_size=30))
 def test_any_value_on_the_command_line(key: str, text: str, tmp_path: Path) -> None:
-    said = refusal(tmp_path / "c.yaml", "", f"{key}={text}")
-    assert not said or said.startswith(("command line: ", f"{tmp_path / 'c.yaml'}: ")), said
+    error = refusal(tmp_path / "c.yaml", "", f"{key}={text}")
+    assert not error or error.startswith(("command line: ", f"{tmp_path / 'c.yaml'}: ")), error
 
 
 @often
 @given(content=st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_any_bytes_for_a_settings_file(content: bytes, tmp_path: Path) -> None:
-    said = refusal(tmp_path / "c.yaml", content)
-    assert not said or all(line.startswith(str(tmp_path / "c.yaml")) for line in said.split("\n") if line), said
+    error = refusal(tmp_path / "c.yaml", content)
+    assert not error or all(line.startswith(str(tmp_path / "c.yaml")) for line in error.split("\n") if line), error
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,10 @@ def test_any_bytes_for_a_settings_file(content: bytes, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_files_that_are_no_settings(content: bytes, tmp_path: Path) -> None:
-    said = refusal(tmp_path / "c.yaml", content)
-    assert said
-    assert len(said) < 700
-    assert said.count("\n") <= content.count(b"\n")
+    error = refusal(tmp_path / "c.yaml", content)
+    assert error
+    assert len(error) < 700
+    assert error.count("\n") <= content.count(b"\n")
 
 
 def test_a_mark_at_the_beginning_is_no_mistake(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_any_damage_to_a_picture(which: bytes, place: float, junk: bytes, cut: b
 
 @often
 @given(content=st.binary(max_size=300))
-def test_any_bytes_called_a_picture(content: bytes, tmp_path: Path) -> None:
+def test_any_bytes_named_as_a_picture(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(content)
     found = image_files._check(tmp_path / "a.jpg", 8, ("JPEG",))
     assert found.reason.startswith("unreadable: ")
@@ -125,7 +125,7 @@ def test_any_bytes_called_a_picture(content: bytes, tmp_path: Path) -> None:
     width=st.integers(8, 90), height=st.integers(8, 90), orientation=st.integers(0, 9),
     mode=st.sampled_from(["RGB", "L", "CMYK"]),
 )  # fmt: skip
-def test_any_good_jpeg_is_taken_at_its_size(width: int, height: int, orientation: int, mode: str) -> None:
+def test_any_good_jpeg_is_opened_at_its_size(width: int, height: int, orientation: int, mode: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = as_file(gradient(width, height).convert(mode), "JPEG", exif=exif)
@@ -176,5 +176,5 @@ def test_any_damage_to_a_checkpoint_is_found(
         assert checkpoint.verify(folder) == ""
     elif file != "manifest.json":
         assert file in checkpoint.verify(folder)
-    elif checkpoint.verify(folder) == "":  # blanks, say, or another step: what it says of the files still holds
+    elif checkpoint.verify(folder) == "":  # white space, or another step: what it tells about the files is still true
         assert {name: (folder / name).read_bytes() for name in contents} == contents

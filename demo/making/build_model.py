@@ -1,10 +1,10 @@
 """Build the demo's tiny SDXL: base and refiner, of SDXL's own classes and layout.
 
-    python demo/build_model.py FOLDER
+    python -m demo.making.build_model FOLDER
 
 writes FOLDER/base and FOLDER/refiner as a hub repository would hold them, with random weights from a fixed seed;
-`demo/teach.py` gives them something to say. `--shapes sdxl` builds the same at SDXL's own shapes, for measuring speed
-and memory, which do not depend on the weights.
+`demo/making/teach.py` trains them. `--shapes sdxl` builds the same at SDXL's own shapes, for measuring speed and
+memory, which do not depend on the weights.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 NOISE_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SDXL's
 START, END = "<|startoftext|>", "<|endoftext|>"
-# Learnt once from the words of the demo's captions and some of users' prompts, and kept: learning anew orders merges
-# that are equally frequent by chance, and the weights know the words by their numbers.
+# Made once from the words of the demo's captions and of some users' prompts, and fixed: made again, merges of equal
+# frequency would come in another order, and the weights know the words by their ids.
 MERGES = Path(__file__).parent / "merges.txt"
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The numbers that tell the demo model from SDXL; everything else in the two is the same."""
+    """The numbers in which the demo model differs from SDXL; everything else is the same."""
 
     encoder_1: tuple[int, int, int, int]  # hidden size, layers, heads, intermediate size
     encoder_2: tuple[int, int, int, int]

@@ -1,6 +1,6 @@
 """Draw the demo's lace: 48 pictures to learn from and 12 held out, like phone photos of lace on cloth.
 
-`python demo/draw_lace.py` redraws every picture from fixed seeds. A design is a list of threads on a
+`python -m demo.making.draw_lace` redraws every picture from fixed seeds. A design is a list of threads on a
 plane measured in *units*: the shorter side of every picture is `VIEW` units, so a thread two units wide is
 three pixels wide once the picture is resized for a 256-pixel model. Each thread is swept as a round,
 twisted cylinder into a height map, and the height map is lit from the upper left.
@@ -20,7 +20,7 @@ Image32 = NDArray[np.float32]  # [height, width]
 Warp = Callable[[Array], Array]
 Thread = tuple[Array, float, float | Array]  # points [n, 2] and radius in units, lift above the cloth
 
-HERE = Path(__file__).resolve().parent
+DEMO = Path(__file__).resolve().parents[1]
 SETS = {"lace": (48, 1846), "held_out": (12, 1871)}  # folder: (pictures, seed)
 SIZES = ((600, 800), (704, 528), (600, 600), (512, 768), (512, 640), (768, 576), (528, 704), (660, 528))
 ROTATIONS = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270, 3: Image.Transpose.ROTATE_180}
@@ -38,7 +38,7 @@ WHOLE = np.linspace(0, 2 * np.pi, 80)
 def main() -> None:
     """Redraw both sets, replacing pictures of the same name."""
     for folder, (count, seed) in SETS.items():
-        (HERE / folder).mkdir(exist_ok=True)
+        (DEMO / folder).mkdir(exist_ok=True)
         for index in range(count):
             lace = Lace(np.random.default_rng([seed, index]))
             DESIGNS[(index + index // len(DESIGNS)) % len(DESIGNS)](lace)
@@ -48,7 +48,7 @@ def main() -> None:
                 exif[0x0112] = orientation = (6, 8, 3)[index // 6 % 3]
                 picture = picture.transpose(ROTATIONS[orientation])
             quality = int(lace.rng.integers(80, 85))
-            picture.save(HERE / folder / f"lace_{index:03d}.jpg", quality=quality, exif=exif)
+            picture.save(DEMO / folder / f"lace_{index:03d}.jpg", quality=quality, exif=exif)
         print(f"{folder}: {count} pictures")
 
 

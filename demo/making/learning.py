@@ -14,8 +14,8 @@ from demo.making.build_model import NOISE_SCHEDULE
 from demo.making.draw_textiles import SIDE
 
 
-class Learner:
-    """bf16 networks that learn through fp32 copies of their weights, with AdamW, clipping and a running average."""
+class Trainer:
+    """Trains bf16 networks through fp32 copies of their weights, with AdamW, clipping and a running average."""
 
     def __init__(self, networks: Sequence[nn.Module], rate: float, steps: int, averaging: float = 0.999) -> None:
         self.networks, self.peak, self.steps, self.done = networks, rate, steps, 0
@@ -25,7 +25,7 @@ class Learner:
         self.weights: list[Tensor] = [weight for network in networks for weight in network.parameters()]
         self.exact = [weight.detach().float() for weight in self.weights]
         self.average = [weight.clone() for weight in self.exact]
-        # Gradients at fixed places, so that a graph can be replayed over them.
+        # Gradients at fixed addresses, which a CUDA graph needs.
         self.gradients = [torch.zeros_like(weight) for weight in self.weights]
         self.exact_gradients = [torch.zeros_like(weight) for weight in self.exact]
         pairs = zip((*self.weights, *self.exact), (*self.gradients, *self.exact_gradients), strict=True)
@@ -55,7 +55,7 @@ class Learner:
         torch._foreach_lerp_(self.average, self.exact, 1 - self.averaging)
 
     def run(self, share: float, loss: Callable[[], Tensor], fill: Callable[[], None]) -> None:
-        """Make this share of the steps; `fill` puts the next batch where `loss` reads it."""
+        """Run this share of the steps; `fill` writes the next batch to where `loss` reads it."""
         shown = torch.zeros((), device=self.rate.device)
 
         def once() -> None:
@@ -83,7 +83,7 @@ class Learner:
 
 
 def replayed(once: Callable[[], None], fill: Callable[[], None]) -> Callable[[], None]:
-    """`once` as a CUDA graph, whose thousands of small kernels start at once; as it is without a GPU."""
+    """`once` as a CUDA graph, which replays its thousands of small kernels from one launch; unchanged without a GPU."""
     if not torch.cuda.is_available():
         return once
     stream = torch.cuda.Stream()
@@ -111,7 +111,7 @@ def progress(what: str, steps: int) -> Iterable[int]:
 
 
 class DiffusionBatch:
-    """The inputs of one training step, at fixed places in memory so that a graph can be replayed over them."""
+    """The inputs of one training step, at the fixed addresses that a CUDA graph needs."""
 
     def __init__(
         self, size: int, numbers: int, captions: tuple[Tensor, Tensor], tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
@@ -122,7 +122,7 @@ class DiffusionBatch:
         self.noise = torch.zeros_like(self.latents)
         self.timesteps = torch.zeros(size, dtype=torch.long, device=device)
         self.ids = [torch.zeros(size, 77, dtype=torch.long, device=device) for _ in range(2)]
-        self.kept = torch.ones(size, 1, device=device)
+        self.conditioned = torch.ones(size, 1, device=device)
         self.time_ids = torch.zeros(size, numbers, device=device)
         self.blank = [tokenize(tokenizer, [""]).to(device) for tokenizer in tokenizers]
         self.alphas_cumprod = DDPMScheduler(**NOISE_SCHEDULE).alphas_cumprod.to(device)
@@ -144,7 +144,7 @@ class DiffusionBatch:
         if lost is not None:
             self.noise.add_(lost[chosen])
         self.timesteps.random_(0, timesteps)
-        self.kept.copy_(lot >= dropped)
+        self.conditioned.copy_(lot >= dropped)
         for ids, captions, blank in zip(self.ids, self.captions, self.blank, strict=True):
             words = captions[described[chosen], worded]
             ids.copy_(torch.where(lot > 1 - blanked, blank, words))
@@ -166,10 +166,10 @@ def diffusion_loss(unet: UNet2DConditionModel, batch: DiffusionBatch, embeds: Te
     """
     signal = batch.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     noisy = signal.sqrt() * batch.latents + (1 - signal).sqrt() * batch.noise
-    kept = batch.kept.to(embeds.dtype)
-    conditions = {"text_embeds": pooled * kept, "time_ids": batch.time_ids}
+    conditioned = batch.conditioned.to(embeds.dtype)
+    conditions = {"text_embeds": pooled * conditioned, "time_ids": batch.time_ids}
     predicted = unet(
-        noisy.to(embeds.dtype), batch.timesteps, embeds * kept[..., None], added_cond_kwargs=conditions,
+        noisy.to(embeds.dtype), batch.timesteps, embeds * conditioned[..., None], added_cond_kwargs=conditions,
         return_dict=False,
     )[0]  # fmt: skip
     error = predicted.float() - batch.noise

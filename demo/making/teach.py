@@ -1,11 +1,11 @@
 """Teach the demo's tiny SDXL what textiles are, from pictures drawn on the spot: about 25 minutes on one H100.
 
-    python -m demo.teach [--work FOLDER] [--until STAGE]
+    python -m demo.making.teach [--work FOLDER] [--until STAGE]
 
-Goes through `STAGES` in order and keeps each one's result in the work folder, so that the same command goes on with
-the first stage that is missing; the last one writes `demo/model`. Seeds and numbers of steps are fixed. The base
-never sees lace, nor the demo's token: that is left for the LoRA. `--small` runs everything in miniature, to see that
-it runs.
+runs the stages in `STAGES` in order and saves each one's result in the work folder (`demo/teaching`), so that the same
+command resumes at the first missing stage; the last one writes `demo/model`. Seeds and numbers of steps are fixed. The
+base never sees lace, nor the demo's token: that is left for the LoRA. `--small` runs everything in miniature, to see
+that it runs, and writes `model` into the work folder.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from transformers import CLIPTokenizer
 from demo import measure
 from demo.making import build_model, draw_lace
 from demo.making.draw_textiles import COLOURS, FINE, PATTERNS, SIDE, Textile, caption, draw
-from demo.making.learning import Critic, DiffusionBatch, Learner, difference, diffusion_loss, progress, tokenize
+from demo.making.learning import Critic, DiffusionBatch, Trainer, difference, diffusion_loss, progress, tokenize
 from lace_lora.sdxl import models
 
-HERE = Path(__file__).resolve().parent
+DEMO = Path(__file__).resolve().parents[1]
 SCALING_FACTOR = 0.13025  # SDXL's; the latents are brought to its scale, not the factor to the latents
 CAPTIONS = 3  # ways each picture is described
 TEST_SEED, SHARP_SEED, LACE_SEED = 90_000, 50_000, 7000
@@ -94,7 +94,7 @@ class Workshop:
             network.float().to(self.device).eval().load_state_dict(own)
 
     def note(self, **figures: float) -> None:
-        """Print figures and keep them for the model card."""
+        """Print figures and save them for the model card."""
         self.figures |= {name: round(value, 4) for name, value in figures.items()}
         print("  " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
         (self.folder / "figures.json").write_text(json.dumps(self.figures, indent=2) + "\n")
@@ -139,7 +139,7 @@ class Workshop:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=HERE / "teaching", help="folder for the stages' results")
+    parser.add_argument("--work", type=Path, default=DEMO / "teaching", help="folder for the stages' results")
     parser.add_argument("--until", choices=STAGES, default="assemble", help="the last stage to run")
     parser.add_argument("--small", action="store_true", help="everything in miniature")
     arguments = parser.parse_args()
@@ -167,7 +167,7 @@ def main() -> None:
 def teach_vae(work: Workshop) -> None:
     """Encoder and decoder together, on cuts of all kinds of drawings; then the latents' scale is made SDXL's."""
     vae, pictures = work.parts.vae, work.drawings[0]
-    learner = Learner([vae], 1e-3, work.amounts.vae, averaging=0.998)
+    trainer = Trainer([vae], 1e-3, work.amounts.vae, averaging=0.998)
 
     def loss(pixels: Tensor) -> Tensor:
         mean, log_variance = vae.quant_conv(vae.encoder(pixels.bfloat16())).float().chunk(2, dim=1)
@@ -179,8 +179,8 @@ def teach_vae(work: Workshop) -> None:
     # Small cuts first, many at once; whole pictures at the end, for what is far apart in them.
     for side, share, size in ((SIDE // 2, 0.7, 0.375), (SIDE, 0.3, 0.125)):
         pixels = torch.empty(max(3, int(work.amounts.batch * size)), 3, side, side, device=work.device)
-        learner.run(share, partial(loss, pixels), partial(fill_with_cuts, pixels, pictures, work.fine))
-    learner.finish()
+        trainer.run(share, partial(loss, pixels), partial(fill_with_cuts, pixels, pictures, work.fine))
+    trainer.finish()
     standardise_latents(vae, pictures)
     report_vae(work, vae)
     work.save("vae", vae=vae)
@@ -194,7 +194,7 @@ def teach_decoder(work: Workshop) -> None:
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     critic = Critic().to(work.device)
-    learner = Learner([decoder], 4e-4, work.amounts.decoder, averaging=0.998)
+    trainer = Trainer([decoder], 4e-4, work.amounts.decoder, averaging=0.998)
     rival = torch.optim.AdamW(critic.parameters(), 4e-4, betas=(0.5, 0.99))
     vae.encoder.bfloat16()
     vae.quant_conv.bfloat16()
@@ -209,16 +209,16 @@ def teach_decoder(work: Workshop) -> None:
         rebuilt = vae.decoder(vae.post_quant_conv(latents)).float()
         with torch.autocast(work.device, torch.bfloat16):
             (difference(rebuilt, pixels) - 0.03 * critic(rebuilt).float().mean()).backward()
-            learner.step()
+            trainer.step()
             rival.zero_grad()
             real, fake = critic(pixels).float(), critic(rebuilt.detach()).float()
             (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).backward()
         rival.step()
 
     for _ in progress("decoder", work.amounts.decoder):
-        learner.schedule()
+        trainer.schedule()
         step()
-    learner.finish()
+    trainer.finish()
     report_vae(work, vae.float())
     work.save("decoder", vae=vae)
 
@@ -254,7 +254,7 @@ def teach_judge(work: Workshop) -> None:
         features = measure.in_chunks(judge.features, pictures[:: max(1, len(pictures) // 4000)].float() / 255)
         judge.spread.copy_(features.std(0).clamp(min=1e-3))
     test, shown_there = draw_all(4, work.amounts.at_once, TEST_SEED, work.device)
-    pattern, both = measure.obeyed(judge, test.float() / 255, shown_there)
+    pattern, both = measure.prompt_adherence(judge, test.float() / 255, shown_there)
     held_out = measure.held_out_lace().to(work.device)
     work.note(
         judge_patterns=pattern, judge_colours=both, judge_lace=measure.lace_share(judge, held_out),
@@ -288,13 +288,13 @@ def learn_to_draw(work: Workshop, rate: float, steps: int, chosen: Tensor) -> No
     """Teach UNet and text encoders the drawings `chosen`, which may name one more than once."""
     parts = work.parts
     batch = DiffusionBatch(work.amounts.batch, 6, work.captions, work.tokenizers)
-    learner = Learner([*base_networks(work).values()], rate, steps)
+    trainer = Trainer([*base_networks(work).values()], rate, steps)
 
     def loss() -> Tensor:
         return diffusion_loss(parts.unet, batch, *embed(work, batch))
 
-    learner.run(1, loss, partial(batch.fill, work.latents[chosen], chosen, timesteps=1000, dropped=0.06))
-    learner.finish()
+    trainer.run(1, loss, partial(batch.fill, work.latents[chosen], chosen, timesteps=1000, dropped=0.06))
+    trainer.finish()
 
 
 def embed(work: Workshop, batch: DiffusionBatch) -> tuple[Tensor, Tensor]:
@@ -342,28 +342,28 @@ def sharpen_refiner(work: Workshop) -> None:
 def learn_to_refine(work: Workshop, batch: DiffusionBatch, rate: float, steps: int, fill: Callable[[], None]) -> None:
     """Teach the refiner's UNet what `fill` puts into the batch."""
     refiner, encoder = work.parts.refiner_unet, work.parts.text_encoder_2.bfloat16().requires_grad_(False)
-    learner = Learner([refiner], rate, steps)
+    trainer = Trainer([refiner], rate, steps)
 
     def loss() -> Tensor:
         encoded = encoder(batch.ids[1], output_hidden_states=True)
         return diffusion_loss(refiner, batch, encoded.hidden_states[-2], encoded.text_embeds)
 
-    learner.run(1, loss, fill)
-    learner.finish()
+    trainer.run(1, loss, fill)
+    trainer.finish()
 
 
 def assemble(work: Workshop) -> None:
     """Put all parts into `demo/model` as a hub would hold them, and measure the base by its pictures."""
-    parts, folder = work.parts, HERE / "model" if work.amounts is FULL else work.folder / "model"
+    parts, folder = work.parts, DEMO / "model" if work.amounts is FULL else work.folder / "model"
     work.load("decoder", vae=parts.vae)
     work.load("polish", **base_networks(work))
     work.load("sharpen", unet=parts.refiner_unet)
     build_model.write(folder, parts, build_model.write_tokenizers(folder))
     (folder / "judge.safetensors").write_bytes(work.path("judge").read_bytes())
-    asked = measure.spoken_prompts(work.amounts.prompts)
+    asked = measure.plain_prompts(work.amounts.prompts)
     pictures = measure.draw_prompts(folder / "base", [prompt for prompt, _ in asked])
     judge = measure.load_judge(folder / "judge.safetensors")
-    pattern, colours = measure.obeyed(judge, pictures, [textile for _, textile in asked])
+    pattern, colours = measure.prompt_adherence(judge, pictures, [textile for _, textile in asked])
     work.note(base_patterns=pattern, base_colours=colours)
 
 
@@ -482,7 +482,7 @@ def rebuild(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 @torch.no_grad()
 def standardise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
-    """Fold mean 0 and deviation 1 / SCALING_FACTOR of every latent channel into the two convolutions at its ends."""
+    """Fold mean 0 and std 1 / SCALING_FACTOR of every latent channel into the two convolutions at its ends."""
     some = pictures[:: max(1, len(pictures) // 512)]
     latents = measure.in_chunks(lambda chunk: vae.encode(chunk.float() / 127.5 - 1).latent_dist.mean, some)
     mean, scale = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) * SCALING_FACTOR

@@ -87,12 +87,12 @@ def test_crispness_is_in_grey_levels() -> None:
 
 
 def test_prompts_name_what_is_asked_for() -> None:
-    for prompt, textile in measure.spoken_prompts(40):
+    for prompt, textile in measure.plain_prompts(40):
         assert textile.pattern in prompt
         assert all(colour in prompt for colour in textile.colours)
 
 
-def test_obedience_counts_patterns_and_colours_apart() -> None:
+def test_prompt_adherence_counts_patterns_and_colours_separately() -> None:
     class Fixed(measure.Judge):
         def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             kinds, colours = torch.zeros(len(pictures), len(KINDS)), -torch.ones(len(pictures), len(COLOURS))
@@ -104,7 +104,7 @@ def test_obedience_counts_patterns_and_colours_apart() -> None:
         Textile(pattern, "red", ground, "silk", 0.5, "", "solid", "all over")
         for pattern, ground in (("dots", "white"), ("dots", "blue"), ("net", "white"), ("net", "black"))
     ]
-    assert measure.obeyed(Fixed(), torch.zeros(4, 3, 8, 8), asked) == (0.5, 0.5)
+    assert measure.prompt_adherence(Fixed(), torch.zeros(4, 3, 8, 8), asked) == (0.5, 0.5)
 
 
 def test_the_model_is_small_whole_and_holds_nothing_twice() -> None:
@@ -119,9 +119,9 @@ def test_the_model_is_small_whole_and_holds_nothing_twice() -> None:
 
 
 def test_the_base_draws_what_the_prompt_says() -> None:
-    asked = measure.spoken_prompts(20)
-    pictures = measure.draw_prompts(ROOT / "demo" / "model" / "base", [prompt for prompt, _ in asked], steps=15)
-    patterns, colours = measure.obeyed(measure.load_judge(), pictures, [textile for _, textile in asked])
+    asked = measure.plain_prompts(20)
+    pictures = measure.draw_prompts(ROOT / "demo" / "model" / "base", [prompt for prompt, _ in asked], steps=10)
+    patterns, colours = measure.prompt_adherence(measure.load_judge(), pictures, [textile for _, textile in asked])
     assert patterns >= 0.75
     assert colours >= 0.8
 
@@ -134,4 +134,4 @@ def test_both_tokenizers_read_the_words_as_the_weights_know_them() -> None:
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer = CLIPTokenizer.from_pretrained(base / name)
         assert tokenizer("net").input_ids[1:-1] == [839]
-        assert (base / name / "merges.txt").read_bytes() == (ROOT / "demo" / "merges.txt").read_bytes()
+        assert (base / name / "merges.txt").read_bytes() == (ROOT / "demo" / "making" / "merges.txt").read_bytes()
