@@ -14,7 +14,6 @@ import traceback
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lace_lora.config import LORA_FILE, Config
 from lace_lora.errors import UserError, explain, first_line
@@ -38,12 +37,19 @@ def main() -> int:
 
 
 def run(config: Config, job: Job, pictures: Path) -> str:
-    """Run the script in this process, with links to the used pictures in `pictures`; returns the closing line."""
+    """Run the script in this process, with links to the used pictures in `pictures`; returns the closing line.
+
+    Raises:
+        UserError: the script failed, or its checkpoints were trained on something else.
+    """
     script = Path(str(config.train_script)).absolute()
     folder = Path(config.lora_output_dir, SCRIPT_FOLDER).absolute()
     folder.mkdir(exist_ok=True)
     pictures.mkdir(exist_ok=True)
-    _check_fingerprint(folder / "learns.json", job.fingerprint)
+    noted = folder / "learns.json"  # what the script's checkpoints are trained on, since they do not say it
+    if noted.exists() and json.loads(noted.read_text()) != job.fingerprint:
+        raise UserError(f"{folder} was trained on something else: to start anew, set lora_output_dir to a new folder")
+    write_atomically(noted, json.dumps(job.fingerprint).encode())
     for number, path in enumerate(job.captions):
         with suppress(FileExistsError):  # by another process of this run
             (pictures / f"{number:05d}{Path(path).suffix}").symlink_to(Path(path).absolute())
@@ -60,19 +66,6 @@ def run(config: Config, job: Job, pictures: Path) -> str:
     # The script's alpha is its rank.
     place = results.save_results(config, state, config.rank, config.max_train_steps, job, layers, kind.prediction_type)
     return f"trained {config.max_train_steps} steps with {script.name}; the LoRA is {place}"
-
-
-def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
-    """Note what the script's checkpoints are trained on in a file beside them, since they do not.
-
-    Raises:
-        UserError: the ones that exist were trained on something else.
-    """
-    if path.exists() and json.loads(path.read_text()) != fingerprint:
-        raise UserError(
-            f"{path.parent} was trained on something else: to start anew, set lora_output_dir to a new folder"
-        )
-    write_atomically(path, json.dumps(fingerprint).encode())
 
 
 def _run_as_main(script: Path, arguments: list[str]) -> None:
