@@ -27,12 +27,10 @@ from lace_lora.config import LORA_FILE, Config
 from lace_lora.errors import UserError
 from lace_lora.process import Stopped, StopSignal
 from lace_lora.sdxl import lora_weights, models
-from lace_lora.training import batches, checkpoint, optimizer, results
+from lace_lora.training import batches, checkpoint, launch, optimizer, results, samples
 from lace_lora.training.encode import encode
-from lace_lora.training.launch import Job, run_job
 from lace_lora.training.loss import training_loss
 from lace_lora.training.metrics import READ_EVERY, Metrics, PendingScalars
-from lace_lora.training.samples import Preview, draw_samples
 from lace_lora.training.train_step import TrainStep
 
 logger = logging.getLogger("train_lora")
@@ -43,7 +41,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
     threading.excepthook = _leave_disks_to_others
     models.prepare_process()
-    return run_job("Train a LoRA", lambda config, job, _folder, stop: train(config, job, stop))
+    return launch.run_job("Train a LoRA", lambda config, job, _folder, stop: train(config, job, stop))
 
 
 def _leave_disks_to_others(failure: threading.ExceptHookArgs) -> None:
@@ -57,19 +55,19 @@ class Run:
     """What the loop works with, on one process."""
 
     config: Config
-    job: Job
+    job: launch.Job
     data: batches.Encoded
     lora: dict[str, torch.nn.Parameter]
     noise_scheduler: DDPMScheduler
     optimizer: torch.optim.Optimizer
     train_step: TrainStep
     accelerator: Accelerator
-    preview: Preview | None  # where sample grids are drawn
+    preview: samples.Preview | None  # where sample grids are drawn
     publisher: checkpoint.Publisher = field(default_factory=checkpoint.Publisher)
     stop_flag: PendingScalars | None = None  # of several processes: above 0 if any was to stop, as of the step before
 
 
-def train(config: Config, job: Job, stop: StopSignal) -> str:
+def train(config: Config, job: launch.Job, stop: StopSignal) -> str:
     """The whole run on this process; returns the closing message.
 
     Raises:
@@ -128,8 +126,7 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
     """
     config, is_main = run.config, run.accelerator.is_main_process
     factor_at = optimizer.rate_factor_at(config)
-    done = first_step
-    stopping = False
+    done, stopping = first_step, False
     run.train_step.train()
     while done < config.max_train_steps and not stopping:
         factor = factor_at(done)
@@ -148,7 +145,7 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
             log.publish()
             save_checkpoint(run, done)
         if run.preview and done % config.validation_steps == 0 and not stopping:
-            draw_samples(config, done, run.train_step, run.noise_scheduler, run.preview)
+            samples.draw_samples(config, done, run.train_step, run.noise_scheduler, run.preview)
     run.publisher.wait()
     return done
 

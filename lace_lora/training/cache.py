@@ -24,8 +24,7 @@ MOST_BYTES = 4 * 2**30  # of all files together; beyond that the least recently 
 def cached(key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors that `make` returns, from the file of an earlier run if that had an equal key.
 
-    Args:
-        key: all that the tensors depend on, in types that JSON has.
+    The key is all that the tensors depend on, in types that JSON has.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "lace-lora")
     name = json_digest(key, length=32)

@@ -26,11 +26,7 @@ def folder_of(config: Config) -> Path:
 
 
 def existing(config: Config) -> dict[Path, str]:
-    """The good class pictures, at most `num_class_images`; none that were drawn with other settings.
-
-    Returns:
-        The SHA-256 of each.
-    """
+    """The good class pictures, each with its SHA-256, `num_class_images` at most; none drawn with other settings."""
     folder = folder_of(config)
     if config.class_data_dir and not folder.is_dir():
         raise UserError(f"class_data_dir: {folder} is not a folder: create it, or leave the key empty")

@@ -40,13 +40,9 @@ def encode(
     config: Config, job: Job, accelerator: Accelerator, dtype: torch.dtype,
     load_unet: Callable[[], UNet2DConditionModel],
 ) -> tuple[batches.Encoded, Captions, Preview | None]:  # fmt: skip
-    """Everything that a step needs, encoded; the encoders are freed, except for those that train.
+    """Everything that a step needs, encoded, and what sample grids need, on the process that draws them if any.
 
-    Args:
-        load_unet: called only if class pictures are to be drawn.
-
-    Returns:
-        Also what sample grids need, on the process that draws them if there will be any.
+    The encoders are freed, except for those that train. `load_unet` is called only if class pictures are to be drawn.
     """
     device = accelerator.device
     to_draw = dict(list(job.class_to_draw.items())[accelerator.process_index :: accelerator.num_processes])

@@ -44,8 +44,7 @@ class Job:
 def run_job(description: str, run: Callable[[Config, Job, Path, StopSignal], str]) -> int:
     """The main function of a script that accelerate runs; returns its exit code.
 
-    Args:
-        run: gets the settings, with models as paths, the job and the folder that it is in; returns the closing line.
+    `run` gets the settings, with models as paths, the job and the folder that it is in, and returns the closing line.
     """
     parser = argparse.ArgumentParser(description=f"{description}; launched by `main.py --mode train`.")
     parser.add_argument("--config", required=True, type=Path, help="resolved settings")

@@ -102,8 +102,7 @@ def restore_optimizer(
 ) -> None:
     """Put back what `optimizer_state` gave; learning rates and the like come from the settings of this run.
 
-    Raises:
-        KeyError: the state is of other weights.
+    Raises KeyError where the state is of other weights.
     """
     index_of = {name: index for index, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = defaultdict(dict)

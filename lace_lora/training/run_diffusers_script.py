@@ -20,9 +20,7 @@ from lace_lora.errors import UserError, explain, first_line
 from lace_lora.files import write_atomically
 from lace_lora.process import ADVICE, Stopped
 from lace_lora.sdxl import lora_weights, models
-from lace_lora.training import results
-from lace_lora.training.diffusers_script import command_line, flags_of
-from lace_lora.training.launch import Job, run_job
+from lace_lora.training import diffusers_script, launch, results
 
 logger = logging.getLogger("train_lora")
 
@@ -33,10 +31,12 @@ _PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # accele
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     models.prepare_process()
-    return run_job("Run a training script", lambda config, job, folder, _stop: run(config, job, folder / "pictures"))
+    return launch.run_job(
+        "Run a training script", lambda config, job, folder, _stop: run(config, job, folder / "pictures")
+    )
 
 
-def run(config: Config, job: Job, pictures: Path) -> str:
+def run(config: Config, job: launch.Job, pictures: Path) -> str:
     """Run the script in this process, with links to the used pictures in `pictures`; returns the closing line.
 
     Raises:
@@ -57,7 +57,8 @@ def run(config: Config, job: Job, pictures: Path) -> str:
         logger.warning("%s trains every picture with instance_prompt: captions have no effect", script.name)
     dtype = models.pick_dtype(config.mixed_precision, models.pick_device())
     precision = _PRECISIONS[str(dtype).removeprefix("torch.")]
-    _run_as_main(script, command_line(config, flags_of(script), pictures, folder, precision))
+    flags = diffusers_script.flags_of(script)
+    _run_as_main(script, diffusers_script.command_line(config, flags, pictures, folder, precision))
     if os.environ.get("RANK", "0") != "0":
         return ""
     state = lora_weights.read_state(folder / LORA_FILE)

@@ -37,11 +37,7 @@ def draw_class_pictures(
     config: Config, numbers: Mapping[str, int], unet: UNet2DConditionModel, vae: AutoencoderKL,
     noise_scheduler: DDPMScheduler, embeddings: Embeddings,
 ) -> None:  # fmt: skip
-    """Draw files for prior preservation, each with the seed that its number stands for.
-
-    Raises:
-        UserError: a picture is not of finite numbers (exit 5).
-    """
+    """Draw files for prior preservation, each with the seed that its number stands for."""
     for name, number in tqdm(numbers.items(), desc="drawing the class", unit="picture"):
         seed = seeds.stream_seed(config.seed, "class", number)
         [picture] = decode_latents(vae, _latents(config, unet, noise_scheduler, embeddings, [seed]))
