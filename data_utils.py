@@ -4,14 +4,14 @@ import hashlib
 import json
 import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.errors import DISK_OR_DRIVE, UserError
-from lace_lora.files import write_atomically
+from lace_lora.files import file_sha256, write_atomically
 from lace_lora.pictures.image_files import Picture, named_as_pictures, visible_entries
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,10 @@ def plan_annotations(
     Raises:
         UserError: a path with a tab or line break, a caption file that is not UTF-8, a broken line in a user's file.
     """
-    beside, fallback = Path(image_dir, ANNOTATIONS), Path(fallback_dir, ANNOTATIONS)
-    path = beside if os.access(image_dir, os.W_OK) else fallback
-    for candidate in dict.fromkeys((path, beside)):  # one in a read-only folder counts as well
-        if _by_user(candidate):
+    beside = Path(image_dir, ANNOTATIONS)
+    path = beside if os.access(image_dir, os.W_OK) else Path(fallback_dir, ANNOTATIONS)
+    for candidate in (path, beside):  # one in a read-only folder counts as well
+        if candidate.exists() and file_sha256(candidate) not in _recorded(candidate):
             return Annotations(candidate, read_annotations(candidate), by_user=True)
     return Annotations(path, {image: _caption(image, prompt) for image in images}, by_user=False)
 
@@ -58,7 +58,6 @@ def create_annotations(
     image_dir: str | Path,
     prompt: str,
     extensions: Collection[str] = frozenset({".jpg"}),
-    images: Iterable[Path] | None = None,
     fallback_dir: str | Path | None = None,
 ) -> Path:
     r"""Write `annotations.txt`, a line `<image_path>\t<prompt>` for every picture, and return its path.
@@ -66,14 +65,11 @@ def create_annotations(
     A caption file beside a picture (`lace_001.txt`) replaces the prompt. A file that is not ours, or that was edited by
     hand, is left as it is. The file lies in `image_dir`, or in `fallback_dir` where that is read-only.
 
-    Args:
-        images: the pictures to list; all of `list_images(image_dir, extensions)` unless given.
-
     Raises:
         UserError: see `plan_annotations` and `write_annotations`.
     """
-    chosen = list_images(image_dir, extensions) if images is None else images
-    return write_annotations(plan_annotations(image_dir, prompt, chosen, fallback_dir or image_dir))
+    images = list_images(image_dir, extensions)
+    return write_annotations(plan_annotations(image_dir, prompt, images, fallback_dir or image_dir))
 
 
 def write_annotations(plan: Annotations) -> Path:
@@ -89,9 +85,8 @@ def write_annotations(plan: Annotations) -> Path:
     try:
         plan.path.parent.mkdir(parents=True, exist_ok=True)
         # The hashes of the new content and of the last: killed between the two writes, either file counts as ours.
-        record = plan.path.with_name(_RECORD)
-        hashes = [hashlib.sha256(content).hexdigest(), *_recorded(record)[:1]]
-        write_atomically(record, "".join(f"{digest}\n" for digest in dict.fromkeys(hashes)).encode())
+        hashes = dict.fromkeys([hashlib.sha256(content).hexdigest(), *_recorded(plan.path)[:1]])
+        write_atomically(plan.path.with_name(_RECORD), "".join(f"{digest}\n" for digest in hashes).encode())
         write_atomically(plan.path, content)
     except OSError as error:
         raise UserError(f"{plan.path}: cannot be written ({error.strerror})", DISK_OR_DRIVE) from error
@@ -121,16 +116,9 @@ def read_annotations(path: Path) -> dict[Path, str]:
     return captions
 
 
-def _by_user(path: Path) -> bool:
-    """Whether there is a file that we did not write, or that has changed since."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return False
-    return hashlib.sha256(content).hexdigest() not in _recorded(path.with_name(_RECORD))
-
-
-def _recorded(record: Path) -> list[str]:
+def _recorded(annotations: Path) -> list[str]:
+    """The hashes of what we wrote there, the newest first."""
+    record = annotations.with_name(_RECORD)
     return record.read_text(errors="replace").split() if record.exists() else []
 
 
@@ -159,20 +147,21 @@ def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations:
     kinds = defaultdict(list)
     for picture in pictures:
         if picture.reason:
-            kinds[picture.reason.partition(":")[0]].append(f"{picture.path.name} ({picture.reason.partition(': ')[2]})")
-    lines += [f"  {kind:<12} {len(names)}: {_few(names, '; ')}" for kind, names in kinds.items()]
+            kind, _, why = picture.reason.partition(": ")
+            kinds[kind].append(f"{picture.path.name} ({why})")
+    lines += [f"  {kind:<12} {len(names)}: {_few(names)}" for kind, names in kinds.items()]
     same = defaultdict(list)
     for picture in used:
         same[picture.sha256].append(picture.path.name)
     groups = [" = ".join(names[:4]) for names in same.values() if len(names) > 1]
     if groups:
-        lines.append(f"  duplicates   {len(groups)} (all are used): {_few(groups, '; ')}")
+        lines.append(f"  duplicates   {len(groups)} (all are used): {_few(groups)}")
     extensions = {picture.path.suffix.lower() for picture in pictures}
-    counts = other_files(image_dir, extensions)
+    others = Counter(path.suffix.lower() for path in visible_entries(image_dir) if not path.is_dir())
+    counts = {kind: others[kind] for kind in sorted(others) if kind not in {"", ".txt", *extensions}}
     if counts:
         lines.append("  other files  " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
-        readable = [kind for kind in counts if kind in IMAGE_EXTENSIONS]
-        if readable:
+        if readable := [kind for kind in counts if kind in IMAGE_EXTENSIONS]:
             all_kinds = dict.fromkeys([".jpg", *sorted(extensions), *readable])
             lines.append(f"               to use them, set image_extensions: [{', '.join(all_kinds)}]")
     plain = " ".join(prompt.split())
@@ -183,22 +172,11 @@ def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations:
     return "\n".join(lines).encode(errors="backslashreplace").decode()
 
 
-def other_files(image_dir: str | Path, extensions: Collection[str]) -> dict[str, int]:
-    """How many files of other extensions lie in the folder (captions and annotations do not count)."""
-    counts: dict[str, int] = defaultdict(int)
-    for path in visible_entries(image_dir):
-        kind = path.suffix.lower() if not path.is_dir() else ""
-        if kind not in extensions and kind not in ("", ".txt"):
-            counts[kind] += 1
-    return dict(sorted(counts.items()))
-
-
 def report_json(pictures: Sequence[Picture]) -> str:
     rows = [{"path": str(p.path), "taken": p.used, "reason": p.reason or None, "width": p.width, "height": p.height}
             for p in pictures]  # fmt: skip
     return json.dumps({"pictures": rows}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _few(names: Sequence[str], separator: str, most: int = 3) -> str:
-    rest = f"{separator}and {len(names) - most} more" if len(names) > most else ""
-    return separator.join(names[:most]) + rest
+def _few(names: Sequence[str]) -> str:
+    return "; ".join([*names[:3], f"and {len(names) - 3} more"] if len(names) > 3 else names)

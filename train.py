@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from lace_lora.pictures import image_files
 from lace_lora.pictures.image_files import Picture
 from lace_lora.sdxl import hub
 from lace_lora.training import checkpoint, class_pictures, diffusers_script, launch
-from lace_lora.training.launch import Job
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +46,14 @@ def run(config: Config, dry_run: bool = False) -> None:
     output_dir = Path(config.lora_output_dir)
     with nullcontext(0) if dry_run else _locked_output_dir(output_dir) as lock:
         finished = finished_step(config, fingerprint)
-        if finished is not None and finished >= config.max_train_steps and config.resume_from_checkpoint:
+        if finished >= config.max_train_steps and config.resume_from_checkpoint:
             print(f"Finished already: {config.lora_file} has {finished} steps. Set max_train_steps higher to go on.")
             return
         class_files = class_pictures.existing(config) if config.with_prior_preservation else {}
         if config.with_prior_preservation and not config.train_script:  # which draws its own
             fingerprint |= class_pictures.fingerprint(config, class_files)
         resume = find_resume_checkpoint(config, fingerprint)
-        if finished is not None and resume is None and not config.train_script:
+        if finished and resume is None and not config.train_script:
             raise UserError(f"{config.lora_file} is finished, and no checkpoint is left to go on from: {START_ANEW}")
         if dry_run:
             _print_plan(config, annotations, len(class_files), resume)
@@ -65,14 +64,28 @@ def run(config: Config, dry_run: bool = False) -> None:
             command = launch.build_command(config, accelerate_file, job_file)
             _write_run_files(config, annotations, finished)
             captions = data_utils.read_annotations(annotations.path)
-            make_job(config, pictures, captions, fingerprint, resume, models, class_files).save(job_file)
-            accelerate_file.write_text(launch.accelerate_settings())
+            to_draw = class_pictures.to_draw(config, class_files) if config.with_prior_preservation else {}
+            job = launch.Job(
+                captions={str(picture.path): captions[picture.path] for picture in pictures},
+                contents={str(picture.path): picture.sha256 for picture in pictures},
+                fingerprint=fingerprint,
+                resume=str(resume) if resume else None,
+                models=models,
+                class_pictures={str(path): digest for path, digest in class_files.items()},
+                class_to_draw={str(path): number for path, number in to_draw.items()},
+            )
+            job_file.write_text(json.dumps(asdict(job)))
+            accelerate_file.write_text(launch.ACCELERATE_SETTINGS)
             files.share_lock(lock, output_dir)
             print(process.run(command, Path(folder)))
 
 
 def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations]:
-    """The pictures to train on and all captions, after the report on them is printed and, if wanted, written."""
+    """The pictures to train on and all captions, after the report on them is printed and, if wanted, written.
+
+    Raises:
+        UserError: the pictures are too few, or too many are bad; the report cannot be written (exit 4).
+    """
     kinds = image_files.formats_of(config.image_extensions)
     images = image_files.named_as_pictures(config.images_dir, config.image_extensions)
     pictures = image_files.check_pictures(images, config.min_image_size, kinds)
@@ -83,24 +96,17 @@ def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations
     pictures += image_files.check_pictures(others, config.min_image_size, kinds)
     print(data_utils.report_text(config.images_dir, pictures, annotations, config.instance_prompt))
     if config.report:
-        _write_report(Path(config.report), pictures)
+        # A file name's undecodable bytes become JSON's own escapes.
+        path, content = Path(config.report), data_utils.report_json(pictures).encode(errors="backslashreplace")
+        try:
+            files.write_atomically(path, content)
+        except OSError as error:
+            raise UserError(f"report: {path} cannot be written ({error.strerror})", DISK_OR_DRIVE) from error
     return _trainable(config, pictures, annotations), annotations
 
 
-def _write_report(path: Path, pictures: Sequence[Picture]) -> None:
-    try:
-        # A file name's undecodable bytes become JSON's own escapes.
-        files.write_atomically(path, data_utils.report_json(pictures).encode(errors="backslashreplace"))
-    except OSError as error:
-        raise UserError(f"report: {path} cannot be written ({error.strerror})", DISK_OR_DRIVE) from error
-
-
 def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_utils.Annotations) -> list[Picture]:
-    """The pictures that are both usable and annotated.
-
-    Raises:
-        UserError: they are too few, or too many of all are bad.
-    """
+    """The pictures that are both usable and annotated."""
     good = [picture for picture in pictures if picture.used]
     bad = len(pictures) - len(good)
     if bad > len(pictures) * MOST_SKIPPED and good and not config.skip_bad_images:
@@ -109,8 +115,7 @@ def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_ut
             "or set skip_bad_images: true to train without them"
         )
     pictures = [picture for picture in good if picture.path in annotations.captions]
-    if len(pictures) < len(good):
-        left_out = len(good) - len(pictures)
+    if left_out := len(good) - len(pictures):
         logger.warning("%d pictures are not in %s, which is yours: they are skipped", left_out, annotations.path)
     if not pictures:
         raise UserError("no pictures to train on: see the list above, and set images_dir or image_extensions")
@@ -134,15 +139,15 @@ def run_fingerprint(config: Config, pictures: Sequence[Picture], captions: dict[
     return fingerprint
 
 
-def finished_step(config: Config, fingerprint: dict[str, Any]) -> int | None:
-    """How many steps the LoRA in `lora_output_dir` was trained; None when there is none.
+def finished_step(config: Config, fingerprint: dict[str, Any]) -> int:
+    """How many steps the LoRA in `lora_output_dir` was trained; 0 when there is none.
 
     Raises:
         UserError: it is not ours, or was trained on something else: it is never overwritten.
     """
     path = config.lora_file
     if not path.exists():
-        return None
+        return 0
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -160,16 +165,15 @@ def find_resume_checkpoint(config: Config, fingerprint: dict[str, Any]) -> Path 
         UserError: checkpoints are there but none is complete or wanted, or they were trained on something else.
     """
     output_dir, wanted = Path(config.lora_output_dir), config.resume_from_checkpoint
-    found = checkpoint.checkpoints(output_dir)
     if not wanted:
-        if found or config.lora_file.exists():
+        if checkpoint.checkpoints(output_dir) or config.lora_file.exists():
             raise UserError(f"{output_dir} holds an earlier run, and resume_from_checkpoint is empty: {START_ANEW}")
         return None
     if wanted == "latest":
         folder, skipped = checkpoint.newest(output_dir)
         for reason in skipped:
             logger.warning("skipped %s", reason)
-        if found and folder is None:
+        if skipped and folder is None:
             raise UserError(f"no checkpoint in {output_dir} is complete ({'; '.join(skipped)}): {START_ANEW}")
     else:
         folder = Path(wanted)
@@ -193,22 +197,6 @@ def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], place: 
         )
 
 
-def make_job(
-    config: Config, pictures: Sequence[Picture], captions: dict[Path, str], fingerprint: dict[str, Any],
-    resume: Path | None, models: dict[str, Any], class_files: dict[Path, str],
-) -> Job:  # fmt: skip
-    to_draw = class_pictures.to_draw(config, class_files) if config.with_prior_preservation else {}
-    return Job(
-        captions={str(picture.path): captions[picture.path] for picture in pictures},
-        contents={str(picture.path): picture.sha256 for picture in pictures},
-        fingerprint=fingerprint,
-        resume=str(resume) if resume else None,
-        models=models,
-        class_pictures={str(path): digest for path, digest in class_files.items()},
-        class_to_draw={str(path): number for path, number in to_draw.items()},
-    )
-
-
 @contextmanager
 def _locked_output_dir(output_dir: Path) -> Iterator[int]:
     """The output folder, created if missing and locked for this run; if nothing was written into it, it is removed."""
@@ -227,15 +215,15 @@ def _locked_output_dir(output_dir: Path) -> Iterator[int]:
                 output_dir.rmdir()
 
 
-def _write_run_files(config: Config, annotations: data_utils.Annotations, finished: int | None) -> None:
+def _write_run_files(config: Config, annotations: data_utils.Annotations, finished: int) -> None:
     """Write annotations and resolved settings; a finished LoRA that is trained further is renamed."""
     output_dir = Path(config.lora_output_dir)
     with _disk_errors(output_dir):
         data_utils.write_annotations(annotations)
         files.write_atomically(output_dir / "config.yaml", dump_config(config).encode())
-        ending = f"step{finished}" if finished is not None else "earlier"  # or not of this program at all
-        kohya_files = [output_dir / f"{config.lora_name}{suffix}" for suffix in (".safetensors", ".json")]
-        for path in (config.lora_file, *kohya_files):
+        ending = f"step{finished}" if finished else "earlier"  # or not of this program at all
+        for name in (LORA_FILE, f"{config.lora_name}.safetensors", f"{config.lora_name}.json"):
+            path = output_dir / name
             if path.exists():
                 path.rename(files.free_name(output_dir, f"{path.stem}-{ending}", path.suffix))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -27,19 +27,10 @@ from lace_lora.config import LORA_FILE, Config
 from lace_lora.errors import UserError
 from lace_lora.process import Stopped, StopSignal
 from lace_lora.sdxl import lora_weights, models
-from lace_lora.training import batches, checkpoint, results
-from lace_lora.training.encode import Captions, encode
-from lace_lora.training.launch import Job, run_job
+from lace_lora.training import batches, checkpoint, launch, optimizer, results, samples
+from lace_lora.training.encode import encode
 from lace_lora.training.loss import training_loss
 from lace_lora.training.metrics import READ_EVERY, Metrics, PendingScalars
-from lace_lora.training.optimizer import (
-    make_optimizer,
-    optimizer_state,
-    rate_factor_at,
-    restore_optimizer,
-    update_weights,
-)
-from lace_lora.training.samples import Preview, draw_samples
 from lace_lora.training.train_step import TrainStep
 
 logger = logging.getLogger("train_lora")
@@ -50,7 +41,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
     threading.excepthook = _leave_disks_to_others
     models.prepare_process()
-    return run_job("Train a LoRA", lambda config, job, _folder, stop: train(config, job, stop))
+    return launch.run_job("Train a LoRA", lambda config, job, _folder, stop: train(config, job, stop))
 
 
 def _leave_disks_to_others(failure: threading.ExceptHookArgs) -> None:
@@ -64,28 +55,19 @@ class Run:
     """What the loop works with, on one process."""
 
     config: Config
-    job: Job
+    job: launch.Job
     data: batches.Encoded
-    networks: lora_weights.Networks  # the UNet, and both text encoders if they train
     lora: dict[str, torch.nn.Parameter]
     noise_scheduler: DDPMScheduler
     optimizer: torch.optim.Optimizer
     train_step: TrainStep
     accelerator: Accelerator
-    preview: Preview | None  # where sample grids are drawn
+    preview: samples.Preview | None  # where sample grids are drawn
     publisher: checkpoint.Publisher = field(default_factory=checkpoint.Publisher)
     stop_flag: PendingScalars | None = None  # of several processes: above 0 if any was to stop, as of the step before
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.lora_output_dir)
 
-    @property
-    def unet(self) -> UNet2DConditionModel:
-        return self.networks["unet"]
-
-
-def train(config: Config, job: Job, stop: StopSignal) -> str:
+def train(config: Config, job: launch.Job, stop: StopSignal) -> str:
     """The whole run on this process; returns the closing message.
 
     Raises:
@@ -104,15 +86,17 @@ def train(config: Config, job: Job, stop: StopSignal) -> str:
     )
     data, captions, preview = encode(config, job, accelerator, dtype, load_unet)
 
-    unet = load_unet()
+    unet, noise_scheduler = load_unet(), models.load_noise_scheduler(config)
     networks = {"unet": unet} | captions.encoders
     torch.manual_seed(seeds.stream_seed(config.seed, "lora"))
     lora = lora_weights.add_lora(networks, config)
-    noise_scheduler = models.load_noise_scheduler(config)
-    loss = partial(_loss, config, captions, unet, noise_scheduler)
+
+    def loss(batch: batches.Batch) -> Tensor:
+        return training_loss(unet, captions.read(batch), noise_scheduler, config.snr_gamma)
+
     train_step = TrainStep(config, networks, loss, device, dtype)
-    optimizer = make_optimizer(config, train_step.trainable_params(lora))
-    run = Run(config, job, data, networks, lora, noise_scheduler, optimizer, train_step, accelerator, preview)
+    lora_optimizer = optimizer.make_optimizer(config, train_step.trainable_params(lora))
+    run = Run(config, job, data, lora, noise_scheduler, lora_optimizer, train_step, accelerator, preview)
     first_step = restore(run, Path(job.resume)) if job.resume else 0
 
     stop.deferred = True
@@ -141,9 +125,8 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
         UserError: the loss is not finite (exit 5); the last checkpoint stays as it was.
     """
     config, is_main = run.config, run.accelerator.is_main_process
-    factor_at = rate_factor_at(config)
-    done = first_step
-    stopping = False
+    factor_at = optimizer.rate_factor_at(config)
+    done, stopping = first_step, False
     run.train_step.train()
     while done < config.max_train_steps and not stopping:
         factor = factor_at(done)
@@ -162,7 +145,7 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
             log.publish()
             save_checkpoint(run, done)
         if run.preview and done % config.validation_steps == 0 and not stopping:
-            draw_samples(config, done, run.train_step, run.unet, run.noise_scheduler, run.preview)
+            samples.draw_samples(config, done, run.train_step, run.noise_scheduler, run.preview)
     run.publisher.wait()
     return done
 
@@ -186,14 +169,8 @@ def update(run: Run, step: int, factor: float, stop_requested: bool) -> tuple[Te
         before = run.stop_flag
         loss, run.stop_flag = _average(run, loss, stop_requested)
         stop_requested = before is not None and before.read()[0] > 0
-    grad_norm = update_weights(run.optimizer, run.train_step.scaler, loss, factor, config.max_grad_norm)
+    grad_norm = optimizer.update_weights(run.optimizer, run.train_step.scaler, loss, factor, config.max_grad_norm)
     return loss, grad_norm, stop_requested
-
-
-def _loss(
-    config: Config, captions: Captions, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, batch: batches.Batch
-) -> Tensor:
-    return training_loss(unet, captions.read(batch), noise_scheduler, config.snr_gamma)
 
 
 def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, PendingScalars]:
@@ -213,41 +190,34 @@ def save_checkpoint(run: Run, step: int) -> None:
 
     Everything is copied before this returns; training goes on while the copy is written, hashed and read back.
     """
-    tensors, numbers = optimizer_state(run.optimizer, run.train_step.trainable_params(run.lora))
-    tensors = run.train_step.split_state(tensors) | {
-        f"lora.{name}": weight.detach() for name, weight in run.lora.items()
-    }
-    tensors = _copied(tensors)
-    lora = _copied(lora_weights.lora_state(run.networks, run.config.alpha / run.config.rank))
-    state = {
-        "step": step,
-        "learns": run.job.fingerprint,
-        "scaler": run.train_step.scaler.state_dict(),
-        "optimizer": numbers,
-    }
+    config, train_step = run.config, run.train_step
+    tensors, numbers = optimizer.optimizer_state(run.optimizer, train_step.trainable_params(run.lora))
+    tensors = train_step.split_state(tensors)
+    tensors |= {f"lora.{name}": weight.detach() for name, weight in run.lora.items()}
+    tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    lora = lora_weights.lora_state(train_step.networks, config.alpha / config.rank)  # copies, since it multiplies
+    scaler = train_step.scaler.state_dict()
+    state = {"step": step, "learns": run.job.fingerprint, "scaler": scaler, "optimizer": numbers}
 
     def write(folder: Path) -> None:
         lora_weights.save_lora(folder / LORA_FILE, lora, {"step": str(step)})
         (folder / "training_state.safetensors").write_bytes(save(tensors))
         (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
-    run.publisher.publish(run.folder, step, write, run.config.checkpoints_total_limit)
-
-
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    run.publisher.publish(Path(config.lora_output_dir), step, write, config.checkpoints_total_limit)
 
 
 def restore(run: Run, folder: Path) -> int:
     """Put a verified checkpoint back into LoRA, optimizer and loss scaler; returns its step."""
     state = json.loads((folder / "state.json").read_text())
     tensors = load_file(folder / "training_state.safetensors")
+    trained = run.train_step.trainable_params(run.lora)
     try:
         with torch.no_grad():
             for name, weight in run.lora.items():
                 weight.copy_(tensors.pop(f"lora.{name}"))
         tensors = run.train_step.merge_state(tensors)
-        restore_optimizer(run.optimizer, run.train_step.trainable_params(run.lora), tensors, state["optimizer"])
+        optimizer.restore_optimizer(run.optimizer, trained, tensors, state["optimizer"])
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this model: to start anew, set another lora_output_dir") from error
     if state["scaler"]:

@@ -171,7 +171,8 @@ def our_step(case: Case, model: Path, pictures: list[Path], drawn: Step) -> Step
     )
     texts = ([INSTANCE_PROMPT] * case.size + [CLASS_PROMPT] * case.size)[: len(pictures)]
     unique, caption = batches.unique_captions(texts)
-    prompt_embeds, pooled_prompt_embeds = batches.encode_captions(unique, encode)
+    embeddings = prompts.embed(unique, None, encode, zeros=True)
+    prompt_embeds, pooled_prompt_embeds = embeddings.prompt_embeds, embeddings.pooled_prompt_embeds
     data = batches.Encoded(encoded, caption, prompt_embeds, pooled_prompt_embeds, instances=case.size)
     ours = batches.step_batch(data, SEED, 0, case.size, 1000, prior_weight=case.prior_loss_weight or 1.0)
     values = {name: drawn[name][""] for name in DRAWN} | {

@@ -14,7 +14,7 @@ import pytest
 from helpers import ROOT
 from lace_lora import errors, process
 from lace_lora.errors import UserError
-from lace_lora.training.launch import accelerate_settings
+from lace_lora.training.launch import ACCELERATE_SETTINGS
 
 # Like accelerate's: any failure becomes 1, and its own end is not passed on.
 LAUNCHER = "import subprocess, sys; sys.exit(1 if subprocess.run([sys.executable, *sys.argv[1:]]).returncode else 0)"
@@ -263,7 +263,7 @@ def test_accelerates_launcher_is_the_training_process_if_that_is_a_single_one(
         "said += [str('LACE_LORA_LAUNCHER' in os.environ), str(os.getpgrp() == os.getpid())]\n"
         "sys.exit(process.report_outcome(lambda _: ' '.join(said), Path(sys.argv[1])))\n"
     )
-    (tmp_path / "accelerate.yaml").write_text(accelerate_settings())
+    (tmp_path / "accelerate.yaml").write_text(ACCELERATE_SETTINGS)
     command = [sys.executable, "-m", "lace_lora.process", "--config_file", str(tmp_path / "accelerate.yaml")]
     command += ["--num_cpu_threads_per_process", "3", "--quiet", str(script), str(tmp_path)]
     assert process.run(command, tmp_path) == f"__main__ {tmp_path} 3 no False True"

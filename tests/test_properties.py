@@ -146,10 +146,10 @@ def test_any_name_and_caption_comes_back_from_the_annotations(
     except (OSError, UnicodeEncodeError):
         assume(False)
     if any(letter in name for letter in "\t\n\r"):
-        refused(lambda: data_utils.create_annotations(folder, caption, images=[path]), "rename the file")
+        refused(lambda: data_utils.plan_annotations(folder, caption, [path], folder), "rename the file")
         assert names(folder) == {path.name}
         return
-    written = data_utils.create_annotations(folder, caption, images=[path])
+    written = data_utils.write_annotations(data_utils.plan_annotations(folder, caption, [path], folder))
     assert data_utils.read_annotations(written) == {path: " ".join(caption.split())}
 
 

@@ -24,9 +24,10 @@ from training_helpers import StopAt, make_run, train_here
 
 def test_only_the_lora_changes(settings: Make) -> None:
     run = make_run(settings())
-    before = {name: value.clone() for name, value in run.unet.state_dict().items()}
+    unet = run.train_step.networks["unet"]
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
     train_lora.update(run, 0, 1.0, False)
-    changed = {name for name, value in run.unet.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {name for name, value in unet.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert all("lora_" in name for name in changed)
 
@@ -57,7 +58,7 @@ def test_gradients_are_clipped(settings: Make) -> None:
 def test_gradient_checkpointing_changes_nothing(settings: Make) -> None:
     plain, saving = make_run(settings()), make_run(settings(gradient_checkpointing=True))
     for run in (plain, saving):
-        run.unet.train()
+        run.train_step.networks["unet"].train()
         train_lora.update(run, 0, 1.0, False)
     for name, weight in plain.lora.items():
         torch.testing.assert_close(weight, saving.lora[name])

@@ -19,6 +19,7 @@ from lace_lora.training import batches, class_pictures
 from lace_lora.training.encode import Captions, encode
 from lace_lora.training.latents import Latents
 from lace_lora.training.launch import Job
+from lace_lora.training.loss import training_loss
 from lace_lora.training.optimizer import make_optimizer
 from lace_lora.training.samples import Preview
 from lace_lora.training.train_step import TrainStep
@@ -50,19 +51,18 @@ def make_run(config: Config, data: batches.Encoded | None = None) -> train_lora.
     """The parts of a run on the CPU, with made-up encodings unless given."""
     unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
     torch.manual_seed(0)
-    networks = {"unet": unet}
-    lora = lora_weights.add_lora(networks, config)
+    lora = lora_weights.add_lora({"unet": unet}, config)
     if data is None:
         batch = random_batch(6)
         latents = Latents(list(batch.latents[:, None]), list(torch.zeros(6, 1, 4, 8, 8)), batch.time_ids)
         data = batches.Encoded(latents, torch.arange(6), batch.prompt_embeds, batch.pooled_prompt_embeds, 6)
     process: Any = SimpleNamespace(device=CPU, num_processes=1, process_index=0, is_main_process=True)
     noise_scheduler = noise_schedule()
-    loss = partial(train_lora._loss, config, Captions([], {}), unet, noise_scheduler)
-    train_step = TrainStep(config, networks, loss, CPU, torch.float32)
+    loss = partial(training_loss, unet, noise_scheduler=noise_scheduler, snr_gamma=config.snr_gamma)
+    train_step = TrainStep(config, {"unet": unet}, loss, CPU, torch.float32)
     optimizer = make_optimizer(config, train_step.trainable_params(lora))
     job = Job({}, {}, {}, None, {})
-    return train_lora.Run(config, job, data, networks, lora, noise_scheduler, optimizer, train_step, process, None)
+    return train_lora.Run(config, job, data, lora, noise_scheduler, optimizer, train_step, process, None)
 
 
 class StopAt:

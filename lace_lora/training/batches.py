@@ -4,7 +4,7 @@ All randomness of a step comes from a generator seeded by (seed, step) and is dr
 resumed run repeats the uninterrupted one without saved state, and processes share one draw without training alike.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -59,10 +59,8 @@ class Batch:
         """In micro-batches of `size` whose losses add up to the loss of the whole, which is a mean over pictures."""
         count = len(self.caption)
         rows = zip(*(value.split(size) for value in vars(self).values()), strict=True)
-        return [part.weighed(len(part.caption) / count) for part in (Batch(*values) for values in rows)]
-
-    def weighed(self, factor: float) -> "Batch":
-        return replace(self, weights=self.weights * factor)
+        parts = [Batch(*values) for values in rows]
+        return [replace(part, weights=part.weights * (len(part.caption) / count)) for part in parts]
 
     def share(self, rank: int, world: int) -> "Batch":
         """The `rank`-th of `world` equal parts, for a process of its own."""
@@ -81,14 +79,6 @@ def unique_captions(captions: Sequence[str]) -> tuple[list[str], Tensor]:
     """The U different ones of N captions, and for each of the N its index (N,) among them."""
     index = {caption: position for position, caption in enumerate(dict.fromkeys(captions))}
     return list(index), torch.tensor([index[caption] for caption in captions])
-
-
-def encode_captions(
-    unique: Sequence[str], encode: Callable[[list[str]], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """prompt_embeds (U, 77, c) and pooled_prompt_embeds (U, p), on the CPU; one caption at a time."""
-    encoded = [encode([caption]) for caption in unique]
-    return torch.cat([embeds.cpu() for embeds, _ in encoded]), torch.cat([pooled.cpu() for _, pooled in encoded])
 
 
 def step_batch(

@@ -24,11 +24,11 @@ MOST_BYTES = 4 * 2**30  # of all files together; beyond that the least recently 
 def cached(key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors that `make` returns, from the file of an earlier run if that had an equal key.
 
-    Args:
-        key: all that the tensors depend on, in types that JSON has.
+    The key is all that the tensors depend on, in types that JSON has.
     """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "lace-lora")
     name = json_digest(key, length=32)
-    for file in folder().glob(f"{name}-*.safetensors"):
+    for file in folder.glob(f"{name}-*.safetensors"):
         try:
             content = file.read_bytes()
         except OSError as error:
@@ -42,32 +42,23 @@ def cached(key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[s
     tensors = make()
     content = save(tensors)
     try:
-        folder().mkdir(mode=0o700, parents=True, exist_ok=True)
-        for damaged in folder().glob(f"{name}-*.safetensors"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for damaged in folder.glob(f"{name}-*.safetensors"):
             damaged.unlink(missing_ok=True)
-        write_atomically(folder() / _file_name(name, content), content)
-        _drop_oldest()
+        write_atomically(folder / _file_name(name, content), content)
+        total = 0
+        # All files: what a killed write left behind goes too, when it is the oldest.
+        for file in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
+            total += file.stat().st_size
+            if total > MOST_BYTES:
+                file.unlink(missing_ok=True)
     except OSError as error:
-        logger.warning("%s: nothing can be cached there for the next run (%s)", folder(), error.strerror)
+        logger.warning("%s: nothing can be cached there for the next run (%s)", folder, error.strerror)
     return tensors
 
 
 def _file_name(name: str, content: bytes) -> str:
     return f"{name}-{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
-
-
-def _drop_oldest() -> None:
-    """Leftovers of killed writes are deleted like all else, by their age."""
-    total = 0
-    for file in sorted(folder().iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
-        total += file.stat().st_size
-        if total > MOST_BYTES:
-            file.unlink(missing_ok=True)
-
-
-def folder() -> Path:
-    """As the XDG base directory specification says."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "lace-lora")
 
 
 def stamps(place: Path) -> list[Any]:

@@ -30,7 +30,8 @@ def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: in
     """
     folder = output_dir / f"checkpoint-{step}"
     temporary = output_dir / f".{folder.name}.{os.getpid()}.tmp"
-    local = _local_folder(output_dir)
+    # One for each output folder, so that the next write removes what a killed one left in it.
+    local = Path(tempfile.gettempdir(), f"lace-lora-{json_digest(str(output_dir.absolute()))}")
     for leftover in (temporary, local):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -45,11 +46,11 @@ def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: in
         manifest = temporary / MANIFEST
         manifest.write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
         _flush(manifest)
-        _flush_names(temporary)
+        _flush(temporary)
         if folder.exists():  # one of the same step: a rename cannot replace a full folder
             os.replace(folder, output_dir / f".{folder.name}.{os.getpid()}.old")
         os.replace(temporary, folder)
-        _flush_names(output_dir)
+        _flush(output_dir)
     finally:
         for unfinished in (temporary, local):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -67,7 +68,7 @@ def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: in
 
 
 class Publisher:
-    """Publishes in the background, one checkpoint at a time. An error is raised by the next `wait` or `poll`."""
+    """Publishes in the background, one checkpoint at a time. Its OSError is raised by the next `wait` or `poll`."""
 
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -79,10 +80,6 @@ class Publisher:
         self.pending = self.thread.submit(publish, output_dir, step, write, keep)
 
     def wait(self) -> None:
-        """
-        Raises:
-            OSError: see `publish`.
-        """
         if self.pending:
             ended, self.pending = self.pending, None
             ended.result()
@@ -93,26 +90,16 @@ class Publisher:
             self.wait()
 
 
-def _local_folder(output_dir: Path) -> Path:
-    """One for each output folder, so that the next write removes what a killed one left in it."""
-    return Path(tempfile.gettempdir(), f"lace-lora-{json_digest(str(output_dir.absolute()))}")
-
-
 def _flush(path: Path) -> None:
     """Make a file's bytes, or a folder's names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some Drives cannot do it with a folder
+        if path.is_file() or error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
-
-
-def _flush_names(folder: Path) -> None:
-    try:
-        _flush(folder)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # from Drives that cannot do it
-            raise
 
 
 def verify(folder: Path) -> str:
@@ -144,8 +131,7 @@ def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that is skipped, with the reason."""
     skipped: list[str] = []
     for path, _ in reversed(checkpoints(output_dir)):
-        reason = verify(path)
-        if not reason:
+        if not (reason := verify(path)):
             return path, skipped
         skipped.append(f"{path.name}: {reason}")
     return None, skipped

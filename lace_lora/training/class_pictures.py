@@ -4,6 +4,7 @@ Ruiz et al. 2022, "DreamBooth", section 3.3: pictures of the class are trained o
 drawing what it did.
 """
 
+import itertools
 import logging
 import re
 from collections.abc import Collection
@@ -25,18 +26,14 @@ def folder_of(config: Config) -> Path:
 
 
 def existing(config: Config) -> dict[Path, str]:
-    """The good class pictures, at most `num_class_images`; none that were drawn with other settings.
-
-    Returns:
-        The SHA-256 of each.
-    """
-    folder, digest = folder_of(config), _digest(config)
+    """The good class pictures, each with its SHA-256, `num_class_images` at most; none drawn with other settings."""
+    folder = folder_of(config)
     if config.class_data_dir and not folder.is_dir():
         raise UserError(f"class_data_dir: {folder} is not a folder: create it, or leave the key empty")
     if not folder.is_dir():
         return {}
     found = sorted(image_files.named_as_pictures(folder, IMAGE_EXTENSIONS), key=_is_drawn)  # the user's own first
-    usable = [path for path in found if not _is_drawn(path) or path.name.startswith(f"class_{digest}_")]
+    usable = [path for path in found if not _is_drawn(path) or path.name.startswith(_prefix(config))]
     pictures = image_files.check_pictures(usable, 1, image_files.formats_of(IMAGE_EXTENSIONS))
     for picture in pictures:
         if not picture.used:
@@ -51,14 +48,9 @@ def to_draw(config: Config, existing: Collection[Path]) -> dict[Path, int]:
     Called with the settings as the user wrote them: their digest is in the names, and the training process has paths in
     place of model names.
     """
-    missing: dict[Path, int] = {}
-    number = 0
-    while len(existing) + len(missing) < config.num_class_images:
-        path = folder_of(config) / f"class_{_digest(config)}_{number:04d}.png"
-        if path not in existing:
-            missing[path] = number
-        number += 1
-    return missing
+    numbered = ((folder_of(config) / f"{_prefix(config)}{number:04d}.png", number) for number in itertools.count())
+    missing = ((path, number) for path, number in numbered if path not in existing)
+    return dict(itertools.islice(missing, config.num_class_images - len(existing)))
 
 
 def fingerprint(config: Config, existing: dict[Path, str]) -> dict[str, Any]:
@@ -74,5 +66,6 @@ def _is_drawn(path: Path) -> bool:
     return bool(_DRAWN.fullmatch(path.name))
 
 
-def _digest(config: Config) -> str:
-    return json_digest(config.subset(CLASS_PICTURE), length=8)
+def _prefix(config: Config) -> str:
+    """How the names of drawn pictures begin."""
+    return f"class_{json_digest(config.subset(CLASS_PICTURE), length=8)}_"

@@ -21,7 +21,7 @@ _FLAG_OF = {"pretrained_vae": "pretrained_vae_model_name_or_path"}
 
 
 def check(config: Config) -> None:
-    """Warn of settings that the script has no flag for.
+    """Warn of changed settings that the script has no flag for.
 
     Raises:
         UserError: the file is not that script; a model in a single file, which it cannot read.
@@ -30,7 +30,8 @@ def check(config: Config) -> None:
     flags = flags_of(path)
     if Path(config.pretrained_model).is_file():
         raise UserError("train_script reads no model in a single file: name a hub model or a folder, or leave it empty")
-    if lost := without_flag(config, flags):
+    changed = [name for name, value in config.subset(SCRIPT).items() if value != getattr(Config, name)]
+    if lost := [name for name in changed if _FLAG_OF.get(name, name) not in flags]:
         logger.warning("%s has no flag for: %s; they have no effect", path.name, ", ".join(lost))
 
 
@@ -51,12 +52,6 @@ def flags_of(path: Path) -> dict[str, bool]:
     return flags
 
 
-def without_flag(config: Config, flags: dict[str, bool]) -> list[str]:
-    """Settings that differ from their defaults and that the script has no flag for."""
-    changed = [name for name, value in config.subset(SCRIPT).items() if value != getattr(Config, name)]
-    return [name for name in changed if _FLAG_OF.get(name, name) not in flags]
-
-
 def command_line(config: Config, flags: dict[str, bool], pictures: Path, folder: Path, precision: str) -> list[str]:
     """The script's arguments for these settings."""
     values: dict[str, Any] = {_FLAG_OF.get(name, name): value for name, value in config.subset(SCRIPT).items()}
@@ -73,14 +68,11 @@ def command_line(config: Config, flags: dict[str, bool], pictures: Path, folder:
     if config.with_prior_preservation:
         # With larger batches the script pairs pictures and prompts wrongly: it repeats [instance, class] over a row of
         # all instances and then all classes.
-        values |= {
+        names = ("with_prior_preservation", "class_prompt", "num_class_images", "prior_loss_weight")
+        values |= {name: getattr(config, name) for name in names} | {
             "train_batch_size": 1,
             "gradient_accumulation_steps": config.train_batch_size * config.gradient_accumulation_steps,
-            "with_prior_preservation": True,
             "class_data_dir": class_pictures.folder_of(config).absolute(),
-            "class_prompt": config.class_prompt,
-            "num_class_images": config.num_class_images,
-            "prior_loss_weight": config.prior_loss_weight,
         }
     arguments = []
     for name, value in values.items():

@@ -1,6 +1,6 @@
 """Before the first step: captions and pictures go through their encoders, once; missing class pictures are drawn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lace_lora.config import IMAGE_EXTENSIONS, Config
 from lace_lora.files import file_sha256
-from lace_lora.pictures import image_files
+from lace_lora.pictures.image_files import formats_of
 from lace_lora.sdxl import models, prompts
 from lace_lora.training import batches, latents
 from lace_lora.training.cache import stamps
@@ -40,17 +40,13 @@ def encode(
     config: Config, job: Job, accelerator: Accelerator, dtype: torch.dtype,
     load_unet: Callable[[], UNet2DConditionModel],
 ) -> tuple[batches.Encoded, Captions, Preview | None]:  # fmt: skip
-    """Everything that a step needs, encoded; the encoders are freed, except for those that train.
+    """Everything that a step needs, encoded, and what sample grids need, on the process that draws them if any.
 
-    Args:
-        load_unet: called only if class pictures are to be drawn.
-
-    Returns:
-        Also what sample grids need, on the process that draws them if there will be any.
+    The encoders are freed, except for those that train. `load_unet` is called only if class pictures are to be drawn.
     """
     device = accelerator.device
-    class_count = config.num_class_images if config.with_prior_preservation else 0
-    to_draw = {Path(path): number for path, number in job.class_to_draw.items()} if class_count else {}
+    to_draw = dict(list(job.class_to_draw.items())[accelerator.process_index :: accelerator.num_processes])
+    class_count = len(job.class_pictures) + len(job.class_to_draw)
     unique, caption = batches.unique_captions([*job.captions.values(), *[config.class_prompt] * class_count])
 
     tokenizers = prompts.load_tokenizers(config.pretrained_model)
@@ -59,7 +55,7 @@ def encode(
     encode_prompts = partial(prompts.encode_prompts, tokenizers=tokenizers, text_encoders=text_encoders)
     zeros = prompts.zeros_for_empty_prompt(config.pretrained_model, default=True)
     embed = partial(prompts.embed, negative=config.negative_prompt, encode=encode_prompts, zeros=zeros)
-    prompt_embeds, pooled = batches.encode_captions(unique, encode_prompts)
+    embeddings = embed(unique)
     class_embeddings = embed([config.class_prompt]) if to_draw else None
     embed_sample = partial(embed, [config.validation_prompt or config.instance_prompt])
     captions = Captions([], {})
@@ -73,20 +69,18 @@ def encode(
 
     load_vae = cache(partial(models.load_vae, config, device, dtype))
     encode_files = partial(_encode_files, config, load_vae, accelerator, dtype)
-    contents = {Path(path): job.contents[path] for path in job.captions}
-    encoded = encode_files(contents, image_files.formats_of(config.image_extensions))
+    encoded = encode_files(job.contents, config.image_extensions)
     if class_count:
-        own_share = list(to_draw)[accelerator.process_index :: accelerator.num_processes]
-        if own_share and class_embeddings:
-            numbers = {path: to_draw[path] for path in own_share}
+        if class_embeddings:
             noise_scheduler = models.load_noise_scheduler(config)
-            draw_class_pictures(config, numbers, load_unet(), load_vae(), noise_scheduler, class_embeddings)
+            draw_class_pictures(config, to_draw, load_unet(), load_vae(), noise_scheduler, class_embeddings)
         accelerator.wait_for_everyone()
-        contents = {Path(path): digest for path, digest in job.class_pictures.items()}
-        contents |= {path: file_sha256(path) for path in to_draw}
+        drawn = {path: file_sha256(Path(path)) for path in job.class_to_draw}
         # In the same order whether they existed or not: a resumed run finds all of them there.
-        encoded += encode_files(dict(sorted(contents.items())), image_files.formats_of(IMAGE_EXTENSIONS))
-    data = batches.Encoded(encoded, caption, prompt_embeds, pooled, instances=len(job.captions))
+        encoded += encode_files(dict(sorted((job.class_pictures | drawn).items())), IMAGE_EXTENSIONS)
+    data = batches.Encoded(
+        encoded, caption, embeddings.prompt_embeds, embeddings.pooled_prompt_embeds, instances=len(job.captions)
+    )
     preview = None
     if config.validation_steps and accelerator.is_main_process:
         preview = Preview(embed_sample, load_vae().to("cpu"))
@@ -97,12 +91,13 @@ def encode(
 
 def _encode_files(
     config: Config, load_vae: Callable[[], AutoencoderKL], accelerator: Accelerator, dtype: torch.dtype,
-    contents: dict[Path, str], formats: tuple[str, ...],
+    contents: dict[str, str], extensions: Sequence[str],
 ) -> latents.Latents:  # fmt: skip
     """Picture files, each with its SHA-256, to latents; several processes encode them once."""
     shapes = latents.shapes(config.resolution, config.aspect_ratio_buckets)
     source, subfolder = models.vae_place(config)
     place = Path(source) if Path(source).is_file() else Path(source, subfolder)
     depends_on = [stamps(place), config.variant, str(dtype), accelerator.device.type]
+    by_path, formats = {Path(path): digest for path, digest in contents.items()}, formats_of(extensions)
     with accelerator.local_main_process_first():  # the others find its cache
-        return latents.encode_pictures(load_vae, contents, shapes, config.random_flip, formats, depends_on)
+        return latents.encode_pictures(load_vae, by_path, shapes, config.random_flip, formats, depends_on)

@@ -6,9 +6,10 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,6 @@ from lace_lora.training import cache
 
 Shape = tuple[int, int]  # height and width in pixels
 
-# Longer sides by the shorter one, for SDXL at 1024 pixels. Podell et al. 2023, "SDXL", appendix I, and 1344x704, which
-# stands there upright only.
-_BUCKETS = {
-    512: (2048, 1984, 1920, 1856),
-    576: (1792, 1728, 1664),
-    640: (1600, 1536),
-    704: (1472, 1408, 1344),
-    768: (1344, 1280),
-    832: (1216, 1152),
-    896: (1152, 1088),
-    960: (1088, 1024),
-    1024: (1024,),
-}
 _VERSION = 1  # of the cached latents: count up when pictures are encoded in another way
 
 
@@ -54,10 +42,15 @@ class Latents:
 
 
 def shapes(resolution: int, buckets: bool) -> list[Shape]:
-    """What pictures are cropped to: a square, or SDXL's bucket list scaled to `resolution`, in whole 32 pixels."""
+    """What pictures are cropped to: a square, or SDXL's bucket list scaled to `resolution`, in whole 32 pixels.
+
+    Podell et al. 2023, "SDXL", appendix I: sides of whole 64 pixels that make 0.9 to 1 times 1024²; 1344x704 stands
+    there upright only.
+    """
     if not buckets:
         return [(resolution, resolution)]
-    pairs = [(short, long) for short, longs in _BUCKETS.items() for long in longs]
+    sides = range(512, 2049, 64)
+    pairs = [(short, long) for short in sides for long in reversed(sides) if 0.9 <= short * long / 1024**2 <= 1]
     scaled = [tuple(max(32, round(side * resolution / 1024 / 32) * 32) for side in pair) for pair in pairs]
     return list(dict.fromkeys(shape for short, long in scaled for shape in ((short, long), (long, short))))
 
@@ -86,18 +79,15 @@ def encode_pictures(
     """
 
     def make() -> dict[str, Tensor]:
-        means, stds, time_ids = [], [], []
+        tensors: dict[str, Tensor] = {}
+        time_ids = []
         vae = load_vae()
         read = partial(_read, contents=contents, allowed=allowed, mirrored=mirrored, formats=formats)
         decoded = tqdm(_ahead(read, contents), desc="encoding pictures", unit="picture", total=len(contents))
-        for path, (pixels, ids) in zip(contents, decoded, strict=True):
-            mean, std = encode_pixels(vae, pixels, path)
-            means.append(mean)
-            stds.append(std)
+        for number, (path, (pixels, ids)) in enumerate(zip(contents, decoded, strict=True)):
+            tensors[f"mean.{number}"], tensors[f"std.{number}"] = encode_pixels(vae, pixels, path)
             time_ids.append(ids)
-        numbered = {f"{name}.{number}": value for name, values in (("mean", means), ("std", stds))
-                    for number, value in enumerate(values)}  # fmt: skip
-        return numbered | {"time_ids": torch.tensor(time_ids, dtype=torch.float32)}
+        return tensors | {"time_ids": torch.tensor(time_ids, dtype=torch.float32)}
 
     key = {"version": _VERSION, "pictures": list(contents.values()), "shapes": allowed, "mirrored": mirrored,
            "depends_on": depends_on}  # fmt: skip
@@ -131,11 +121,9 @@ def _ahead(function: Callable[[Path], Any], items: Iterable[Path]) -> Iterator[A
     in processes of their own before, without crashing one.
     """
     most = min(8, os.cpu_count() or 1)
-    waiting: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(most) as pool:
-        for item in items:
-            if len(waiting) == most:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(function, item))
+        results = (pool.submit(function, item) for item in items)
+        waiting = deque(islice(results, most))
         while waiting:
             yield waiting.popleft().result()
+            waiting.extend(islice(results, 1))

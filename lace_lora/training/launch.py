@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,16 @@ from lace_lora.errors import UserError, first_line
 from lace_lora.files import hold_shared_lock
 from lace_lora.process import StopSignal, report_outcome
 
-_ROOT = Path(__file__).resolve().parents[2]
-# What accelerate runs: ours, or what runs the user's `train_script`.
-_TRAINING_SCRIPT = [str(_ROOT / "train_lora.py")]
-_SCRIPT_RUNNER = ["--module", "lace_lora.training.run_diffusers_script"]
+# accelerate's file for one process on any device; train_lora.py chooses the precision itself.
+ACCELERATE_SETTINGS = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: "NO"
+mixed_precision: "no"
+num_machines: 1
+num_processes: 1
+machine_rank: 0
+use_cpu: false
+"""
 
 
 @dataclass(frozen=True)
@@ -32,23 +38,13 @@ class Job:
     resume: str | None  # the checkpoint to resume from
     models: dict[str, Any]  # settings that name models, as paths
     class_pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that exist
-    class_to_draw: dict[str, int] = field(
-        default_factory=dict
-    )  # files to draw, each with the number that gives its seed
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
-
-    @classmethod
-    def load(cls, path: Path) -> "Job":
-        return cls(**json.loads(path.read_text()))
+    class_to_draw: dict[str, int] = field(default_factory=dict)  # each with the number that gives its seed
 
 
 def run_job(description: str, run: Callable[[Config, Job, Path, StopSignal], str]) -> int:
     """The main function of a script that accelerate runs; returns its exit code.
 
-    Args:
-        run: gets the settings, with models as paths, the job and the folder that it is in; returns the closing line.
+    `run` gets the settings, with models as paths, the job and the folder that it is in, and returns the closing line.
     """
     parser = argparse.ArgumentParser(description=f"{description}; launched by `main.py --mode train`.")
     parser.add_argument("--config", required=True, type=Path, help="resolved settings")
@@ -56,7 +52,7 @@ def run_job(description: str, run: Callable[[Config, Job, Path, StopSignal], str
     arguments = parser.parse_args()
 
     def work(stop: StopSignal) -> str:
-        job = Job.load(arguments.job)
+        job = Job(**json.loads(arguments.job.read_text()))
         config = replace(load_config(arguments.config), **job.models)
         hold_shared_lock(Path(config.lora_output_dir))
         return run(config, job, arguments.job.parent, stop)
@@ -66,54 +62,33 @@ def run_job(description: str, run: Callable[[Config, Job, Path, StopSignal], str
 
 def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list[str]:
     """The whole launch. accelerate gets a file, the user's or ours: one cached on the machine would override flags."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if not threads.isdecimal() or not int(threads):  # each process gets its share of the CPUs
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        settings = yaml.safe_load(Path(config.accelerate_config).read_text()) if config.accelerate_config else {}
+        threads = str(max(1, cpus // _processes_here(settings)))
+    ours = [str(Path(__file__).resolve().parents[2] / "train_lora.py")]
     return [
         sys.executable, "-m", "lace_lora.process",
         "--config_file", config.accelerate_config or str(accelerate_file),
-        "--num_cpu_threads_per_process", str(_threads(config.accelerate_config)),  # accelerate's default is 1
+        "--num_cpu_threads_per_process", threads,  # accelerate's default is 1
         "--quiet",  # no traceback of the launcher's: the outcome file says why a training failed
-        *(_SCRIPT_RUNNER if config.train_script else _TRAINING_SCRIPT),
+        *(["--module", "lace_lora.training.run_diffusers_script"] if config.train_script else ours),
         "--config", str(Path(config.lora_output_dir) / "config.yaml"),
         "--job", str(job_file),
     ]  # fmt: skip
 
 
-def _threads(accelerate_config: str | None) -> int:
-    """What OMP_NUM_THREADS asks for, or each process's share of the CPUs."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdecimal() and int(wanted):
-        return int(wanted)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cpus // _processes_here(accelerate_config))
-
-
-def _processes_here(accelerate_config: str | None) -> int:
-    settings = yaml.safe_load(Path(accelerate_config).read_text()) if accelerate_config else {}
+def _processes_here(settings: dict[str, Any]) -> int:
     return max(1, int(settings.get("num_processes") or 1) // int(settings.get("num_machines") or 1))
 
 
-def accelerate_settings() -> str:
-    """accelerate's file for one process on any device; train_lora.py chooses the precision itself."""
-    settings = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "NO",
-        "mixed_precision": "no",
-        "num_machines": 1,
-        "num_processes": 1,
-        "machine_rank": 0,
-        "use_cpu": False,
-    }
-    return yaml.safe_dump(settings)
-
-
 def check_accelerate_config(path: Path) -> None:
-    """
-    Raises:
-        UserError: the file is missing, or asks for DeepSpeed or FSDP.
-    """
+    """Raises UserError: the file is missing, or asks for DeepSpeed or FSDP."""
     try:
         settings = yaml.safe_load(path.read_text())
         kind = str(settings.get("distributed_type", "NO")).upper()
-        _processes_here(str(path))
+        _processes_here(settings)
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"accelerate_config: {path} is not an accelerate file ({first_line(error)})") from error
     if kind in ("DEEPSPEED", "FSDP") or settings.get("deepspeed_config") or settings.get("fsdp_config"):

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 import logging
 import math
 import time
@@ -18,9 +17,9 @@ from lace_lora.errors import LOSS_NOT_FINITE, UserError
 from lace_lora.files import write_atomically
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
-# So many updates in a row that are skipped, because the loss or the gradient norm is not finite, end the training. fp16
-# starts with a few overflows of the gradients, until the loss scale fits.
-SKIPPED_FOR_LOSS, SKIPPED_FOR_NORM = 5, 25
+# So many updates in a row that are skipped, because one of these is not finite, end the training. fp16 starts with a
+# few overflows of the gradients, until the loss scale fits.
+MOST_SKIPPED = {"loss": 5, "grad_norm": 25}
 READ_EVERY = 10  # steps between readings of the loss: each costs the CPU a little
 
 logger = logging.getLogger("train_lora")
@@ -55,7 +54,12 @@ class Metrics:
         self.pending: list[tuple[int, float, PendingScalars]] = []
         self.started = time.monotonic()
         self.bar = tqdm(total=config.max_train_steps, initial=first_step, desc="training", unit="step", disable=quiet)
-        self.writer = _tensorboard(self.folder / "logs", first_step) if config.report_to == "tensorboard" else None
+        self.writer: Any = None
+        if config.report_to == "tensorboard":
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            # purge_step: the curves of a resumed run have no second branch.
+            self.writer = SummaryWriter(str(self.folder / "logs"), purge_step=first_step or None)
 
     def record(self, step: int, loss: Tensor, learning_rate: float, grad_norm: Tensor) -> None:
         """Note one step, counted from 1; loss and norm may still be pending."""
@@ -82,19 +86,18 @@ class Metrics:
         Raises:
             UserError: too many in a row are not (exit 5).
         """
-        losses, norms = (self._longest_not_finite(column) for column in ("loss", "grad_norm"))
-        if losses < SKIPPED_FOR_LOSS and norms < SKIPPED_FOR_NORM:
-            return ending or math.isfinite(self.rows[-1]["loss"])
-        raise UserError(
-            f"the loss is not a finite number at step {self.rows[-1]['step']}, nor shortly before; those updates were "
-            f"skipped: lower learning_rate ({self.learning_rate:g}), or, if it was fp16, use mixed_precision: bf16 or "
-            "no; the same command then goes on from the last checkpoint",
-            LOSS_NOT_FINITE,
-        )
-
-    def _longest_not_finite(self, column: str) -> int:
-        finite = itertools.groupby(self.rows, key=lambda row: math.isfinite(row[column]))
-        return max((len(list(rows)) for good, rows in finite if not good), default=0)
+        for column, most in MOST_SKIPPED.items():
+            skipped = 0  # in a row
+            for row in self.rows:
+                skipped = 0 if math.isfinite(row[column]) else skipped + 1
+                if skipped == most:
+                    raise UserError(
+                        f"the loss is not a finite number at step {self.rows[-1]['step']}, nor shortly before; those "
+                        f"updates were skipped: lower learning_rate ({self.learning_rate:g}), or, if it was fp16, use "
+                        "mixed_precision: bf16 or no; the same command then goes on from the last checkpoint",
+                        LOSS_NOT_FINITE,
+                    )
+        return ending or math.isfinite(self.rows[-1]["loss"])
 
     def publish(self) -> None:
         """Write metrics.csv and loss.png as they stand."""
@@ -111,13 +114,6 @@ class Metrics:
         self.bar.close()
         if self.writer:
             self.writer.close()
-
-
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-    # purge_step: the curves of a resumed run have no second branch.
-    return SummaryWriter(str(folder), purge_step=first_step or None)
 
 
 def _read_rows(path: Path, before: int) -> list[dict[str, float]]:

@@ -1,5 +1,6 @@
 """The LoRA's update: the optimizer, its schedule, skipping updates that are not finite, and its state as tensors."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -99,14 +100,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> t
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, Tensor], shared: dict[str, Any]
 ) -> None:
-    """Put back what `optimizer_state` gave; learning rates and the like come from the settings of this run."""
+    """Put back what `optimizer_state` gave; learning rates and the like come from the settings of this run.
+
+    Raises KeyError where the state is of other weights.
+    """
     index_of = {name: index for index, name in enumerate(names)}
-    own: dict[int, dict[str, Tensor]] = {index: {} for index in index_of.values()}
+    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
         what, _, name = key.partition(".")
-        if name in index_of:
-            own[index_of[name]][what] = value.flatten() if what in _FLAT_STATE and value.dim() else value
+        state[index_of[name]][what] = value.flatten() if what in _FLAT_STATE and value.dim() else value
     groups = [group | shared for group in optimizer.state_dict()["param_groups"]]
-    optimizer.load_state_dict(
-        {"state": {index: state for index, state in own.items() if state}, "param_groups": groups}
-    )
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

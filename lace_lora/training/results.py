@@ -56,7 +56,8 @@ def kohya_metadata(config: Config, alpha: float, steps: int, job: Job, predictio
     tags = Counter(tag for caption in captions for part in caption.split(",") if (tag := part.strip().lower()))
     model = str(job.fingerprint.get("pretrained_model", config.pretrained_model))
     buckets = {"0": {"resolution": [side, side], "count": len(captions)}}
-    return {
+    alike = ("max_train_steps", "learning_rate", "lr_scheduler", "optimizer", "seed", "gradient_accumulation_steps")
+    return {f"ss_{setting}": str(getattr(config, setting)) for setting in alike} | {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
@@ -75,14 +76,8 @@ def kohya_metadata(config: Config, alpha: float, steps: int, job: Job, predictio
         "ss_output_name": name,
         "ss_training_started_at": str(time.time()),
         "ss_steps": str(steps),
-        "ss_max_train_steps": str(config.max_train_steps),
-        "ss_learning_rate": str(config.learning_rate),
-        "ss_lr_scheduler": config.lr_scheduler,
-        "ss_optimizer": config.optimizer,
-        "ss_seed": str(config.seed),
         "ss_num_train_images": str(len(captions)),
         "ss_batch_size_per_device": str(config.train_batch_size),
-        "ss_gradient_accumulation_steps": str(config.gradient_accumulation_steps),
         "ss_bucket_info": json.dumps({"buckets": buckets, "mean_img_ar_error": 0.0}),
         "ss_dataset_dirs": json.dumps({f"1_{name}": {"n_repeats": 1, "img_count": len(captions)}}),
         "ss_tag_frequency": json.dumps({f"1_{name}": tags}, ensure_ascii=False),

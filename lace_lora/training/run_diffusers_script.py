@@ -14,16 +14,13 @@ import traceback
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lace_lora.config import LORA_FILE, Config
 from lace_lora.errors import UserError, explain, first_line
 from lace_lora.files import write_atomically
 from lace_lora.process import ADVICE, Stopped
 from lace_lora.sdxl import lora_weights, models
-from lace_lora.training import results
-from lace_lora.training.diffusers_script import command_line, flags_of
-from lace_lora.training.launch import Job, run_job
+from lace_lora.training import diffusers_script, launch, results
 
 logger = logging.getLogger("train_lora")
 
@@ -34,16 +31,25 @@ _PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # accele
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     models.prepare_process()
-    return run_job("Run a training script", lambda config, job, folder, _stop: run(config, job, folder / "pictures"))
+    return launch.run_job(
+        "Run a training script", lambda config, job, folder, _stop: run(config, job, folder / "pictures")
+    )
 
 
-def run(config: Config, job: Job, pictures: Path) -> str:
-    """Run the script in this process, with links to the used pictures in `pictures`; returns the closing line."""
+def run(config: Config, job: launch.Job, pictures: Path) -> str:
+    """Run the script in this process, with links to the used pictures in `pictures`; returns the closing line.
+
+    Raises:
+        UserError: the script failed, or its checkpoints were trained on something else.
+    """
     script = Path(str(config.train_script)).absolute()
     folder = Path(config.lora_output_dir, SCRIPT_FOLDER).absolute()
     folder.mkdir(exist_ok=True)
     pictures.mkdir(exist_ok=True)
-    _check_fingerprint(folder / "learns.json", job.fingerprint)
+    noted = folder / "learns.json"  # what the script's checkpoints are trained on, since they do not say it
+    if noted.exists() and json.loads(noted.read_text()) != job.fingerprint:
+        raise UserError(f"{folder} was trained on something else: to start anew, set lora_output_dir to a new folder")
+    write_atomically(noted, json.dumps(job.fingerprint).encode())
     for number, path in enumerate(job.captions):
         with suppress(FileExistsError):  # by another process of this run
             (pictures / f"{number:05d}{Path(path).suffix}").symlink_to(Path(path).absolute())
@@ -51,7 +57,8 @@ def run(config: Config, job: Job, pictures: Path) -> str:
         logger.warning("%s trains every picture with instance_prompt: captions have no effect", script.name)
     dtype = models.pick_dtype(config.mixed_precision, models.pick_device())
     precision = _PRECISIONS[str(dtype).removeprefix("torch.")]
-    _run_as_main(script, command_line(config, flags_of(script), pictures, folder, precision))
+    flags = diffusers_script.flags_of(script)
+    _run_as_main(script, diffusers_script.command_line(config, flags, pictures, folder, precision))
     if os.environ.get("RANK", "0") != "0":
         return ""
     state = lora_weights.read_state(folder / LORA_FILE)
@@ -60,19 +67,6 @@ def run(config: Config, job: Job, pictures: Path) -> str:
     # The script's alpha is its rank.
     place = results.save_results(config, state, config.rank, config.max_train_steps, job, layers, kind.prediction_type)
     return f"trained {config.max_train_steps} steps with {script.name}; the LoRA is {place}"
-
-
-def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
-    """Note what the script's checkpoints are trained on in a file beside them, since they do not.
-
-    Raises:
-        UserError: the ones that exist were trained on something else.
-    """
-    if path.exists() and json.loads(path.read_text()) != fingerprint:
-        raise UserError(
-            f"{path.parent} was trained on something else: to start anew, set lora_output_dir to a new folder"
-        )
-    write_atomically(path, json.dumps(fingerprint).encode())
 
 
 def _run_as_main(script: Path, arguments: list[str]) -> None:

@@ -2,15 +2,14 @@
 
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lace_lora import seeds
@@ -35,32 +34,35 @@ class Preview:
 
 
 def draw_class_pictures(
-    config: Config, numbers: Mapping[Path, int], unet: UNet2DConditionModel, vae: AutoencoderKL,
+    config: Config, numbers: Mapping[str, int], unet: UNet2DConditionModel, vae: AutoencoderKL,
     noise_scheduler: DDPMScheduler, embeddings: Embeddings,
 ) -> None:  # fmt: skip
     """Draw files for prior preservation, each with the seed that its number stands for."""
-    picture_seeds = [seeds.stream_seed(config.seed, "class", number) for number in numbers.values()]
-    pictures = _draw(config, unet, vae, noise_scheduler, embeddings, picture_seeds, at_once=1)
-    drawn = tqdm(pictures, desc="drawing the class", unit="picture", total=len(numbers))
-    for path, picture in zip(numbers, drawn, strict=True):
+    for name, number in tqdm(numbers.items(), desc="drawing the class", unit="picture"):
+        seed = seeds.stream_seed(config.seed, "class", number)
+        [picture] = decode_latents(vae, _latents(config, unet, noise_scheduler, embeddings, [seed]))
         content = io.BytesIO()
         picture.save(content, format="PNG")
+        path = Path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content.getvalue())  # one by one, so that a stop costs one
 
 
 def draw_samples(
-    config: Config, step: int, train_step: TrainStep, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler,
-    preview: Preview,
-) -> None:  # fmt: skip
+    config: Config, step: int, train_step: TrainStep, noise_scheduler: DDPMScheduler, preview: Preview
+) -> None:
     """Draw a grid at training size into `samples/step-<step>.png`; where that is impossible, log why and go on."""
     square = replace(config, width=config.resolution, height=config.resolution)
     sample_seeds = [config.seed + index for index in range(config.num_validation_images)]
 
     def draw(at_once: int) -> list[Image.Image]:
-        vae = preview.vae.to(unet.device)
-        return list(_draw(square, unet, vae, noise_scheduler, preview.embed(), sample_seeds, at_once,
-                          train_step.autocast))  # fmt: skip
+        vae, embeddings, pictures = preview.vae.to(train_step.device), preview.embed(), []
+        for start in range(0, len(sample_seeds), at_once):
+            batch = sample_seeds[start : start + at_once]
+            with train_step.autocast():
+                latents = _latents(square, train_step.networks["unet"], noise_scheduler, embeddings, batch)
+            pictures += decode_latents(vae, latents)
+        return pictures
 
     train_step.train(False)
     try:
@@ -93,21 +95,11 @@ def _within_memory(draw: Callable[[int], list[Image.Image]], train_step: TrainSt
     return draw(1)
 
 
-def _draw(
-    config: Config, unet: UNet2DConditionModel, vae: AutoencoderKL, noise_scheduler: DDPMScheduler,
-    embeddings: Embeddings, picture_seeds: Sequence[int], at_once: int,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Iterator[Image.Image]:  # fmt: skip
-    """A picture for each seed by the base model, all from the embeddings' first row, `at_once` of them in a batch.
-
-    Raises:
-        UserError: a picture is not of finite numbers (exit 5).
-    """
-    config = replace(config, refine=False)
-    embeddings = embeddings.to(unet.device, unet.dtype)
+@torch.no_grad()
+def _latents(
+    config: Config, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, embeddings: Embeddings, batch: list[int]
+) -> Tensor:
+    """The base model's latents for a batch of seeds, all from the embeddings' first row."""
     scheduler = sampling.make_scheduler(config.scheduler, noise_scheduler.config)
-    for start in range(0, len(picture_seeds), at_once):
-        batch = picture_seeds[start : start + at_once]
-        with torch.no_grad(), autocast():
-            latents = sampling.base_latents(unet, scheduler, embeddings.rows([0] * len(batch)), batch, config)
-        yield from decode_latents(vae, latents)
+    rows = embeddings.to(unet.device, unet.dtype).rows([0] * len(batch))
+    return sampling.base_latents(unet, scheduler, rows, batch, config)

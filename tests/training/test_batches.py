@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lace_lora.sdxl import prompts
 from lace_lora.training import batches
 from lace_lora.training.latents import Latents
 
@@ -85,12 +86,13 @@ def test_timesteps_cover_the_whole_schedule() -> None:
 def test_equal_captions_are_encoded_once() -> None:
     asked: list[str] = []
 
-    def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        asked.extend(prompts)
+    def encode(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.extend(texts)
         return torch.full((1, 77, 2), float(len(asked))), torch.full((1, 3), float(len(asked)))
 
     unique, index = batches.unique_captions(["a", "b", "a"])
-    embeds, pooled = batches.encode_captions(unique, encode)
+    embedded = prompts.embed(unique, None, encode, zeros=True)
+    embeds, pooled = embedded.prompt_embeds, embedded.pooled_prompt_embeds
     assert asked == ["a", "b"]
     assert index.tolist() == [0, 1, 0]
     assert embeds[index][:, 0, 0].tolist() == pooled[index][:, 0].tolist() == [1.0, 2.0, 1.0]

@@ -29,7 +29,7 @@ def test_cached_latents_give_the_loss_of_encoding_in_the_step(settings: Make, ph
     data, _, _ = encode_here(config, job_of(captions))
     run = make_run(config, data)
     batch = batches.step_batch(data, config.seed, 3, 2, 1000)
-    cached = training_loss(run.unet, batch, run.noise_scheduler, None)
+    cached = training_loss(run.train_step.networks["unet"], batch, run.noise_scheduler, None)
 
     # The same two pictures, found by their time ids and captions, encoded here and now.
     chosen = [int((data.prompt_embeds == embeds).flatten(1).all(1).nonzero()[0]) for embeds in batch.prompt_embeds]
@@ -41,7 +41,7 @@ def test_cached_latents_give_the_loss_of_encoding_in_the_step(settings: Make, ph
     torch.randint(1, (2,), generator=stream)  # the draw of mirrored versions comes first
     sampled = (posterior.mean + posterior.std * torch.randn(2, 4, 8, 8, generator=stream)) * vae.config.scaling_factor
     uncached = replace(batch, latents=sampled, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
-    direct = training_loss(run.unet, uncached, run.noise_scheduler, None)
+    direct = training_loss(run.train_step.networks["unet"], uncached, run.noise_scheduler, None)
     torch.testing.assert_close(cached, direct, rtol=1e-4, atol=1e-5)
 
 
@@ -57,7 +57,7 @@ def test_text_encoders_learn_what_the_whole_gradient_says(settings: Make, photos
         weight.data = torch.randn(weight.shape) * 0.1
     assert {name.partition(".")[0] for name in lora} == {"text_encoder", "text_encoder_2"}
     batch = batches.step_batch(data, config.seed, 0, 4, 1000)
-    training_loss(run.unet, read.read(batch), run.noise_scheduler, None).backward()
+    training_loss(run.train_step.networks["unet"], read.read(batch), run.noise_scheduler, None).backward()
     got = {name: weight.grad.clone() for name, weight in lora.items() if weight.grad is not None}
 
     for weight in lora.values():
@@ -70,7 +70,7 @@ def test_text_encoders_learn_what_the_whole_gradient_says(settings: Make, photos
     )
     embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
     direct = replace(batch, prompt_embeds=embeds, pooled_prompt_embeds=second.text_embeds)
-    training_loss(run.unet, direct, run.noise_scheduler, None).backward()
+    training_loss(run.train_step.networks["unet"], direct, run.noise_scheduler, None).backward()
     # SDXL reads the layer before the last of the first encoder: nothing comes back to that one.
     settings_of_first: Any = read.encoders["text_encoder"].config
     last = f"text_encoder.encoder.layers.{settings_of_first.num_hidden_layers - 1}."

@@ -30,7 +30,7 @@ def draw(config: Config, step: int) -> train_lora.Run:
     run = make_run(config)
     preview = Preview(made_up_embeddings, models.load_vae(config, CPU, torch.float32))
     Path(config.lora_output_dir).mkdir(exist_ok=True)
-    draw_samples(config, step, run.train_step, run.unet, run.noise_scheduler, preview)
+    draw_samples(config, step, run.train_step, run.noise_scheduler, preview)
     return run
 
 
@@ -49,7 +49,7 @@ def test_without_memory_they_are_drawn_one_by_one_or_not_at_all(
 
     monkeypatch.setattr(sampling, "base_latents", scarce)
     run = draw(config, 2)
-    assert run.unet.training
+    assert run.train_step.networks["unet"].training
     grids = [tmp_path / name / "samples" / "step-000002.png" for name in ("plenty", "lora")]
     if most:
         plenty, few = (torch.from_numpy(np.array(Image.open(grid))).int() for grid in grids)

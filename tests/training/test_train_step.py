@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-import train_lora
 from helpers import Make
 from lace_lora.config import Config
 from lace_lora.sdxl import lora_weights, models
 from lace_lora.training import batches
-from lace_lora.training.encode import Captions
+from lace_lora.training.loss import training_loss
 from lace_lora.training.train_step import TrainStep, why_plain
 from training_helpers import CPU, noise_schedule, random_batch
 
@@ -25,7 +24,7 @@ def make_train_step(config: Config, device: torch.device = CPU, plain: bool = Fa
     lora = lora_weights.add_lora({"unet": unet}, config)
     for weight in lora.values():
         weight.data += 0.05 * torch.randn(weight.shape).to(device)
-    loss = partial(train_lora._loss, config, Captions([], {}), unet, noise_schedule())
+    loss = partial(training_loss, unet, noise_scheduler=noise_schedule(), snr_gamma=config.snr_gamma)
     with pytest.MonkeyPatch.context() as patch:
         if plain:
             patch.setattr("lace_lora.training.train_step.why_plain", lambda *_: "the test asks for it")
