@@ -31,9 +31,6 @@ class Design:
     prompt: str
     seed: int
 
-    def file_name(self, image_format: str, refined: bool) -> str:
-        return f"{'refined' if refined else 'base'}_output_{self.index:03d}.{image_format}"
-
 
 @dataclass(frozen=True)
 class Recipe:

@@ -22,18 +22,6 @@ RECIPE = {"seed": 7, "negative_prompt": "blur <b>", "prompts": [PROMPT, "edge"],
 DESIGN = Design(3, PROMPT, 10)
 
 
-@pytest.mark.parametrize(
-    ("index", "image_format", "refined", "name"),
-    [
-        (0, "png", True, "refined_output_000.png"),
-        (23, "jpg", True, "refined_output_023.jpg"),
-        (1234, "png", False, "base_output_1234.png"),
-    ],
-)
-def test_file_names(index: int, image_format: str, refined: bool, name: str) -> None:
-    assert Design(index, "lace", 1).file_name(image_format, refined) == name
-
-
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 2, 1), (2, 2, 1), (4, 3, 2), (24, 6, 4), (25, 7, 4)])
 def test_a_contact_sheet_shows_every_picture_once_in_order(count: int, columns: int, rows: int) -> None:
     side, gap = 30, 4
