@@ -90,13 +90,13 @@ def _draw_in_phases(
     ensemble = sampling.is_ensemble(config)
     numbers = [f"{batch[0].index:03d}.safetensors" for batch in batches]
     base_files, refined_files = ([latents_folder / f"{kind}_{n}" for n in numbers] for kind in ("base", "refined"))
-    # Whether the last UNet has work to do and pictures are saved meanwhile. Asked before anything is on the GPU.
+    # Whether to save pictures while the last UNet works, if it still has to. Asked before anything is on the GPU.
     last_is_done = all(file.exists() for file in (refined_files if config.refine else base_files))
     save_meanwhile = not last_is_done and _has_room(config, len(batches[0]))
-
     prompts = list(dict.fromkeys(design.prompt for batch in batches for design in batch))
     rows = [[prompts.index(design.prompt) for design in batch] for batch in batches]
     seeds = [[design.seed for design in batch] for batch in batches]
+
     lora = lora_weights.read_lora(lora_file) if lora_file else None  # once for text encoders and UNet
     for_base, for_refiner = (one.to(device, dtype) for one in embed_for_both(config, prompts, lora, device, dtype))
     models.free(device)
@@ -110,10 +110,6 @@ def _draw_in_phases(
     def draw(unet: UNet2DConditionModel, number: int, on_step: OnStep) -> Tensor:
         return sampling.base_latents(unet, scheduler, for_base.rows(rows[number]), seeds[number], config, on_step)
 
-    def refine(unet: UNet2DConditionModel, number: int, on_step: OnStep) -> Tensor:
-        embeddings, latents = for_refiner.rows(rows[number]), started[number]
-        return sampling.refined_latents(unet, vae, scheduler, embeddings, latents, seeds[number], config, on_step)
-
     last = run_phase("drawing", base_steps, base_files, load_base, draw)
     base: Iterable[Tensor] = last if save_meanwhile and not config.refine else list(last)
     vae = models.load_vae(config, device, dtype, drawing=True)
@@ -123,6 +119,11 @@ def _draw_in_phases(
         # All of them now: to copy one to a GPU later would wait for the work before it.
         started = [(latents[0] if ensemble else latents).to(device, dtype) for latents in base]
         load_refiner = partial(_load_unet, config, config.refiner_model, device, dtype)
+
+        def refine(unet: UNet2DConditionModel, number: int, on_step: OnStep) -> Tensor:
+            given = for_refiner.rows(rows[number]), started[number], seeds[number]
+            return sampling.refined_latents(unet, vae, scheduler, *given, config, on_step)
+
         last = run_phase("refining", refiner_steps, refined_files, load_refiner, refine)
         refined = last if save_meanwhile else list(last)
     finished = (latents[1] if ensemble else latents for latents in base)
@@ -204,7 +205,7 @@ def save_pictures(
     base: Iterable[Tensor],
     refined: Iterable[Tensor | None],
     finish: Finish,
-    quiet: bool = False,
+    quiet: bool,
 ) -> None:
     """Decode the finished latents of each batch, (n, 4, h, w), and finish the pictures on many threads.
 

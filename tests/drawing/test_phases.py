@@ -294,7 +294,7 @@ def test_a_full_disk_while_others_are_refined_ends_the_phase(
 def decoded(vae: Any, latents: torch.Tensor, finish: Any) -> None:
     """`latents` of one batch, through `save_pictures`."""
     designs = [Design(index, "lace", index) for index in range(len(latents))]
-    phases.save_pictures(Config(refine=False), vae, [designs], [latents], [None], finish)
+    phases.save_pictures(Config(refine=False), vae, [designs], [latents], [None], finish, quiet=True)
 
 
 @pytest.mark.parametrize("where", ["latents", "VAE"])
