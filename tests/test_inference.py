@@ -15,9 +15,10 @@ import lace_lora.drawing
 from helpers import Make, gradient, jpg, names, refused, snapshot
 from lace_lora import files
 from lace_lora.config import Config
-from lace_lora.drawing.output_folder import BEFORE, UNFINISHED
+from lace_lora.drawing.output_folder import BEFORE, UNFINISHED, OutputFolder
 from lace_lora.drawing.plan import Drawn
 from lace_lora.errors import UserError
+from lace_lora.pictures.recipe import Design
 
 
 class Artist(ModuleType):
@@ -102,6 +103,19 @@ def test_refined_pictures_are_always_called_so(
 ) -> None:
     inference.run(make(num_images=1, **changes))
     assert {name for name in names(tmp_path / "out") if "_output_" in name} == files
+
+
+@pytest.mark.parametrize(
+    ("index", "changes", "names"),
+    [
+        (0, {}, ["refined_output_000.png"]),
+        (23, {"image_format": "jpg", "save_base": True}, ["refined_output_023.jpg", "base_output_023.jpg"]),
+        (1234, {"refine": False}, ["base_output_1234.png"]),
+    ],
+)
+def test_file_names(index: int, changes: dict[str, Any], names: list[str], make: Make) -> None:
+    paths = OutputFolder(make(**changes)).files(Design(index, "lace", 1))
+    assert [path.name for path in paths.values()] == names
 
 
 @pytest.mark.parametrize(

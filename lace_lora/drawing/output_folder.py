@@ -1,120 +1,98 @@
-"""The folder that pictures are drawn into: which one it is, the files in it, and its manifest.json."""
+"""The folder that pictures are drawn into: which one it is, the pictures and files in it, and its manifest.json."""
 
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lace_lora.config import Config
 from lace_lora.drawing import refining
-from lace_lora.drawing.plan import Plan
-from lace_lora.files import json_digest, numbered, write_atomically
+from lace_lora.drawing.plan import find_lora, picture_settings, read_prompts
+from lace_lora.files import numbered, write_atomically
 from lace_lora.pictures.gallery import CONTACT_SHEET, MANIFEST, PAGE
 from lace_lora.pictures.recipe import Design
+
+logger = logging.getLogger(__name__)
 
 # Inside the output folder: the latents of each phase, until all is done, and how the pictures were before refining.
 UNFINISHED, BEFORE = ".unfinished", ".before_refining"
 
 
-def choose_folder(wanted: Path, recipe: dict[str, Any]) -> Path:
-    """The folder for this recipe: `wanted`, or `wanted-2`, `wanted-3` … where that holds other pictures."""
-    return next(folder for folder in numbered(wanted.parent, wanted.name) if is_free_for(folder, recipe))
+class OutputFolder:
+    """The folder of the pictures that the settings ask for.
 
+    It is `output_dir`, or `output_dir-2`, `output_dir-3` … where that holds other pictures.
 
-def is_free_for(folder: Path, recipe: dict[str, Any]) -> bool:
-    """Whether the folder holds no pictures, or those of this recipe. A manifest alone is of a run that was refused."""
-    ours = ("refined_output_*", "base_output_*", PAGE, CONTACT_SHEET, f"{UNFINISHED}/*/*.safetensors")
-    return _is_of(folder, recipe) or not any(any(folder.glob(pattern)) for pattern in ours)
+    Raises:
+        UserError: the prompts or the LoRA cannot be used.
+    """
 
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.prompts = prompts = read_prompts(config)
+        number = config.num_images
+        if len(prompts) > number:
+            left_over = len(prompts) - number
+            logger.warning("%d of %d prompts get no picture: num_images is %d", left_over, len(prompts), number)
+        self.designs = [Design(index, prompts[index % len(prompts)], config.seed + index) for index in range(number)]
+        self.lora = find_lora(config)
+        self.settings = picture_settings(config, self.lora)
+        self.recipe = self.settings | {"prompts": prompts}  # what identifies the pictures of a folder
+        wanted = Path(config.output_dir)
+        self.path = next(path for path in numbered(wanted.parent, wanted.name) if not self.is_of_others(path))
 
-def _is_of(folder: Path, recipe: dict[str, Any]) -> bool:
-    try:
-        recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["recipe"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return bool(recorded == json.loads(json.dumps(recipe)))
+    def is_of_others(self, path: Path) -> bool:
+        """Whether a folder holds pictures of another recipe. A manifest alone is of a run that was refused."""
+        ours = ("refined_output_*", "base_output_*", PAGE, CONTACT_SHEET, f"{UNFINISHED}/*/*.safetensors")
+        return not self._recorded(path) and any(any(path.glob(pattern)) for pattern in ours)
 
+    def _recorded(self, path: Path) -> dict[str, Any]:
+        """A folder's manifest; empty unless it is one of this recipe."""
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            return manifest if manifest["recipe"] == json.loads(json.dumps(self.recipe)) else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
-@dataclass(frozen=True)
-class PictureFiles:
-    """Where one design is saved; None for a picture that is not wanted."""
+    def files(self, design: Design) -> dict[str, Path]:
+        """The files of a design by kind, first the one that contact sheet and page show."""
+        wanted = {"refined": self.config.refine, "base": self.config.save_base or not self.config.refine}
+        end = f"output_{design.index:03d}.{self.config.image_format}"
+        return {kind: self.path / f"{kind}_{end}" for kind, is_wanted in wanted.items() if is_wanted}
 
-    refined: Path | None
-    base: Path | None
-    before: Path  # for refining.save_before, which adds a suffix
+    def before(self, design: Design) -> Path:
+        """For `refining.save_before`, which adds a suffix."""
+        return self.path / BEFORE / f"{design.index:03d}"
 
-    @property
-    def shown(self) -> Path:
-        """The picture that contact sheet and page show."""
-        path = self.refined or self.base
-        assert path is not None
-        return path
+    def missing(self) -> list[Design]:
+        """The designs of which a file does not exist."""
+        return [design for design in self.designs if not all(path.exists() for path in self.files(design).values())]
 
-    @property
-    def by_kind(self) -> dict[str, Path]:
-        return {kind: path for kind, path in (("refined", self.refined), ("base", self.base)) if path}
-
-    @property
-    def all_exist(self) -> bool:
-        return all(path.exists() for path in self.by_kind.values())
-
-
-def files_of(design: Design, folder: Path, config: Config) -> PictureFiles:
-    refined, base = (folder / design.file_name(config.image_format, refined) for refined in (True, False))
-    return PictureFiles(
-        refined if config.refine else None,
-        base if config.save_base or not config.refine else None,
-        folder / BEFORE / f"{design.index:03d}",
-    )
-
-
-def missing_designs(plan: Plan, folder: Path) -> list[Design]:
-    return [design for design in plan.designs if not files_of(design, folder, plan.config).all_exist]
-
-
-class Manifest:
-    """manifest.json: the recipe, the batch size, and for each picture its files and how refining changed it."""
-
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        self.folder, self.plan = folder, plan
-        self.path = folder / MANIFEST
-        self.batch_size: int | None = plan.config.inference_batch_size or self._recorded_batch_size()
-
-    def _recorded_batch_size(self) -> int | None:
-        if not _is_of(self.folder, self.plan.recipe):
-            return None
-        size = json.loads(self.path.read_text(encoding="utf-8")).get("batch_size")
+    def batch_size(self) -> int | None:
+        """The one that the settings or an earlier run have chosen."""
+        size = self.config.inference_batch_size or self._recorded(self.path).get("batch_size")
         return size if isinstance(size, int) and size > 0 else None
 
-    def files(self, design: Design) -> PictureFiles:
-        return files_of(design, self.folder, self.plan.config)
-
-    def missing_batches(self, size: int) -> list[Sequence[Design]]:
-        """The batches with a missing picture; `size` counts where neither settings nor an earlier run have chosen one.
+    def missing_batches(self, at_once: int) -> list[Sequence[Design]]:
+        """The batches with a missing picture; `at_once` is their size unless one has been chosen.
 
         Who shares a batch is recorded before anything is drawn, so that a resumed run draws the very same pictures.
         """
-        self.batch_size = size = self.batch_size or size
-        self.write()
-        designs = self.plan.designs
-        batches = [designs[start : start + size] for start in range(0, len(designs), size)]
-        return [batch for batch in batches if not all(self.files(design).all_exist for design in batch)]
+        size = self.batch_size() or at_once
+        self.write_manifest(size)
+        missing = set(self.missing())
+        batches = [self.designs[start : start + size] for start in range(0, len(self.designs), size)]
+        return [batch for batch in batches if missing & set(batch)]
 
-    def latents_folder(self) -> Path:
-        """For the latents of this recipe in these batches, and of no others."""
-        return self.folder / UNFINISHED / json_digest([self.plan.recipe, self.batch_size])
-
-    def write(self) -> list[dict[str, float]]:
-        """Returns how refining changed each picture, as far as that is known now."""
-        rows, measured = [], []
-        for design in self.plan.designs:
-            files = self.files(design)
-            names = {kind: path.name for kind, path in files.by_kind.items()}
+    def write_manifest(self, batch_size: int | None) -> list[dict[str, float]]:
+        """Write recipe, batch size, and each picture's files; returns how refining changed each, as far as known."""
+        measured = [refining.read_changes(self.before(design)) for design in self.designs]
+        rows = []
+        for design, changes in zip(self.designs, measured, strict=True):
+            names = {kind: path.name for kind, path in self.files(design).items()}
             row = {"prompt": design.prompt, "seed": design.seed, "files": names}
-            changes = refining.read_changes(files.before)
             rows.append(row | {"refining": changes} if changes else row)
-            measured.append(changes)
-        content = {"recipe": self.plan.recipe, "batch_size": self.batch_size, "pictures": rows}
-        write_atomically(self.path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        content = {"recipe": self.recipe, "batch_size": batch_size, "pictures": rows}
+        write_atomically(self.path / MANIFEST, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
         return measured

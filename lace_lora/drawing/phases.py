@@ -4,9 +4,11 @@
 """
 
 import logging
+import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +21,14 @@ from tqdm.auto import tqdm
 
 from lace_lora.config import Config
 from lace_lora.drawing.plan import Drawn
-from lace_lora.drawing.saving import PictureSaver
+from lace_lora.errors import UserError
 from lace_lora.fast import drawing_unet
 from lace_lora.files import write_atomically
 from lace_lora.pictures.recipe import Design
 from lace_lora.sdxl import hub, lora_weights, models, sampling
 from lace_lora.sdxl.lora_weights import Lora
 from lace_lora.sdxl.prompts import embed_for_both
+from lace_lora.sdxl.vae import Decoded, decode_each
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,8 @@ MOST_AT_ONCE = 4  # more make a picture no faster: 27.5 ms a step for each of 4 
 _UNET_BYTES, _PICTURE_BYTES = 7 * 2**30, 2**29
 _ROOM = 12  # the VAE beside a UNet takes the memory of so many pictures at most
 
-OnBatch = Callable[[int, Tensor], object]  # is given the number of a batch and its latents on the CPU
+Batches = Sequence[Sequence[Design]]
+Finish = Callable[[Drawn], object]
 OnStep = Callable[[], object]
 
 
@@ -59,11 +63,7 @@ def _fitting(config: Config) -> int:
 
 
 def draw_pictures(
-    config: Config,
-    lora: Path | None,
-    batches: Sequence[Sequence[Design]],
-    latents_folder: Path,
-    finish: Callable[[Drawn], object],
+    config: Config, lora_file: Path | None, batches: Batches, latents_folder: Path, finish: Finish
 ) -> None:
     """Draw all batches, phase by phase, and call `finish` with each design, on several threads and in any order.
 
@@ -71,116 +71,66 @@ def draw_pictures(
         latents_folder: for the latents of each phase; a run that was interrupted goes on from those.
 
     Raises:
-        UserError: base or refiner would have no step, a model or the LoRA cannot be loaded, or the device cannot do
-            what is asked for.
+        UserError: base or refiner would have no step, a model or the LoRA cannot be loaded, the device cannot do what
+            is asked for, or a picture would be black (exit 5), which costs no other picture.
     """
     models.prepare_process()
     device = models.pick_device()
-    _draw_in_phases(_Run(config, lora, batches, latents_folder, device), finish)
+    _draw_in_phases(config, lora_file, batches, latents_folder, finish, device)
     models.free(device)  # in a notebook, other work comes after
 
 
-def _draw_in_phases(run: "_Run", finish: Callable[[Drawn], object]) -> None:
-    save_meanwhile = run.has_room_to_save()  # asked before anything is on the GPU
-    run.embed()
-    base = run.draw_base() if run.config.refine else None
-    vae = models.load_vae(run.config, run.device, run.dtype, drawing=True)
+def _draw_in_phases(
+    config: Config, lora_file: Path | None, batches: Batches, latents_folder: Path, finish: Finish, device: torch.device
+) -> None:
+    dtype = models.pick_dtype(config.mixed_precision, device)
+    logger.info("drawing on %s in %s", device, str(dtype).removeprefix("torch."))
+    scheduler = sampling.make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
+    base_steps, refiner_steps = sampling.planned_steps(config, scheduler)
+    ensemble = sampling.is_ensemble(config)
+    numbers = [f"{batch[0].index:03d}.safetensors" for batch in batches]
+    base_files, refined_files = ([latents_folder / f"{kind}_{n}" for n in numbers] for kind in ("base", "refined"))
+    # Whether to save pictures while the last UNet works, if it still has to. Asked before anything is on the GPU.
+    last_is_done = all(file.exists() for file in (refined_files if config.refine else base_files))
+    save_meanwhile = not last_is_done and _has_room(config, len(batches[0]))
+    prompts = list(dict.fromkeys(design.prompt for batch in batches for design in batch))
+    rows = [[prompts.index(design.prompt) for design in batch] for batch in batches]
+    seeds = [[design.seed for design in batch] for batch in batches]
+
+    lora = lora_weights.read_lora(lora_file) if lora_file else None  # once for text encoders and UNet
+    for_base, for_refiner = (one.to(device, dtype) for one in embed_for_both(config, prompts, lora, device, dtype))
+    models.free(device)
+
+    def load_base() -> UNet2DConditionModel:
+        unet = _load_unet(config, config.pretrained_model, device, dtype, lora)
+        if config.refine:
+            hub.read_ahead(config.refiner_model, ["unet"], config.variant)
+        return unet
+
+    def draw(unet: UNet2DConditionModel, number: int, on_step: OnStep) -> Tensor:
+        return sampling.base_latents(unet, scheduler, for_base.rows(rows[number]), seeds[number], config, on_step)
+
+    last = run_phase("drawing", base_steps, base_files, load_base, draw)
+    base: Iterable[Tensor] = last if save_meanwhile and not config.refine else list(last)
+    vae = models.load_vae(config, device, dtype, drawing=True)
     drawing_unet.make_decoder_fast(vae)
-    last_phase = run.draw_base if base is None else partial(run.refine, vae, base)
-    made = None if save_meanwhile else last_phase()
-    # Where a phase has its bar on the screen, there is none for saving.
-    with tqdm(total=sum(map(len, run.batches)), desc="saving", unit="picture", disable=save_meanwhile) as bar:
-
-        def finish_and_count(drawn: Drawn) -> None:
-            finish(drawn)
-            bar.update()
-
-        with PictureSaver(vae, run.config, finish_and_count) as saver:
-
-            def save_batch(number: int, latents: Tensor) -> None:
-                finished, refined = (latents, None) if base is None else (run.finished(base[number]), latents)
-                saver.save_batch(run.batches[number], finished, refined)
-
-            if made is None:
-                last_phase(save_batch)
-            else:
-                for number, latents in enumerate(made):
-                    save_batch(number, latents)
-    if memory := models.peak_memory(run.device):
-        logger.info(memory)
-
-
-class _Run:
-    """What the phases share, and each phase with its UNet.
-
-    Latents of the base are (n, 4, h, w), but in the ensemble's flow (2, n, 4, h, w): see `latents_for_ensemble`.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        lora_file: Path | None,
-        batches: Sequence[Sequence[Design]],
-        latents_folder: Path,
-        device: torch.device,
-    ) -> None:
-        self.config, self.lora_file, self.batches, self.device = config, lora_file, batches, device
-        self.dtype = models.pick_dtype(config.mixed_precision, device)
-        logger.info("drawing on %s in %s", device, str(self.dtype).removeprefix("torch."))
-        self.scheduler = sampling.make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
-        self.base_steps, self.refiner_steps = sampling.planned_steps(config, self.scheduler)
-        self.ensemble = config.refine and config.refiner_flow == "ensemble"
-        self.prompts = list(dict.fromkeys(design.prompt for batch in batches for design in batch))
-        self.rows = [[self.prompts.index(design.prompt) for design in batch] for batch in batches]
-        self.seeds = [[design.seed for design in batch] for batch in batches]
-        self.base_files, self.refined_files = (
-            [latents_folder / f"{kind}_{batch[0].index:03d}.safetensors" for batch in batches]
-            for kind in ("base", "refined")
-        )
-
-    def has_room_to_save(self) -> bool:
-        """Whether pictures can be decoded and saved while the last UNet works, if it still has to."""
-        last_files = self.refined_files if self.config.refine else self.base_files
-        return _has_room(self.config, len(self.batches[0])) and not all(file.exists() for file in last_files)
-
-    def embed(self) -> None:
-        # Once for text encoders and UNet.
-        self.lora = lora_weights.read_lora(self.lora_file) if self.lora_file else None
-        both = embed_for_both(self.config, self.prompts, self.lora, self.device, self.dtype)
-        self.for_base, self.for_refiner = (one.to(self.device, self.dtype) for one in both)
-        models.free(self.device)
-
-    def draw_base(self, on_batch: OnBatch | None = None) -> list[Tensor]:
-        make_latents = sampling.latents_for_ensemble if self.ensemble else sampling.base_latents
-
-        def load() -> UNet2DConditionModel:
-            unet = _load_unet(self.config, self.config.pretrained_model, self.device, self.dtype, self.lora)
-            if self.config.refine:
-                hub.read_ahead(self.config.refiner_model, ["unet"], self.config.variant)
-            return unet
-
-        def draw(unet: UNet2DConditionModel, number: int, on_step: OnStep) -> Tensor:
-            conditions = self.for_base.rows(self.rows[number])
-            return make_latents(unet, self.scheduler, conditions, self.seeds[number], self.config, on_step)
-
-        return run_phase("drawing", self.base_steps, self.base_files, load, draw, on_batch)
-
-    def refine(self, vae: AutoencoderKL, base: Sequence[Tensor], on_batch: OnBatch | None = None) -> list[Tensor]:
+    refined: Iterable[Tensor | None] = [None] * len(batches)
+    if config.refine:
         # All of them now: to copy one to a GPU later would wait for the work before it.
-        started = [(latents[0] if self.ensemble else latents).to(self.device, self.dtype) for latents in base]
-        load = partial(_load_unet, self.config, self.config.refiner_model, self.device, self.dtype)
+        started = [(latents[0] if ensemble else latents).to(device, dtype) for latents in base]
+        load_refiner = partial(_load_unet, config, config.refiner_model, device, dtype)
 
         def refine(unet: UNet2DConditionModel, number: int, on_step: OnStep) -> Tensor:
-            conditions, seeds = self.for_refiner.rows(self.rows[number]), self.seeds[number]
-            return sampling.refined_latents(
-                unet, vae, self.scheduler, conditions, started[number], seeds, self.config, on_step
-            )
+            given = for_refiner.rows(rows[number]), started[number], seeds[number]
+            return sampling.refined_latents(unet, vae, scheduler, *given, config, on_step)
 
-        return run_phase("refining", self.refiner_steps, self.refined_files, load, refine, on_batch)
-
-    def finished(self, base_latents: Tensor) -> Tensor:
-        """What a base picture is decoded from, (n, 4, h, w)."""
-        return base_latents[1] if self.ensemble else base_latents
+        last = run_phase("refining", refiner_steps, refined_files, load_refiner, refine)
+        refined = last if save_meanwhile else list(last)
+    finished = (latents[1] if ensemble else latents for latents in base)
+    with closing(last):
+        save_pictures(config, vae, batches, finished, refined, finish, quiet=save_meanwhile)
+    if memory := models.peak_memory(device):
+        logger.info(memory)
 
 
 def _load_unet(
@@ -200,29 +150,22 @@ def run_phase(
     files: Sequence[Path],
     load_unet: Callable[[], UNet2DConditionModel],
     make: Callable[[UNet2DConditionModel, int, OnStep], Tensor],
-    on_batch: OnBatch | None = None,
-) -> list[Tensor]:
-    """Run one UNet over all batches, and return their latents, on the CPU. The UNet is freed, however this ends.
+) -> Generator[Tensor, None, None]:
+    """Run one UNet over all batches. At the end, or when this is closed, the UNet is freed.
 
     Args:
         steps: of one batch, for the progress bar.
         files: one for each batch; a batch whose file an earlier run has written is not made again.
         make: makes the latents of batch number n, without waiting for a GPU.
-        on_batch: called with each batch in turn, as soon as its file is written.
+
+    Yields:
+        The latents of each batch, on the CPU, as soon as its file is written and the next one is in the works.
     """
     found = [_read(file) for file in files]
-    results: list[Tensor] = []
-
-    def complete(latents: Tensor) -> None:
-        results.append(latents)
-        if on_batch:
-            on_batch(len(results) - 1, latents)
-
     ready = [latents for latents in found if latents is not None]
     if len(ready) == len(files):
-        for latents in ready:
-            complete(latents)
-        return results
+        yield from ready
+        return
     unet = load_unet()
     device, done = unet.device, len(ready) * steps
     try:
@@ -234,12 +177,11 @@ def run_phase(
                     made = made.cpu()
                 pending.append(pool.submit(_write, made, file if from_file is None else None))
                 if number:  # the GPU has this batch to work on while Python waits for the one before
-                    complete(pending.popleft().result())
-            complete(pending.popleft().result())
+                    yield pending.popleft().result()
+            yield pending.popleft().result()
     finally:
         del unet
         models.free(device)
-    return results
 
 
 def _read(file: Path) -> Tensor | None:
@@ -254,3 +196,60 @@ def _write(latents: Tensor, file: Path | None) -> Tensor:
     if file:
         write_atomically(file, save({"latents": latents}))
     return latents
+
+
+def save_pictures(
+    config: Config,
+    vae: AutoencoderKL,
+    batches: Batches,
+    base: Iterable[Tensor],
+    refined: Iterable[Tensor | None],
+    finish: Finish,
+    quiet: bool,
+) -> None:
+    """Decode the finished latents of each batch, (n, 4, h, w), and finish the pictures on many threads.
+
+    Args:
+        quiet: whether another bar is on the screen.
+
+    Raises:
+        UserError: a picture would be black (exit 5). All others are finished first.
+        OSError: a picture could not be saved.
+    """
+    # The ensemble's base has no finished picture: what it predicts at the hand-over is decoded only if wanted.
+    decodes_base = not sampling.is_ensemble(config) or config.save_base
+    pending: deque[Future[None]] = deque()
+    black: list[UserError] = []
+
+    def finish_one(design: Design, before: Decoded | None, after: Decoded | None, change: float | None) -> None:
+        finish(Drawn(design, before and before(), after and after(), change))
+        bar.update()
+
+    def wait_for_oldest() -> None:
+        try:
+            pending.popleft().result()
+        except UserError as error:  # a black picture; the others are drawn all the same
+            black.append(error)
+
+    threads = min(16, os.cpu_count() or 1)
+    bar = tqdm(total=sum(map(len, batches)), desc="saving", unit="picture", disable=quiet)
+    with bar, ThreadPoolExecutor(threads) as pool:
+        for designs, latents, latents_after in zip(batches, base, refined, strict=True):
+            nothing = [None] * len(designs)
+            before = decode_each(vae, latents) if decodes_base else nothing
+            after = nothing if latents_after is None else decode_each(vae, latents_after)
+            changes = nothing if latents_after is None else _changes(latents, latents_after)
+            for picture in zip(designs, before, after, changes, strict=True):
+                if len(pending) == threads:
+                    wait_for_oldest()
+                pending.append(pool.submit(finish_one, *picture))
+        while pending:
+            wait_for_oldest()
+    if black:
+        raise black[0]
+
+
+def _changes(before: Tensor, after: Tensor) -> list[float]:
+    """How far apart latents (n, 4, h, w) are, as a share of the norm of those before."""
+    before, after = before.float().flatten(1), after.float().flatten(1)
+    return ((after - before).norm(dim=1) / before.norm(dim=1)).tolist()

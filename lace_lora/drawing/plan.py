@@ -1,10 +1,6 @@
-"""What is known before anything is drawn: prompts, seeds, the LoRA file, and the settings recorded with each picture.
-
-Nothing here imports torch.
-"""
+"""What is known before anything is drawn: prompts, the LoRA file, and the settings recorded with each picture."""
 
 import gc
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,24 +15,6 @@ from lace_lora.errors import NO_SECRETS, UserError, holds_secret
 from lace_lora.files import file_sha256
 from lace_lora.pictures.recipe import Design
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The pictures of a run, and what they are drawn from."""
-
-    config: Config
-    prompts: list[str]
-    designs: list[Design]
-    lora: Path | None
-    settings: dict[str, Any]  # see `picture_settings`
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """What identifies the pictures of a folder."""
-        return self.settings | {"prompts": self.prompts}
-
 
 @dataclass(frozen=True)
 class Drawn:
@@ -48,23 +26,12 @@ class Drawn:
     latent_change: float | None  # see refining.py; None without refining
 
 
-def plan_pictures(config: Config) -> Plan:
-    """Which pictures the settings ask for.
+def read_prompts(config: Config) -> list[str]:
+    """The prompts of `prompts_file` or `prompt`, or the instance prompt.
 
     Raises:
-        UserError: the prompts or the LoRA cannot be used.
+        UserError: the file cannot be read, is empty, or holds a secret.
     """
-    prompts = read_prompts(config)
-    if len(prompts) > config.num_images:
-        left_over = len(prompts) - config.num_images
-        logger.warning("%d of %d prompts get no picture: num_images is %d", left_over, len(prompts), config.num_images)
-    designs = [Design(index, prompts[index % len(prompts)], config.seed + index) for index in range(config.num_images)]
-    lora = find_lora(config)
-    return Plan(config, prompts, designs, lora, picture_settings(config, lora))
-
-
-def read_prompts(config: Config) -> list[str]:
-    """The prompts of `prompts_file` or `prompt`, or the instance prompt."""
     if not config.prompts_file:
         return list(config.prompt or [config.instance_prompt])
     path = Path(config.prompts_file)
@@ -82,7 +49,11 @@ def read_prompts(config: Config) -> list[str]:
 
 
 def find_lora(config: Config) -> Path | None:
-    """The LoRA file to draw with; None when `lora_scale` is 0."""
+    """The LoRA file to draw with; None when `lora_scale` is 0.
+
+    Raises:
+        UserError: it does not exist, or is not a .safetensors file.
+    """
     if config.lora_scale == 0:
         return None
     path = Path(config.lora_path or config.lora_output_dir)

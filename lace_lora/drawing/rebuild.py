@@ -13,7 +13,7 @@ from lace_lora.drawing.plan import Drawn, find_lora, importing_torch, lora_name,
 from lace_lora.errors import UserError
 from lace_lora.files import free_name
 from lace_lora.pictures import image_files, recipe
-from lace_lora.pictures.recipe import Design, Recipe
+from lace_lora.pictures.recipe import Recipe
 from lace_lora.sdxl import hub
 
 logger = logging.getLogger(__name__)
@@ -54,10 +54,13 @@ def run(config: Config, dry_run: bool = False) -> Path:
 def _with_settings_of(wanted: Recipe, original: Path, config: Config) -> Config:
     """The picture's settings in place of the user's, read as strictly as a settings file."""
     recorded = wanted.settings
-    own = {name: recorded[name] for name in settings_that_affect(PICTURE) if name not in (*recipe.MODELS, "revision")}
+    needed = [name for name in settings_that_affect(PICTURE) if name != "revision"]
     with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
         file = Path(folder, "config.yaml")
         try:
+            if missing := [name for name in needed if name not in recorded]:
+                raise UserError(f"{missing[0]} is missing")
+            own = {name: recorded[name] for name in needed if name not in recipe.MODELS}
             file.write_text(yaml.safe_dump(yaml.safe_load(dump_config(config)) | own), encoding="utf-8")
             config = load_config(file)
             if wanted.refined and not config.refine:
@@ -77,14 +80,12 @@ def _draw(wanted: Recipe, config: Config, lora: Path | None) -> Image.Image:
     refine = config.refine and (wanted.refined or config.refiner_flow == "ensemble")
     config = replace(config, refine=refine, save_base=not wanted.refined)
     config = replace(config, **hub.fetch_models(config))
-    batch: dict[Design, Drawn] = {}
+    batch: list[Drawn] = []
     with importing_torch():
         from lace_lora.drawing import phases
     with tempfile.TemporaryDirectory(prefix="lace-lora-") as latents:
-        phases.draw_pictures(
-            config, lora, [wanted.batch], Path(latents), lambda drawn: batch.update({drawn.design: drawn})
-        )
-    drawn = batch[wanted.design]
+        phases.draw_pictures(config, lora, [wanted.batch], Path(latents), batch.append)
+    drawn = next(one for one in batch if one.design == wanted.design)
     picture = drawn.refined if wanted.refined else drawn.base
     assert picture is not None
     return picture

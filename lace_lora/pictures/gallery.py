@@ -19,6 +19,7 @@ from lace_lora.pictures.recipe import Design
 
 CONTACT_SHEET, PAGE, MANIFEST = "contact_sheet.png", "gallery.html", "manifest.json"
 SMALL, LARGE = 320, 1024  # longer side of a picture in pixels, at most: on the contact sheet, on the page
+GAP = 8  # pixels between pictures on the contact sheet
 Attributes = dict[str, str | int]  # of an element of HTML
 
 
@@ -48,17 +49,16 @@ def make_preview(path: Path, picture: Image.Image | None = None) -> Preview:
     return Preview(embed(path, picture), _shrink(picture, SMALL))
 
 
-def contact_sheet(pictures: Sequence[Image.Image], side: int = SMALL, gap: int = 8) -> bytes:
+def contact_sheet(pictures: Sequence[Image.Image], side: int = SMALL) -> bytes:
     """All pictures in rows on one PNG, each fitted into a square of at most `side` pixels."""
     side = min(side, max(max(picture.size) for picture in pictures))
-    columns = max(1, math.ceil(math.sqrt(len(pictures) * 1.5)))
-    rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + gap) + gap), "white")
+    columns = math.ceil(math.sqrt(len(pictures) * 1.5))
+    rows, cell = math.ceil(len(pictures) / columns), side + GAP
+    sheet = Image.new("RGB", (columns * cell + GAP, rows * cell + GAP), "white")
     for position, picture in enumerate(pictures):
-        small = _shrink(picture, side)
-        left = gap + position % columns * (side + gap) + (side - small.width) // 2
-        top = gap + position // columns * (side + gap) + (side - small.height) // 2
-        sheet.paste(small, (left, top))
+        (row, column), small = divmod(position, columns), _shrink(picture, side)
+        left, top = (side - small.width) // 2, (side - small.height) // 2
+        sheet.paste(small, (GAP + column * cell + left, GAP + row * cell + top))
     content = io.BytesIO()
     sheet.save(content, format="PNG", **PNG_OPTIONS)
     return content.getvalue()

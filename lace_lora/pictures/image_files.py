@@ -10,7 +10,7 @@ import stat
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -61,12 +61,9 @@ def visible_entries(image_dir: str | Path) -> list[Path]:
     try:
         with os.scandir(image_dir) as entries:
             return sorted(Path(entry.path) for entry in entries if entry.name[0] != ".")
-    except FileNotFoundError:
-        raise UserError(
-            f"{image_dir}: there is no such folder; set images_dir to the folder of your pictures"
-        ) from None
-    except NotADirectoryError:
-        raise UserError(f"{image_dir}: is a file; set images_dir to the folder of your pictures") from None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "is a file" if isinstance(error, NotADirectoryError) else "there is no such folder"
+        raise UserError(f"{image_dir}: {what}; set images_dir to the folder of your pictures") from None
     except OSError as error:
         raise UserError(f"{image_dir}: cannot be read ({error.strerror})", DISK_OR_DRIVE) from error
 
@@ -74,7 +71,10 @@ def visible_entries(image_dir: str | Path) -> list[Path]:
 def check_pictures(paths: Sequence[Path], min_image_size: int, formats: Sequence[str] = ("JPEG",)) -> list[Picture]:
     """Decode every picture once, in other processes, and return for each, in order, whether it is used or why not."""
     check = partial(_check, min_image_size=min_image_size, formats=formats)
-    found = _check_in_parallel(check, paths)
+    found: dict[Path, Picture] = {}
+    with _processes(min(8, os.cpu_count() or 1, len(paths) // 8 or 1)) as pool, suppress(BrokenProcessPool):
+        for picture in pool.map(check, paths, chunksize=8):
+            found[picture.path] = picture
     while left := [path for path in paths if path not in found]:
         with _processes(1) as pool:  # one at a time, to see which one crashes its process
             for path in left:
@@ -84,15 +84,6 @@ def check_pictures(paths: Sequence[Path], min_image_size: int, formats: Sequence
                     found[path] = Picture(path, reason="unreadable: the decoder crashes on it, or runs out of memory")
                     break
     return [found[path] for path in paths]
-
-
-def _check_in_parallel(check: Callable[[Path], Picture], paths: Sequence[Path]) -> dict[Path, Picture]:
-    """All results, or those until a picture crashed its worker."""
-    found: dict[Path, Picture] = {}
-    with _processes(min(8, os.cpu_count() or 1, len(paths) // 8 or 1)) as pool, suppress(BrokenProcessPool):
-        for picture in pool.map(check, paths, chunksize=8):
-            found[picture.path] = picture
-    return found
 
 
 def _processes(count: int) -> ProcessPoolExecutor:
@@ -127,9 +118,8 @@ def _check(path: Path, min_image_size: int, formats: Sequence[str]) -> Picture:
     except (*BROKEN, MemoryError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         return Picture(path, reason=f"unreadable: {reason}")
-    reason = ""
-    if min(width, height) < min_image_size:
-        reason = f"too small: {width}x{height}, min_image_size is {min_image_size}"
+    is_small = min(width, height) < min_image_size
+    reason = f"too small: {width}x{height}, min_image_size is {min_image_size}" if is_small else ""
     return Picture(path, width, height, hashlib.sha256(content).hexdigest(), reason)
 
 
@@ -176,17 +166,18 @@ def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16 bits a channel: Pillow's convert() would clip at 255
-        image = _to_eight_bits(image)
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a channel: Pillow's convert() would clip at 255
+        wide = image if image.mode == "F" else image.convert("I")
+        _, high = wide.getextrema()
+        # A picture that uses no more than 8 of its bits keeps its brightness.
+        factor = 255 / 65535 if isinstance(high, int | float) and high > 255 else 1.0
+        image = wide.point(lambda value: value * factor + 0).convert("L")
     if image.has_transparency_data:
-        profile = image.info.get("icc_profile")
         layer = image.convert("RGBA")
         image = Image.new("RGB", image.size, "white")
         image.paste(layer, mask=layer.getchannel("A"))
-        if profile:
-            image.info["icc_profile"] = profile
-    profile = image.info.get("icc_profile")
-    if image.mode == "P":
+    elif image.mode == "P":
         image = image.convert("RGB")
     if profile and image.mode in ("RGB", "CMYK", "L"):
         try:
@@ -197,14 +188,6 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
             logger.debug("colour profile cannot be used, its values are read as sRGB: %s", error)
     return image.convert("RGB")
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """A greyscale picture of 16 or 32 bits in 8; one that uses no more than 8 of them keeps its brightness."""
-    wide = image if image.mode == "F" else image.convert("I")
-    _, high = wide.getextrema()
-    factor = 255 / 65535 if isinstance(high, int | float) and high > 255 else 1.0
-    return wide.point(lambda value: value * factor + 0).convert("L")
 
 
 def fit(picture: Image.Image, shape: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:

@@ -31,9 +31,6 @@ class Design:
     prompt: str
     seed: int
 
-    def file_name(self, image_format: str, refined: bool) -> str:
-        return f"{'refined' if refined else 'base'}_output_{self.index:03d}.{image_format}"
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -102,11 +99,11 @@ def parameters(recipe: Recipe) -> str:
         "Size": f"{settings['width']}x{settings['height']}",
         "Model": _model(settings["pretrained_model"]),
     }
+    refiner = _model(settings["refiner_model"])
     if recipe.refined and settings["refiner_flow"] == "ensemble":
-        facts |= {"Refiner": _model(settings["refiner_model"]), "Refiner switch at": f"{settings['refiner_start']:g}"}
+        facts |= {"Refiner": refiner, "Refiner switch at": f"{settings['refiner_start']:g}"}
     elif recipe.refined:  # under names that A1111 does not read as its own refiner settings
-        strength = f"{settings['refiner_strength']:g}"
-        facts |= {"Refined with": _model(settings["refiner_model"]), "Refined strength": strength}
+        facts |= {"Refined with": refiner, "Refined strength": f"{settings['refiner_strength']:g}"}
     facts["Version"] = "lace-lora"
     return "\n".join([*lines, ", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items())])
 
@@ -131,15 +128,11 @@ def read(path: Path) -> Recipe:
             picture.load()
             content = json.loads(picture.info["comment" if picture.format == "JPEG" else TEXT])
         json.dumps(content, ensure_ascii=False).encode()  # refuses lone surrogates
-        batch = [_design(index, content["prompts"][prompt], seed) for index, prompt, seed in content["batch"]]
+        if not all(0 <= index < 100_000 and 0 <= seed < 2**63 for index, _, seed in content["batch"]):
+            raise ValueError("a number is out of range")
+        batch = [Design(int(index), content["prompts"][prompt], int(seed)) for index, prompt, seed in content["batch"]]
         own = next(one for one in batch if (one.prompt, one.seed) == (content["prompt"], content["seed"]))
         return Recipe(own, bool(content["refined"]), batch, dict(content["settings"]))
     except (*BROKEN, KeyError, IndexError, TypeError, StopIteration, RecursionError, OverflowError) as error:
         advice = "name a PNG or JPEG that `--mode inference` has written"
         raise UserError(f"rebuild: {path} holds no recipe ({first_line(error)}): {advice}") from error
-
-
-def _design(index: int, prompt: str, seed: int) -> Design:
-    if not (0 <= index < 100_000 and 0 <= seed < 2**63):
-        raise ValueError("a number is out of range")
-    return Design(int(index), prompt, int(seed))

@@ -3,7 +3,8 @@
 diffusers' own pipelines denoise; each is given the one model it needs and embeddings made beforehand.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -29,6 +30,10 @@ def make_scheduler(name: str, config: Any) -> Any:
     return getattr(diffusers, name).from_config(config, **variants.get(name, {}))
 
 
+def is_ensemble(config: Config) -> bool:
+    return config.refine and config.refiner_flow == "ensemble"
+
+
 def planned_steps(config: Config, scheduler: Any) -> tuple[int, int]:
     """How many steps base and refiner make. The ensemble hands over at a timestep, wherever among the steps that is.
 
@@ -36,7 +41,7 @@ def planned_steps(config: Config, scheduler: Any) -> tuple[int, int]:
         UserError: one of them would have no step.
     """
     steps = config.num_inference_steps
-    if not (config.refine and config.refiner_flow == "ensemble"):
+    if not is_ensemble(config):
         return steps, int(steps * config.refiner_strength)
     scheduler.set_timesteps(steps)
     of_all = scheduler.config.num_train_timesteps
@@ -45,16 +50,6 @@ def planned_steps(config: Config, scheduler: Any) -> tuple[int, int]:
         left_out, where = ("refiner", "lower") if base else ("base", "higher")
         raise UserError(f"no step is left for the {left_out}: set refiner_start {where}, or num_inference_steps higher")
     return base, steps - base
-
-
-def base_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One for each picture, on the CPU, so that the noise is the same on every machine."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def refiner_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """Streams of their own: with the same seeds, the refiner's noise would equal the noise the base started from."""
-    return base_generators([stream_seed(seed, "refiner") for seed in seeds])
 
 
 def base_latents(
@@ -67,25 +62,25 @@ def base_latents(
 ) -> Tensor:
     """The finished latents of a batch, (n, 4, height / 8, width / 8).
 
+    For the ensemble (2, n, 4, height / 8, width / 8): the latents where the refiner takes over, and the finished ones
+    (x0) predicted there, in one tensor, so that one copy brings them from the GPU.
+
     Args:
         embeddings: keyword arguments of the pipeline, a row for each picture: see `Embeddings.rows`.
         seeds: one for each picture.
     """
-    return _run_base(unet, scheduler, embeddings, seeds, config, on_step)
+    pipeline = _pipeline(StableDiffusionXLPipeline, unet=unet, scheduler=scheduler)
+    arguments = embeddings | _arguments(config, seeds, on_step) | {"width": config.width, "height": config.height}
+    if not is_ensemble(config):
+        return pipeline(**arguments).images
+    with _noting_x0(scheduler) as predicted:
+        latents = pipeline(**arguments, denoising_end=config.refiner_start).images
+    return torch.stack([latents, predicted[0].to(latents)])
 
 
-def latents_for_ensemble(
-    unet: UNet2DConditionModel,
-    scheduler: Any,
-    embeddings: dict[str, Tensor],
-    seeds: Sequence[int],
-    config: Config,
-    on_step: Callable[[], object] = lambda: None,
-) -> Tensor:
-    """The latents of a batch where the ensemble's refiner takes over, and the finished ones (x0) predicted there.
-
-    Both in one tensor, (2, n, 4, height / 8, width / 8), so that one copy brings them from the GPU.
-    """
+@contextmanager
+def _noting_x0(scheduler: Any) -> Iterator[list[Tensor]]:
+    """A list with the finished latents that the scheduler's last step has predicted."""
     step, predicted = scheduler.step, list[Tensor]()
 
     @wraps(step)  # pipelines look at its signature
@@ -99,32 +94,9 @@ def latents_for_ensemble(
 
     scheduler.step = step_and_note_x0
     try:
-        latents = _run_base(unet, scheduler, embeddings, seeds, config, on_step, denoising_end=config.refiner_start)
+        yield predicted
     finally:
         del scheduler.step  # the method of its class is back
-    return torch.stack([latents, predicted[0].to(latents)])
-
-
-def _run_base(
-    unet: UNet2DConditionModel,
-    scheduler: Any,
-    embeddings: dict[str, Tensor],
-    seeds: Sequence[int],
-    config: Config,
-    on_step: Callable[[], object],
-    denoising_end: float | None = None,
-) -> Tensor:
-    return _pipeline(StableDiffusionXLPipeline, unet, scheduler)(
-        **embeddings,
-        width=config.width,
-        height=config.height,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        denoising_end=denoising_end,
-        generator=base_generators(seeds),
-        output_type="latent",
-        callback_on_step_end=_after_step(on_step),
-    ).images
 
 
 def refined_latents(
@@ -141,40 +113,44 @@ def refined_latents(
 
     Only the configuration of the VAE is used.
     """
-    pipeline = _pipeline(StableDiffusionXLImg2ImgPipeline, unet, scheduler, vae, requires_aesthetics_score=True)
-    if config.refiner_flow == "ensemble":
+    parts = {"unet": unet, "vae": vae, "scheduler": scheduler}
+    flow = {"strength": config.refiner_strength}
+    if is_ensemble(config):
         flow = {"denoising_start": config.refiner_start}
-    else:
-        flow = {"strength": config.refiner_strength}
-    return pipeline(
+    # With the seeds themselves, the refiner's noise would equal the noise that the base started from.
+    seeds = [stream_seed(seed, "refiner") for seed in seeds]
+    return _pipeline(StableDiffusionXLImg2ImgPipeline, **parts, requires_aesthetics_score=True)(
         **embeddings,
+        **_arguments(config, seeds, on_step),
         **flow,
         image=latents,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
         aesthetic_score=config.aesthetic_score,
         negative_aesthetic_score=config.negative_aesthetic_score,
         original_size=(config.height, config.width),
         target_size=(config.height, config.width),
-        generator=refiner_generators(seeds),
-        output_type="latent",
-        callback_on_step_end=_after_step(on_step),
     ).images
 
 
-def _pipeline(kind: Any, unet: UNet2DConditionModel, scheduler: Any, vae: Any = None, **options: Any) -> Any:
-    """A diffusers pipeline of the one model that it needs, since embeddings are given to it, without a progress bar."""
-    pipeline = kind(
-        vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-        unet=unet, scheduler=scheduler, add_watermarker=False, **options,
-    )  # fmt: skip
+def _pipeline(kind: Any, **parts: Any) -> Any:
+    """A diffusers pipeline of the models that it needs, since embeddings are given to it, without a progress bar."""
+    unneeded = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipeline = kind(**unneeded | parts, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _after_step(on_step: Callable[[], object]) -> Callable[..., dict[str, Any]]:
-    def callback(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+def _arguments(config: Config, seeds: Sequence[int], on_step: Callable[[], object]) -> dict[str, Any]:
+    """What both pipelines are called with."""
+
+    def after_step(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         on_step()
         return values
 
-    return callback
+    return {
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        # On the CPU, so that the noise is the same on every machine.
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "output_type": "latent",
+        "callback_on_step_end": after_step,
+    }

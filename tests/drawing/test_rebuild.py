@@ -1,5 +1,6 @@
 """Drawing a picture again from the recipe inside it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,18 @@ def test_a_picture_is_drawn_again(
         ({"seed": [[[]]]}, "seed is not a whole number"),
         ({"refine": False}, "refine is false"),
         ({"lora_sha256": "0" * 64}, "another LoRA"),
+        ({"scheduler": ...}, "carries settings that cannot be used: scheduler is missing"),
+        ({"refiner_model": ...}, "carries settings that cannot be used: refiner_model is missing"),
     ],
 )
-def test_a_recipe_that_cannot_be_used(own: Recipe, tmp_path: Path, changes: dict[str, Any], part: str,
-                                      capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    own.settings.update({"lora_scale": 0.0, **changes})
-    recipe.save_picture(tmp_path / "a.png", gradient(), own)
+def test_a_recipe_that_cannot_be_used(
+    own: Recipe, tmp_path: Path, changes: dict[str, Any], part: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    changed = own.settings | {"lora_scale": 0.0, **changes}
+    carried = {name: value for name, value in changed.items() if value is not ...}
+    monkeypatch.setattr(recipe, "parameters", str)  # A1111's text needs every setting
+    recipe.save_picture(tmp_path / "a.png", gradient(), replace(own, settings=carried))
     (tmp_path / "empty.yaml").write_text("")
     config = ["--config", str(tmp_path / "empty.yaml")]
     assert main.main(["--mode", "inference", *config, f"rebuild={tmp_path / 'a.png'}"]) == 2

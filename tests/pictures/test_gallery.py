@@ -22,24 +22,12 @@ RECIPE = {"seed": 7, "negative_prompt": "blur <b>", "prompts": [PROMPT, "edge"],
 DESIGN = Design(3, PROMPT, 10)
 
 
-@pytest.mark.parametrize(
-    ("index", "image_format", "refined", "name"),
-    [
-        (0, "png", True, "refined_output_000.png"),
-        (23, "jpg", True, "refined_output_023.jpg"),
-        (1234, "png", False, "base_output_1234.png"),
-    ],
-)
-def test_file_names(index: int, image_format: str, refined: bool, name: str) -> None:
-    assert Design(index, "lace", 1).file_name(image_format, refined) == name
-
-
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 2, 1), (2, 2, 1), (4, 3, 2), (24, 6, 4), (25, 7, 4)])
 def test_a_contact_sheet_shows_every_picture_once_in_order(count: int, columns: int, rows: int) -> None:
-    side, gap = 30, 4
+    side, gap = 30, gallery.GAP
     colours = [(200 - index * 7, index * 9, 50 + index * 5) for index in range(count)]
     pictures = [Image.new("RGB", (60, 60), colour) for colour in colours]
-    with Image.open(io.BytesIO(gallery.contact_sheet(pictures, side, gap))) as sheet:
+    with Image.open(io.BytesIO(gallery.contact_sheet(pictures, side))) as sheet:
         assert sheet.size == (columns * (side + gap) + gap, rows * (side + gap) + gap)
         centres = [gap + side // 2 + place * (side + gap) for place in range(max(columns, rows))]
         seen = [sheet.getpixel((x, y)) for y in centres[:rows] for x in centres[:columns]]
@@ -47,13 +35,13 @@ def test_a_contact_sheet_shows_every_picture_once_in_order(count: int, columns: 
 
 
 def test_a_contact_sheet_of_small_pictures_has_small_cells() -> None:
-    with Image.open(io.BytesIO(gallery.contact_sheet([Image.new("RGB", (30, 20))] * 2, side=384, gap=8))) as sheet:
+    with Image.open(io.BytesIO(gallery.contact_sheet([Image.new("RGB", (30, 20))] * 2, side=384))) as sheet:
         assert sheet.size == (2 * 38 + 8, 38 + 8)
 
 
 @pytest.mark.parametrize(("size", "box"), [((80, 40), (10, 18, 50, 38)), ((40, 80), (20, 8, 40, 48))])
 def test_a_contact_sheet_keeps_proportions(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
-    content = gallery.contact_sheet([Image.new("RGB", size, "black")], side=40, gap=8)
+    content = gallery.contact_sheet([Image.new("RGB", size, "black")], side=40)
     with Image.open(io.BytesIO(content)) as sheet:
         left, top, right, bottom = ImageChops.invert(sheet.crop((0, 0, 56, 56))).getbbox() or (0, 0, 0, 0)
     assert (right - left, bottom - top) == (box[2] - box[0], box[3] - box[1])

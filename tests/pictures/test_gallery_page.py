@@ -48,7 +48,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("pictures")
     cards = []
     for index, prompt in enumerate([NET, EDGE, NET, HOSTILE, NET]):
-        file, base = (folder / Design(index, prompt, 0).file_name("png", refined) for refined in (True, False))
+        file, base = (folder / f"{kind}_output_{index:03d}.png" for kind in ("refined", "base"))
         Image.new("RGB", (90, 60), RED).save(file)
         Image.new("RGB", (90, 60), BLUE).save(base)
         values: dict[str, Any] = {} if index else {"latent_change": 0.25, "edge_change": -0.031, "warning": "look here"}

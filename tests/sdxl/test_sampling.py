@@ -1,17 +1,26 @@
 """Schedulers and seeds; the latents themselves are compared as pictures in tests/drawing/test_phases.py."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
+from helpers import Make
 from lace_lora.sdxl import sampling
 
 
-def test_the_refiners_noise_is_not_the_bases() -> None:
-    base, refined = (
-        torch.randn(64, generator=make([5])[0]) for make in (sampling.base_generators, sampling.refiner_generators)
-    )
+def test_the_refiners_noise_is_not_the_bases(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pipeline:
+        def __call__(self, *, generator: list[torch.Generator], **_: Any) -> SimpleNamespace:
+            return SimpleNamespace(images=torch.randn(64, generator=generator[0]))
+
+    monkeypatch.setattr(sampling, "_pipeline", lambda *_, **__: Pipeline())
+    base = sampling.base_latents(None, None, {}, [5], settings())
+    refined = sampling.refined_latents(None, None, None, {}, base, [5], settings())
+    assert torch.equal(base, torch.randn(64, generator=torch.Generator().manual_seed(5)))
     assert not torch.allclose(base, refined)
 
 
