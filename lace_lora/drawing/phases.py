@@ -4,11 +4,9 @@
 """
 
 import logging
-import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -21,14 +19,13 @@ from tqdm.auto import tqdm
 
 from lace_lora.config import Config
 from lace_lora.drawing.plan import Drawn
-from lace_lora.errors import UserError
+from lace_lora.drawing.saving import PictureSaver
 from lace_lora.fast import drawing_unet
 from lace_lora.files import write_atomically
 from lace_lora.pictures.recipe import Design
 from lace_lora.sdxl import hub, lora_weights, models, sampling
 from lace_lora.sdxl.lora_weights import Lora
 from lace_lora.sdxl.prompts import embed_for_both
-from lace_lora.sdxl.vae import Decoded, decode_each
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +36,7 @@ _ROOM = 12  # the VAE beside a UNet takes the memory of so many pictures at most
 
 Batches = Sequence[Sequence[Design]]
 Finish = Callable[[Drawn], object]
+OnBatch = Callable[[int, Tensor], object]  # gets the number of a batch and its latents on the CPU
 OnStep = Callable[[], object]
 
 
@@ -110,27 +108,43 @@ def _draw_in_phases(
     def draw(unet: UNet2DConditionModel, number: int, on_step: OnStep) -> Tensor:
         return sampling.base_latents(unet, scheduler, for_base.rows(rows[number]), seeds[number], config, on_step)
 
-    last = run_phase("drawing", base_steps, base_files, load_base, draw)
-    base: Iterable[Tensor] = last if save_meanwhile and not config.refine else list(last)
-    vae = models.load_vae(config, device, dtype, drawing=True)
-    drawing_unet.make_decoder_fast(vae)
-    refined: Iterable[Tensor | None] = [None] * len(batches)
+    def refine(unet: UNet2DConditionModel, number: int, on_step: OnStep) -> Tensor:
+        embeddings, latents = for_refiner.rows(rows[number]), started[number]
+        return sampling.refined_latents(unet, vae, scheduler, embeddings, latents, seeds[number], config, on_step)
+
+    last_phase = partial(run_phase, "drawing", base_steps, base_files, load_base, draw)
+    finished = None
     if config.refine:
+        base = last_phase()
         # All of them now: to copy one to a GPU later would wait for the work before it.
         started = [(latents[0] if ensemble else latents).to(device, dtype) for latents in base]
+        finished = [latents[1] if ensemble else latents for latents in base]
         load_refiner = partial(_load_unet, config, config.refiner_model, device, dtype)
-
-        def refine(unet: UNet2DConditionModel, number: int, on_step: OnStep) -> Tensor:
-            given = for_refiner.rows(rows[number]), started[number], seeds[number]
-            return sampling.refined_latents(unet, vae, scheduler, *given, config, on_step)
-
-        last = run_phase("refining", refiner_steps, refined_files, load_refiner, refine)
-        refined = last if save_meanwhile else list(last)
-    finished = (latents[1] if ensemble else latents for latents in base)
-    with closing(last):
-        save_pictures(config, vae, batches, finished, refined, finish, quiet=save_meanwhile)
+        last_phase = partial(run_phase, "refining", refiner_steps, refined_files, load_refiner, refine)
+    vae = models.load_vae(config, device, dtype, drawing=True)
+    drawing_unet.make_decoder_fast(vae)
+    _save_last_phase(config, vae, batches, finished, last_phase, finish, save_meanwhile)
     if memory := models.peak_memory(device):
         logger.info(memory)
+
+
+def _save_last_phase(
+    config: Config, vae: AutoencoderKL, batches: Batches, finished: list[Tensor] | None,
+    last_phase: Callable[..., list[Tensor]], finish: Finish, meanwhile: bool,
+) -> None:  # fmt: skip
+    """Run the last phase, and save its pictures `meanwhile` or at its end. `finished`: the base's latents, if refined."""
+    results = [] if meanwhile else last_phase()
+    bar = tqdm(total=sum(map(len, batches)), desc="saving", unit="picture", disable=meanwhile)
+    with bar, PictureSaver(vae, config, finish, bar.update) as saver:
+
+        def save_batch(number: int, latents: Tensor) -> None:
+            before_and_after = (finished[number], latents) if finished else (latents, None)
+            saver.save_batch(batches[number], *before_and_after)
+
+        if meanwhile:
+            last_phase(save_batch)
+        for number, latents in enumerate(results):
+            save_batch(number, latents)
 
 
 def _load_unet(
@@ -150,22 +164,29 @@ def run_phase(
     files: Sequence[Path],
     load_unet: Callable[[], UNet2DConditionModel],
     make: Callable[[UNet2DConditionModel, int, OnStep], Tensor],
-) -> Generator[Tensor, None, None]:
-    """Run one UNet over all batches. At the end, or when this is closed, the UNet is freed.
+    on_batch: OnBatch | None = None,
+) -> list[Tensor]:
+    """Run one UNet over all batches, and return their latents, on the CPU. The UNet is freed, however this ends.
 
     Args:
         steps: of one batch, for the progress bar.
         files: one for each batch; a batch whose file an earlier run has written is not made again.
         make: makes the latents of batch number n, without waiting for a GPU.
-
-    Yields:
-        The latents of each batch, on the CPU, as soon as its file is written and the next one is in the works.
+        on_batch: called with each batch in turn, as soon as its file is written.
     """
     found = [_read(file) for file in files]
+    results: list[Tensor] = []
+
+    def complete(latents: Tensor) -> None:
+        results.append(latents)
+        if on_batch:
+            on_batch(len(results) - 1, latents)
+
     ready = [latents for latents in found if latents is not None]
     if len(ready) == len(files):
-        yield from ready
-        return
+        for latents in ready:
+            complete(latents)
+        return results
     unet = load_unet()
     device, done = unet.device, len(ready) * steps
     try:
@@ -177,11 +198,12 @@ def run_phase(
                     made = made.cpu()
                 pending.append(pool.submit(_write, made, file if from_file is None else None))
                 if number:  # the GPU has this batch to work on while Python waits for the one before
-                    yield pending.popleft().result()
-            yield pending.popleft().result()
+                    complete(pending.popleft().result())
+            complete(pending.popleft().result())
     finally:
         del unet
         models.free(device)
+    return results
 
 
 def _read(file: Path) -> Tensor | None:
@@ -196,60 +218,3 @@ def _write(latents: Tensor, file: Path | None) -> Tensor:
     if file:
         write_atomically(file, save({"latents": latents}))
     return latents
-
-
-def save_pictures(
-    config: Config,
-    vae: AutoencoderKL,
-    batches: Batches,
-    base: Iterable[Tensor],
-    refined: Iterable[Tensor | None],
-    finish: Finish,
-    quiet: bool,
-) -> None:
-    """Decode the finished latents of each batch, (n, 4, h, w), and finish the pictures on many threads.
-
-    Args:
-        quiet: whether another bar is on the screen.
-
-    Raises:
-        UserError: a picture would be black (exit 5). All others are finished first.
-        OSError: a picture could not be saved.
-    """
-    # The ensemble's base has no finished picture: what it predicts at the hand-over is decoded only if wanted.
-    decodes_base = not sampling.is_ensemble(config) or config.save_base
-    pending: deque[Future[None]] = deque()
-    black: list[UserError] = []
-
-    def finish_one(design: Design, before: Decoded | None, after: Decoded | None, change: float | None) -> None:
-        finish(Drawn(design, before and before(), after and after(), change))
-        bar.update()
-
-    def wait_for_oldest() -> None:
-        try:
-            pending.popleft().result()
-        except UserError as error:  # a black picture; the others are drawn all the same
-            black.append(error)
-
-    threads = min(16, os.cpu_count() or 1)
-    bar = tqdm(total=sum(map(len, batches)), desc="saving", unit="picture", disable=quiet)
-    with bar, ThreadPoolExecutor(threads) as pool:
-        for designs, latents, latents_after in zip(batches, base, refined, strict=True):
-            nothing = [None] * len(designs)
-            before = decode_each(vae, latents) if decodes_base else nothing
-            after = nothing if latents_after is None else decode_each(vae, latents_after)
-            changes = nothing if latents_after is None else _changes(latents, latents_after)
-            for picture in zip(designs, before, after, changes, strict=True):
-                if len(pending) == threads:
-                    wait_for_oldest()
-                pending.append(pool.submit(finish_one, *picture))
-        while pending:
-            wait_for_oldest()
-    if black:
-        raise black[0]
-
-
-def _changes(before: Tensor, after: Tensor) -> list[float]:
-    """How far apart latents (n, 4, h, w) are, as a share of the norm of those before."""
-    before, after = before.float().flatten(1), after.float().flatten(1)
-    return ((after - before).norm(dim=1) / before.norm(dim=1)).tolist()

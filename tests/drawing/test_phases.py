@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import threading
 import weakref
-from contextlib import closing
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ from diffusers import (
 from drawing_helpers import NEGATIVE, PROMPT, difference, drawn
 from helpers import Make, refused
 from lace_lora.config import LORA_FILE, Config
-from lace_lora.drawing import phases
+from lace_lora.drawing import phases, saving
 from lace_lora.drawing.plan import Drawn
-from lace_lora.errors import LOSS_NOT_FINITE, UserError
+from lace_lora.errors import UserError
 from lace_lora.pictures.recipe import Design
 from lace_lora.sdxl import lora_weights, models, sampling
 from lace_lora.seeds import stream_seed
@@ -164,15 +163,14 @@ def test_a_batch_is_handed_on_once_the_next_one_is_ordered(tmp_path: Path) -> No
         on_step()
         return torch.full((1, 4, 2, 2), float(number))
 
+    def on_batch(number: int, latents: torch.Tensor) -> None:
+        assert files[number].exists()
+        assert latents.eq(number).all()
+        events.append(f"handed on {number}")
+
     def run(load: Any) -> list[torch.Tensor]:
         events.clear()
-        results = []
-        for number, latents in enumerate(phases.run_phase("drawing", 1, files, load, make)):
-            assert files[number].exists()
-            assert latents.eq(number).all()
-            events.append(f"handed on {number}")
-            results.append(latents)
-        return results
+        return phases.run_phase("drawing", 1, files, load, make, on_batch)
 
     first = run(Unet)
     assert events == [
@@ -186,7 +184,7 @@ def test_a_batch_is_handed_on_once_the_next_one_is_ordered(tmp_path: Path) -> No
     assert all(torch.equal(one, other) for made in (again, from_files) for one, other in zip(first, made, strict=True))
 
 
-@pytest.mark.parametrize("fails_in", ["make", "saving", "writing"])
+@pytest.mark.parametrize("fails_in", ["make", "on_batch", "writing"])
 def test_a_phase_that_breaks_off_frees_its_unet_and_keeps_what_it_made(tmp_path: Path, fails_in: str) -> None:
     """Batch 1 is the one that fails; the writing of batch 0 has ended by then."""
     unets: list[Any] = []
@@ -207,18 +205,12 @@ def test_a_phase_that_breaks_off_frees_its_unet_and_keeps_what_it_made(tmp_path:
     files = [tmp_path / f"{number}.safetensors" for number in range(4)]
     if fails_in == "writing":
         files[1] = tmp_path / "no such folder" / "1.safetensors"
-
-    def run() -> None:
-        with closing(phases.run_phase("drawing", 1, files, load, lambda *given: make(*given))) as phase:
-            for number, _ in enumerate(phase):
-                fail("saving", number)
-
     with pytest.raises(OSError, match="[Nn]o s") as error:
-        run()
+        phases.run_phase("drawing", 1, files, load, lambda *given: make(*given), lambda n, _: fail("on_batch", n))
     assert error.tb
     if fails_in != "make":  # whose frame, in the traceback, has the UNet
         assert unets[0]() is None
-    assert [file.exists() for file in files[:2]] == [True, fails_in == "saving"]
+    assert [file.exists() for file in files[:2]] == [True, fails_in == "on_batch"]
     assert not files[3].exists()
 
 
@@ -280,7 +272,7 @@ def test_a_full_disk_while_others_are_refined_ends_the_phase(
         raise OSError(errno.ENOSPC, "no space")
 
     for place, name, value in (
-        (phases, "_ROOM", 0), (phases, "_load_unet", noted), (phases, "tqdm", Bar), (phases.os, "cpu_count", lambda: 1),
+        (phases, "_ROOM", 0), (phases, "_load_unet", noted), (phases, "tqdm", Bar), (saving.os, "cpu_count", lambda: 1),
     ):  # fmt: skip
         monkeypatch.setattr(place, name, value)
     batches = [[Design(index, PROMPT, 1)] for index in range(4)]
@@ -289,38 +281,6 @@ def test_a_full_disk_while_others_are_refined_ends_the_phase(
     assert error.tb  # holds its frames, as a notebook does
     assert not open_bars
     assert [unet() for unet in unets] == [None] * (2 if refine else 1)
-
-
-def decoded(vae: Any, latents: torch.Tensor, finish: Any) -> None:
-    """`latents` of one batch, through `save_pictures`."""
-    designs = [Design(index, "lace", index) for index in range(len(latents))]
-    phases.save_pictures(Config(refine=False), vae, [designs], [latents], [None], finish, quiet=True)
-
-
-@pytest.mark.parametrize("where", ["latents", "VAE"])
-def test_a_black_picture_costs_no_other(settings: Make, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae = models.load_vae(settings(), torch.device("cpu"), torch.float32)
-    latents, done = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
-    if where == "latents":
-        latents[2, 0, 0, 0] = torch.nan
-    else:
-        plain, numbers = vae.decoder.forward, iter(range(4))
-        monkeypatch.setattr(vae.decoder, "forward", lambda *given: plain(*given) / (next(numbers) != 2))
-
-    def finish(drawn: Drawn) -> None:
-        done.append(drawn.design.index)
-
-    refused(lambda: decoded(vae, latents, finish), f"{where}.*not finite", LOSS_NOT_FINITE)
-    assert set(done) == {0, 1, 3}
-
-
-def test_an_error_on_a_thread_is_raised(settings: Make) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "no space")
-
-    vae = models.load_vae(settings(), torch.device("cpu"), torch.float32)
-    with pytest.raises(OSError, match="no space"):
-        decoded(vae, torch.zeros(1, 4, 8, 8), full)
 
 
 @pytest.mark.parametrize(
