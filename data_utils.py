@@ -17,7 +17,7 @@ from lace_lora.pictures.image_files import Picture, named_as_pictures, visible_e
 logger = logging.getLogger(__name__)
 
 ANNOTATIONS = "annotations.txt"
-_RECORD = ".annotations.sha256"  # hashes of the annotations we wrote: any other content is the user's
+_RECORD = ".annotations.sha256"  # hashes of the annotations that this program wrote; others are the user's own
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def plan_annotations(
     """
     beside = Path(image_dir, ANNOTATIONS)
     path = beside if os.access(image_dir, os.W_OK) else Path(fallback_dir, ANNOTATIONS)
-    for candidate in (path, beside):  # one in a read-only folder counts as well
+    for candidate in (path, beside):  # a user's file in a read-only folder is used too
         if candidate.exists() and file_sha256(candidate) not in _recorded(candidate):
             return Annotations(candidate, read_annotations(candidate), by_user=True)
     return Annotations(path, {image: _caption(image, prompt) for image in images}, by_user=False)
@@ -62,8 +62,8 @@ def create_annotations(
 ) -> Path:
     r"""Write `annotations.txt`, a line `<image_path>\t<prompt>` for every picture, and return its path.
 
-    A caption file beside a picture (`lace_001.txt`) replaces the prompt. A file that is not ours, or that was edited by
-    hand, is left as it is. The file lies in `image_dir`, or in `fallback_dir` where that is read-only.
+    A caption file next to a picture (`lace_001.txt`) replaces the prompt. The file is in `image_dir`, or in
+    `fallback_dir` if that is read-only; one that this program did not write, or that was edited by hand, is unchanged.
 
     Raises:
         UserError: see `plan_annotations` and `write_annotations`.
@@ -79,17 +79,18 @@ def write_annotations(plan: Annotations) -> Path:
         UserError: the file cannot be written (exit 4).
     """
     if plan.by_user:
-        logger.info("%s was written or edited by hand: it is used as it is", plan.path)
+        logger.info("%s was written or edited by hand; using it unchanged", plan.path)
         return plan.path
     content = "".join(f"{image}\t{caption}\n" for image, caption in plan.captions.items()).encode()
     try:
         plan.path.parent.mkdir(parents=True, exist_ok=True)
-        # The hashes of the new content and of the last: killed between the two writes, either file counts as ours.
+        # The new hash and the previous one: after a kill between the two writes, either file is recognised.
         hashes = dict.fromkeys([hashlib.sha256(content).hexdigest(), *_recorded(plan.path)[:1]])
         write_atomically(plan.path.with_name(_RECORD), "".join(f"{digest}\n" for digest in hashes).encode())
         write_atomically(plan.path, content)
     except OSError as error:
-        raise UserError(f"{plan.path}: cannot be written ({error.strerror})", DISK_OR_DRIVE) from error
+        advice = "free some disk space, or check the folder's permissions"
+        raise UserError(f"cannot write {plan.path} ({error.strerror}): {advice}", DISK_OR_DRIVE) from error
     return plan.path
 
 
@@ -102,7 +103,8 @@ def read_annotations(path: Path) -> dict[Path, str]:
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); delete it to have it written anew") from error
+        advice = "save it as UTF-8, or delete it to have it written again"
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); {advice}") from error
     captions: dict[Path, str] = {}
     for number, line in enumerate(lines, 1):
         image, tab, caption = line.rstrip("\r").partition("\t")
@@ -110,7 +112,8 @@ def read_annotations(path: Path) -> dict[Path, str]:
             continue
         if not tab or not image or not caption.strip():
             raise UserError(
-                f"{path}:{number}: expected a picture's path, a tab and its caption; fix the line, or delete the file"
+                f"{path}:{number}: expected a picture's path, a tab and its caption; "
+                "fix the line, or delete the file to have it written again"
             )
         captions[Path(image)] = caption.strip()
     return captions
@@ -126,7 +129,7 @@ def _caption(image: Path, prompt: str) -> str:
     name = str(image)
     if any(letter in "\t\n\r" or "\udc80" <= letter <= "\udcff" for letter in name):
         raise UserError(
-            f"{name!r}: a path with a tab, line break or broken letters cannot stand in {ANNOTATIONS}; rename the file"
+            f"{name!r}: a path in {ANNOTATIONS} cannot have a tab, a line break or invalid UTF-8; rename the file"
         )
     beside = image.with_suffix(".txt")
     if beside.name != ANNOTATIONS and beside.is_file():
@@ -166,8 +169,9 @@ def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations:
             lines.append(f"               to use them, set image_extensions: [{', '.join(all_kinds)}]")
     plain = " ".join(prompt.split())
     own = sum(caption != plain for caption in annotations.captions.values())
-    origin = f"from {annotations.path} (yours)" if annotations.by_user else f"{own} from .txt files beside the pictures"
-    lines.append(f"  captions     {len(annotations.captions)}: {origin}; otherwise {plain!r}")
+    generated = f"{own} from .txt files next to the pictures, the others {plain!r}"
+    origin = f"from your own {annotations.path}" if annotations.by_user else generated
+    lines.append(f"  captions     {len(annotations.captions)}: {origin}")
     # A file name may have bytes that are not UTF-8, which a terminal cannot print.
     return "\n".join(lines).encode(errors="backslashreplace").decode()
 

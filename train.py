@@ -1,4 +1,4 @@
-"""`main.py --mode train`: check everything, write the annotations and the job, launch accelerate, wait for the end.
+"""`main.py --mode train`: check everything, write the annotations and the job, launch accelerate and wait for it.
 
 No model is loaded here and torch is not imported: whatever is wrong with the input is reported within seconds.
 """
@@ -27,12 +27,12 @@ from lace_lora.training import checkpoint, class_pictures, diffusers_script, lau
 
 logger = logging.getLogger(__name__)
 
-MOST_SKIPPED = 0.1  # share of the pictures
-START_ANEW = "to start anew, set lora_output_dir to a new folder"
+MAX_SKIPPED = 0.1  # share of the pictures
+START_OVER = "set lora_output_dir to a new folder to start over"
 
 
 def run(config: Config, dry_run: bool = False) -> None:
-    """Train the LoRA, or go on training it, or say that it is finished. `dry_run` stops before anything is written.
+    """Train the LoRA, resume its training, or report that it is finished. `dry_run` stops before anything is written.
 
     Raises:
         UserError: whatever the user can fix, with its exit code.
@@ -47,14 +47,14 @@ def run(config: Config, dry_run: bool = False) -> None:
     with nullcontext(0) if dry_run else _locked_output_dir(output_dir) as lock:
         finished = finished_step(config, fingerprint)
         if finished >= config.max_train_steps and config.resume_from_checkpoint:
-            print(f"Finished already: {config.lora_file} has {finished} steps. Set max_train_steps higher to go on.")
+            print(f"Finished already: {config.lora_file} has {finished} steps. Raise max_train_steps to train further.")
             return
         class_files = class_pictures.existing(config) if config.with_prior_preservation else {}
-        if config.with_prior_preservation and not config.train_script:  # which draws its own
+        if config.with_prior_preservation and not config.train_script:  # the script draws its own
             fingerprint |= class_pictures.fingerprint(config, class_files)
         resume = find_resume_checkpoint(config, fingerprint)
         if finished and resume is None and not config.train_script:
-            raise UserError(f"{config.lora_file} is finished, and no checkpoint is left to go on from: {START_ANEW}")
+            raise UserError(f"{config.lora_file} is finished, and no checkpoint is left to resume from: {START_OVER}")
         if dry_run:
             _print_plan(config, annotations, len(class_files), resume)
             return
@@ -81,7 +81,7 @@ def run(config: Config, dry_run: bool = False) -> None:
 
 
 def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations]:
-    """The pictures to train on and all captions, after the report on them is printed and, if wanted, written.
+    """Print the report on the pictures and, if `report` is set, write it; returns those to train on and all captions.
 
     Raises:
         UserError: the pictures are too few, or too many are bad; the report cannot be written (exit 4).
@@ -101,7 +101,9 @@ def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations
         try:
             files.write_atomically(path, content)
         except OSError as error:
-            raise UserError(f"report: {path} cannot be written ({error.strerror})", DISK_OR_DRIVE) from error
+            raise UserError(
+                f"report: cannot write {path} ({error.strerror}): set it to a file that you can write", DISK_OR_DRIVE
+            ) from error
     return _trainable(config, pictures, annotations), annotations
 
 
@@ -109,26 +111,26 @@ def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_ut
     """The pictures that are both usable and annotated."""
     good = [picture for picture in pictures if picture.used]
     bad = len(pictures) - len(good)
-    if bad > len(pictures) * MOST_SKIPPED and good and not config.skip_bad_images:
+    if bad > len(pictures) * MAX_SKIPPED and good and not config.skip_bad_images:
         raise UserError(
             f"{bad} of {len(pictures)} pictures cannot be used: fix or remove those in the list above, "
             "or set skip_bad_images: true to train without them"
         )
     pictures = [picture for picture in good if picture.path in annotations.captions]
     if left_out := len(good) - len(pictures):
-        logger.warning("%d pictures are not in %s, which is yours: they are skipped", left_out, annotations.path)
+        logger.warning("%d pictures are skipped, because your own %s does not list them", left_out, annotations.path)
     if not pictures:
-        raise UserError("no pictures to train on: see the list above, and set images_dir or image_extensions")
+        raise UserError("no pictures to train on: see the list above, then check images_dir and image_extensions")
     if len(pictures) < config.min_images:
         raise UserError(
-            f"{len(pictures)} pictures to train on, and min_images is {config.min_images}: see the list above, "
-            "add pictures, or set min_images lower"
+            f"only {len(pictures)} pictures to train on, but min_images is {config.min_images}: see the list above, "
+            "then add pictures or lower min_images"
         )
     return pictures
 
 
 def run_fingerprint(config: Config, pictures: Sequence[Picture], captions: dict[Path, str]) -> dict[str, Any]:
-    """All that must stay the same when a run is resumed, by name; pictures and captions by hashes of their contents."""
+    """What must not change when a run is resumed, by name; pictures and captions as hashes of their contents."""
     fingerprint = config.subset(TRAINING) | {"lora_alpha": config.alpha}
     if config.with_prior_preservation:
         fingerprint["class_prompt"] = config.class_prompt
@@ -143,7 +145,7 @@ def finished_step(config: Config, fingerprint: dict[str, Any]) -> int:
     """How many steps the LoRA in `lora_output_dir` was trained; 0 when there is none.
 
     Raises:
-        UserError: it is not ours, or was trained on something else: it is never overwritten.
+        UserError: it is not of this program, or of other settings or pictures: it is never overwritten.
     """
     path = config.lora_file
     if not path.exists():
@@ -153,7 +155,7 @@ def finished_step(config: Config, fingerprint: dict[str, Any]) -> int:
             metadata = file.metadata() or {}
         step, trained_on = int(metadata["step"]), json.loads(metadata["learns"])
     except (SafetensorError, OSError, KeyError, ValueError):
-        raise UserError(f"{path} is there already and does not come from this program: {START_ANEW}") from None
+        raise UserError(f"{path} exists and is not a LoRA of this program: {START_OVER}") from None
     _must_match(trained_on, fingerprint, path)
     return step
 
@@ -162,30 +164,33 @@ def find_resume_checkpoint(config: Config, fingerprint: dict[str, Any]) -> Path 
     """The checkpoint to resume from, verified; None to start at step 0.
 
     Raises:
-        UserError: checkpoints are there but none is complete or wanted, or they were trained on something else.
+        UserError: there are checkpoints, but none is complete, resuming is off, or settings or pictures have changed.
     """
-    output_dir, wanted = Path(config.lora_output_dir), config.resume_from_checkpoint
-    if not wanted:
+    output_dir, requested = Path(config.lora_output_dir), config.resume_from_checkpoint
+    if not requested:
         if checkpoint.checkpoints(output_dir) or config.lora_file.exists():
-            raise UserError(f"{output_dir} holds an earlier run, and resume_from_checkpoint is empty: {START_ANEW}")
+            raise UserError(
+                f"{output_dir} contains an earlier run, but resume_from_checkpoint is empty: set it to latest, "
+                f"or {START_OVER}"
+            )
         return None
-    if wanted == "latest":
+    if requested == "latest":
         folder, skipped = checkpoint.newest(output_dir)
         for reason in skipped:
-            logger.warning("skipped %s", reason)
+            logger.warning("skipped an unusable checkpoint (%s)", reason)
         if skipped and folder is None:
-            raise UserError(f"no checkpoint in {output_dir} is complete ({'; '.join(skipped)}): {START_ANEW}")
+            raise UserError(f"no complete checkpoint in {output_dir} ({'; '.join(skipped)}): {START_OVER}")
     else:
-        folder = Path(wanted)
+        folder = Path(requested)
         if reason := checkpoint.verify(folder):
-            raise UserError(f"resume_from_checkpoint: {folder} cannot be used: {reason}")
+            raise UserError(f"resume_from_checkpoint: {folder} cannot be used ({reason}): set it to latest")
     if folder is not None:
         state = json.loads((folder / "state.json").read_text())
         _must_match(state["learns"], fingerprint, folder)
     return folder
 
 
-def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], place: Path) -> None:
+def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> None:
     changes = [
         f"{name} (was {trained_on.get(name)}, is {value})" if hasattr(Config, name) else name
         for name, value in fingerprint.items()
@@ -193,7 +198,8 @@ def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], place: 
     ]
     if changes:
         raise UserError(
-            f"{place} was trained on something else; changed: {', '.join(changes)}. Set them back, or, {START_ANEW}"
+            f"{path} was trained with different settings or pictures; changed: {', '.join(changes)}. "
+            f"Change them back, or {START_OVER}"
         )
 
 
@@ -205,7 +211,7 @@ def _locked_output_dir(output_dir: Path) -> Iterator[int]:
         output_dir.mkdir(parents=True, exist_ok=True)
     try:
         with files.lock_for_one_run(output_dir) as lock:
-            with _disk_errors(output_dir):  # before a checkpoint is chosen: it may give one its name back
+            with _disk_errors(output_dir):  # first, since it may restore a checkpoint
                 checkpoint.clean_up(output_dir)
                 files.remove_unfinished(output_dir / "samples")
             yield lock
@@ -221,7 +227,7 @@ def _write_run_files(config: Config, annotations: data_utils.Annotations, finish
     with _disk_errors(output_dir):
         data_utils.write_annotations(annotations)
         files.write_atomically(output_dir / "config.yaml", dump_config(config).encode())
-        ending = f"step{finished}" if finished else "earlier"  # or not of this program at all
+        ending = f"step{finished}" if finished else "earlier"  # its number of steps is unknown
         for name in (LORA_FILE, f"{config.lora_name}.safetensors", f"{config.lora_name}.json"):
             path = output_dir / name
             if path.exists():
@@ -230,13 +236,13 @@ def _write_run_files(config: Config, annotations: data_utils.Annotations, finish
 
 @contextmanager
 def _disk_errors(output_dir: Path) -> Iterator[None]:
-    """Turns an error of the disk into one line."""
+    """Turn disk errors into one-line errors."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{error.filename or output_dir} cannot be written ({error.strerror}): "
-            "make room, or set lora_output_dir to a folder that you can write to",
+            f"cannot write {error.filename or output_dir} ({error.strerror}): "
+            "free some disk space, or set lora_output_dir to a folder that you can write to",
             DISK_OR_DRIVE,
         ) from error
 
@@ -244,13 +250,14 @@ def _disk_errors(output_dir: Path) -> Iterator[None]:
 def _print_plan(config: Config, annotations: data_utils.Annotations, class_count: int, resume: Path | None) -> None:
     """What a real run would do; nothing is written."""
     output_dir = Path(config.lora_output_dir)
-    print(f"Would go on from {resume}" if resume else "Would begin at step 0", f"up to step {config.max_train_steps}")
+    start = f"Would resume from {resume}" if resume else "Would start at step 0"
+    print(start, f"and train up to step {config.max_train_steps}")
     print("Would read" if annotations.by_user else "Would write", annotations.path)
     if config.with_prior_preservation:
         missing = config.num_class_images - class_count
-        print(f"Would use {class_count} class pictures that exist, and draw {missing} more first")
+        print(f"Would use {class_count} existing class pictures, and first draw {missing} more")
     print(f"Would write {output_dir}/config.yaml, checkpoints, metrics.csv, loss.png, {LORA_FILE}")
-    print(f"  and {config.lora_name}.safetensors, the same for ComfyUI, A1111, Forge and InvokeAI")
+    print(f"  and {config.lora_name}.safetensors, the same LoRA for ComfyUI, A1111, Forge and InvokeAI")
     disk = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
-    print(f"Free on that disk: {shutil.disk_usage(disk).free / 1e9:.1f} GB")
+    print(f"Free disk space there: {shutil.disk_usage(disk).free / 1e9:.1f} GB")
     print("Would run:", shlex.join(launch.build_command(config, Path("accelerate.yaml"), Path("job.json"))))

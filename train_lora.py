@@ -39,13 +39,13 @@ logger = logging.getLogger("train_lora")
 def main() -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
-    threading.excepthook = _leave_disks_to_others
+    threading.excepthook = _ignore_disk_errors_in_threads
     models.prepare_process()
     return launch.run_job("Train a LoRA", lambda config, job, _folder, stop: train(config, job, stop))
 
 
-def _leave_disks_to_others(failure: threading.ExceptHookArgs) -> None:
-    """A disk error in TensorBoard's thread is raised again where we log, so that its own traceback is left out."""
+def _ignore_disk_errors_in_threads(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard raises its thread's disk error again when we next log, so the thread's traceback is suppressed."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 
@@ -64,7 +64,7 @@ class Run:
     accelerator: Accelerator
     preview: samples.Preview | None  # where sample grids are drawn
     publisher: checkpoint.Publisher = field(default_factory=checkpoint.Publisher)
-    stop_flag: PendingScalars | None = None  # of several processes: above 0 if any was to stop, as of the step before
+    stop_flag: PendingScalars | None = None  # with several processes: above 0 if one was to stop, a step ago
 
 
 def train(config: Config, job: launch.Job, stop: StopSignal) -> str:
@@ -72,7 +72,7 @@ def train(config: Config, job: launch.Job, stop: StopSignal) -> str:
 
     Raises:
         Stopped: a stop was requested; a checkpoint of the last step is saved.
-        UserError: see `loop`. Errors of a disk or of memory go on unchanged.
+        UserError: see `loop`. Disk and out-of-memory errors are passed on.
     """
     # The others wait while the first encodes pictures or draws samples, longer than NCCL's ten minutes.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))])
@@ -80,7 +80,7 @@ def train(config: Config, job: launch.Job, stop: StopSignal) -> str:
     dtype = models.pick_dtype(config.mixed_precision, device)
     others = f", one of {world} processes" if world > 1 else ""
     logger.info("training on %s in %s%s", device, str(dtype).removeprefix("torch."), others)
-    # Once, for class pictures and for training.
+    # Loaded once, for class pictures and for training.
     load_unet = cache(
         partial(models.load_unet, config.pretrained_model, config.variant, device, dtype, config.attention)
     )
@@ -105,21 +105,21 @@ def train(config: Config, job: launch.Job, stop: StopSignal) -> str:
         steps = loop(run, log, first_step, stop)
     finally:
         log.close()
-    accelerator.wait_for_everyone()  # the launcher ends the others once one has left with a code other than 0
+    accelerator.wait_for_everyone()  # the launcher terminates the others once one has exited with an error
     accelerator.end_training()
     if steps < config.max_train_steps:
-        raise Stopped(f"stopped at step {steps}; the same command goes on from there")
+        raise Stopped(f"stopped at step {steps}; run the same command again to resume")
     if accelerator.is_main_process:
         results.save_results(
             config, lora_weights.lora_state(networks), config.alpha, steps, job,
             unet.config.layers_per_block, noise_scheduler.config.prediction_type,
         )  # fmt: skip
     memory = models.peak_memory(device)
-    return f"trained {steps} steps; the LoRA is {config.lora_file}" + (f" ({memory})" if memory else "")
+    return f"trained {steps} steps and saved the LoRA to {config.lora_file}" + (f" ({memory})" if memory else "")
 
 
 def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
-    """Make the optimizer's steps, with checkpoints and sample grids between them; returns the step reached.
+    """Run the optimizer steps, with checkpoints and sample grids in between; returns the last step.
 
     Raises:
         UserError: the loss is not finite (exit 5); the last checkpoint stays as it was.
@@ -138,7 +138,7 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
         if saving or done % READ_EVERY == 0:
             run.publisher.poll()
             log.read(latest=saving)
-            # Weights from shortly before a row of losses that are not finite may be the cause: no checkpoint of those.
+            # The weights just before a series of NaN losses may be their cause: do not save them.
             saving = log.check_finite(ending) and saving
         if saving and is_main:
             run.publisher.wait()
@@ -154,16 +154,16 @@ def update(run: Run, step: int, factor: float, stop_requested: bool) -> tuple[Te
     """One optimizer step over the whole effective batch; `factor` is the learning rate's, from the schedule.
 
     Returns:
-        The loss (mean over the batch), the gradients' norm before clipping, and whether all processes are to stop:
-        several do so a step after the first request, so that none waits for its GPU to read the flag.
+        The loss (mean over the batch), the gradients' norm before clipping, and whether to stop: several
+        processes stop one step after the first request, so that none waits for its GPU to read the flag.
     """
     config, world, rank = run.config, run.accelerator.num_processes, run.accelerator.process_index
-    # For dropout; everything else that is random comes with the batch.
+    # For dropout; all other randomness is part of the batch.
     torch.manual_seed(seeds.stream_seed(config.seed, "dropout", step, rank))
     batch = batches.step_batch(
         run.data, config.seed, step, config.train_batch_size * config.gradient_accumulation_steps * world,
         run.noise_scheduler.config.num_train_timesteps, config.noise_offset, config.prior_loss_weight,
-    ).share(rank, world)  # fmt: skip
+    ).shard(rank, world)  # fmt: skip
     loss = run.train_step(batch)
     if world > 1:
         before = run.stop_flag
@@ -176,7 +176,7 @@ def update(run: Run, step: int, factor: float, stop_requested: bool) -> tuple[Te
 def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, PendingScalars]:
     """Average gradients, loss and stop flag over all processes, in one all-reduce."""
     gradients = run.train_step.gradients()
-    stop_flag = loss.new_full((1,), float(stop_requested))  # filled by a kernel: nothing is copied to the GPU
+    stop_flag = loss.new_full((1,), float(stop_requested))  # filled by a kernel, so without a host-to-device copy
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss[None], stop_flag])
     flat = run.accelerator.reduce(flat, "mean")
     sizes = [gradient.numel() for gradient in gradients]
@@ -188,7 +188,7 @@ def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, Pend
 def save_checkpoint(run: Run, step: int) -> None:
     """Publish `checkpoint-<step>`: the LoRA file, and all that an exact resume needs.
 
-    Everything is copied before this returns; training goes on while the copy is written, hashed and read back.
+    Everything is copied before this returns; training continues while the copy is written, hashed and verified.
     """
     config, train_step = run.config, run.train_step
     tensors, numbers = optimizer.optimizer_state(run.optimizer, train_step.trainable_params(run.lora))
@@ -208,7 +208,7 @@ def save_checkpoint(run: Run, step: int) -> None:
 
 
 def restore(run: Run, folder: Path) -> int:
-    """Put a verified checkpoint back into LoRA, optimizer and loss scaler; returns its step."""
+    """Restore LoRA, optimizer and loss scaler from a verified checkpoint; returns its step."""
     state = json.loads((folder / "state.json").read_text())
     tensors = load_file(folder / "training_state.safetensors")
     trained = run.train_step.trainable_params(run.lora)
@@ -219,10 +219,10 @@ def restore(run: Run, folder: Path) -> int:
         tensors = run.train_step.merge_state(tensors)
         optimizer.restore_optimizer(run.optimizer, trained, tensors, state["optimizer"])
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{folder} does not fit this model: to start anew, set another lora_output_dir") from error
+        raise UserError(f"{folder} does not match this model: set lora_output_dir to a new folder") from error
     if state["scaler"]:
         run.train_step.scaler.load_state_dict(state["scaler"])
-    logger.info("going on from %s", folder)
+    logger.info("resuming from %s", folder)
     return int(state["step"])
 
 

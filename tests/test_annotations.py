@@ -54,7 +54,7 @@ def test_nothing_else_in_the_folder_changes(tmp_path: Path) -> None:
     assert {Path(name).name for name in set(after) - set(before)} == {"annotations.txt", ".annotations.sha256"}
 
 
-def test_ours_are_written_anew(tmp_path: Path) -> None:
+def test_generated_annotations_are_rewritten(tmp_path: Path) -> None:
     jpgs(tmp_path, 2)
     path = data_utils.create_annotations(tmp_path, "one")
     jpgs(tmp_path, 3)
@@ -66,7 +66,7 @@ def test_ours_are_written_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "edit", [lambda text: text.replace("one", "a rosette"), lambda text: text + "\n", lambda _: ""]
 )
-def test_what_was_edited_by_hand_is_kept(
+def test_annotations_edited_by_hand_are_not_overwritten(
     edit: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     jpgs(tmp_path, 2)
@@ -79,7 +79,7 @@ def test_what_was_edited_by_hand_is_kept(
     assert str(path) in caplog.text
 
 
-def test_a_file_of_that_name_that_is_not_ours_is_kept_and_used(tmp_path: Path) -> None:
+def test_an_existing_annotations_file_of_the_user_is_used_unchanged(tmp_path: Path) -> None:
     images = jpgs(tmp_path, 2)
     (tmp_path / "annotations.txt").write_text(f"{images[1]}\tmine, with\r\n")
     before = snapshot(tmp_path)
@@ -89,7 +89,7 @@ def test_a_file_of_that_name_that_is_not_ours_is_kept_and_used(tmp_path: Path) -
     assert plan == data_utils.Annotations(tmp_path / "annotations.txt", {images[1]: "mine, with"}, by_user=True)
 
 
-def test_planning_writes_nothing_and_tells_what_would_be_written(tmp_path: Path) -> None:
+def test_planning_writes_nothing_and_returns_what_would_be_written(tmp_path: Path) -> None:
     images = jpgs(tmp_path, 2)
     images[1].with_suffix(".txt").write_text("edge")
     before = snapshot(tmp_path)
@@ -101,7 +101,7 @@ def test_planning_writes_nothing_and_tells_what_would_be_written(tmp_path: Path)
     assert data_utils.read_annotations(data_utils.create_annotations(tmp_path, PROMPT)) == plan.captions
 
 
-def test_killed_between_its_two_writes_the_file_is_still_ours(tmp_path: Path) -> None:
+def test_a_kill_between_the_two_writes_does_not_make_the_file_the_users(tmp_path: Path) -> None:
     jpgs(tmp_path, 1)
     path = data_utils.create_annotations(tmp_path, "one")
     old = path.read_bytes()
@@ -111,11 +111,11 @@ def test_killed_between_its_two_writes_the_file_is_still_ours(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["a\tb.jpg", "a\nb.jpg", "a\rb.jpg", "a\udcffb.jpg", "🧵\udc80.jpg"])
-def test_a_path_that_cannot_stand_in_a_line_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_path_with_a_tab_or_line_break_is_refused(name: str, tmp_path: Path) -> None:
     jpgs(tmp_path, 1)[0].rename(tmp_path / name)
-    said = refused(lambda: data_utils.create_annotations(tmp_path, PROMPT), "rename the file")
-    assert "\n" not in said
-    said.encode()  # can be printed
+    message = refused(lambda: data_utils.create_annotations(tmp_path, PROMPT), "rename the file")
+    assert "\n" not in message
+    message.encode()  # can be printed
     assert not (tmp_path / "annotations.txt").exists()
 
 
@@ -133,17 +133,17 @@ def test_a_caption_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         ("a.jpg\tweiß".encode("latin-1"), "UTF-8"),
     ],
 )
-def test_a_broken_file_of_the_user_is_refused(content: bytes, part: str, tmp_path: Path) -> None:
+def test_an_invalid_annotations_file_is_refused(content: bytes, part: str, tmp_path: Path) -> None:
     (tmp_path / "annotations.txt").write_bytes(content)
     refused(lambda: data_utils.create_annotations(tmp_path, PROMPT), part)
 
 
-def test_a_users_file_may_have_blank_lines_windows_ends_and_a_mark(tmp_path: Path) -> None:
+def test_a_users_file_may_have_blank_lines_crlf_and_a_bom(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffa b.jpg\tone\r\n\r\n ü.jpg\t two\tthree \r\n".encode())
     assert data_utils.read_annotations(tmp_path / "a.txt") == {Path("a b.jpg"): "one", Path(" ü.jpg"): "two\tthree"}
 
 
-def as_nobody(folder: Path, work: Callable[[], object]) -> int:
+def as_unprivileged_user(folder: Path, work: Callable[[], object]) -> int:
     """Run `work` inside `folder` as a user who may not write there; 0 when it went well."""
     folder.chmod(0o755)
     pid = os.fork()
@@ -172,20 +172,20 @@ def read_only(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_beside_a_read_only_folder_they_lie_in_the_output_folder(read_only: Path) -> None:
+def test_annotations_of_a_read_only_folder_go_to_the_output_folder(read_only: Path) -> None:
     def work() -> None:
         path = data_utils.create_annotations("photos", PROMPT, fallback_dir="lora")
         assert path == Path("lora/annotations.txt")
         data_utils.create_annotations("photos", "again", fallback_dir="lora")
 
-    assert as_nobody(read_only, work) == 0
+    assert as_unprivileged_user(read_only, work) == 0
     assert (read_only / "lora" / "annotations.txt").read_text() == (
         "photos/lace_0.jpg\tagain\nphotos/lace_1.jpg\tagain\n"
     )
     assert not (read_only / "photos" / "annotations.txt").exists()
 
 
-def test_the_users_own_in_a_read_only_folder_are_used(read_only: Path) -> None:
+def test_a_users_annotations_in_a_read_only_folder_are_used(read_only: Path) -> None:
     (read_only / "photos").chmod(0o755)
     (read_only / "photos" / "annotations.txt").write_text("photos/lace_1.jpg\tmine\n")
     (read_only / "photos").chmod(0o555)
@@ -195,12 +195,12 @@ def test_the_users_own_in_a_read_only_folder_are_used(read_only: Path) -> None:
         assert plan == data_utils.Annotations(Path("photos/annotations.txt"), {Path("photos/lace_1.jpg"): "mine"}, True)
         assert data_utils.create_annotations("photos", PROMPT, fallback_dir="lora") == plan.path
 
-    assert as_nobody(read_only, work) == 0
+    assert as_unprivileged_user(read_only, work) == 0
     assert list((read_only / "lora").iterdir()) == []
 
 
-def test_a_read_only_folder_without_another_is_a_disk_error(read_only: Path) -> None:
+def test_a_read_only_folder_without_a_fallback_is_a_disk_error(read_only: Path) -> None:
     def work() -> None:
-        refused(lambda: data_utils.create_annotations("photos", PROMPT), "cannot be written", code=4)
+        refused(lambda: data_utils.create_annotations("photos", PROMPT), "cannot write", code=4)
 
-    assert as_nobody(read_only, work) == 0
+    assert as_unprivileged_user(read_only, work) == 0

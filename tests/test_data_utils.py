@@ -37,7 +37,7 @@ def test_relative_folders_give_relative_paths(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("name", "part"), [("missing", "no such folder"), ("file", "is a file")])
-def test_a_folder_that_is_none(name: str, part: str, tmp_path: Path) -> None:
+def test_a_missing_folder_or_a_file_is_refused(name: str, part: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=part) as caught:
         data_utils.list_images(tmp_path / name)
@@ -68,10 +68,10 @@ def test_the_report_counts_everything(tmp_path: Path) -> None:
     assert "copy.jpg = lace_1.jpg" in text
     assert "other files  1 .heic, 2 .png" in text
     assert "image_extensions: [.jpg, .png]" in text
-    assert "5: 1 from .txt files beside the pictures; otherwise 'lace'" in text
+    assert "5: 1 from .txt files next to the pictures, the others 'lace'" in text
 
 
-def test_the_report_advises_to_keep_the_extensions_in_use(tmp_path: Path) -> None:
+def test_the_report_suggests_extensions_including_those_in_use(tmp_path: Path) -> None:
     jpgs(tmp_path, 1)
     gradient().save(tmp_path / "a.png")
     gradient().save(tmp_path / "a.webp")

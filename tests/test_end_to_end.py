@@ -126,15 +126,15 @@ def test_class_pictures_are_drawn_once_and_user_files_kept(settings: Make, run_h
     assert first.returncode == 0, first.stderr
     drawn = snapshot(tmp_path / "lora" / "class_images")
     assert len(drawn) == 3
-    assert "Would use 2 class pictures" in run_here(*command, "--dry-run", "max_train_steps=4")[1]
+    assert "Would use 2 existing class pictures" in run_here(*command, "--dry-run", "max_train_steps=4")[1]
     done = main_py(*command, "max_train_steps=4")
     assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stderr
+    assert "resuming from" in done.stderr
     assert snapshot(tmp_path / "lora" / "class_images") == drawn
     assert (tmp_path / "lora" / "myspecialstyle-earlier.safetensors").read_bytes() == b"mine"
     for key, other in (("guidance_scale", 3), ("num_class_images", 1)):  # other pictures of the class
         code, printed = run_here(*command, "max_train_steps=6", f"{key}={other}")
         assert code == 2
-        assert f"was trained on something else; changed: {key} (was " in printed
+        assert f"was trained with different settings or pictures; changed: {key} (was " in printed
         assert "Finished already" in run_here(*command, "max_train_steps=4", f"{key}={other}")[1]
     assert snapshot(tmp_path / "lora" / "class_images") == drawn

@@ -1,4 +1,4 @@
-"""What the program promises when machines, disks and people get in its way: real runs, killed and stopped."""
+"""What survives kills, stops and full disks, tested with real runs."""
 
 import contextlib
 import os
@@ -46,45 +46,45 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield begin
     for process in started:
         if process.is_running():
-            kill_all(family_of(process))
+            kill_all(process_tree(process))
 
 
-def family_of(process: psutil.Popen) -> list[psutil.Process]:
+def process_tree(process: psutil.Popen) -> list[psutil.Process]:
     """A process and all below it, the deepest first."""
     return [*reversed(process.children(recursive=True)), process]
 
 
-def signal_all(family: list[psutil.Process], number: signal.Signals) -> None:
-    for member in family:
+def signal_all(tree: list[psutil.Process], number: signal.Signals) -> None:
+    for member in tree:
         with contextlib.suppress(ProcessLookupError):
             os.kill(member.pid, number)
 
 
-def kill_all(family: list[psutil.Process]) -> None:
+def kill_all(tree: list[psutil.Process]) -> None:
     """kill -9 for all at one instant, so that none can react to another's end."""
-    signal_all(family, signal.SIGSTOP)
-    signal_all(family, signal.SIGKILL)
-    psutil.wait_procs(family, timeout=20)
+    signal_all(tree, signal.SIGSTOP)
+    signal_all(tree, signal.SIGKILL)
+    psutil.wait_procs(tree, timeout=20)
 
 
-def kill_amid_write(family: list[psutil.Process], folder: Path) -> None:
-    """The same while a checkpoint is being written, which takes a moment only: checked while all are halted."""
+def kill_during_write(tree: list[psutil.Process], folder: Path) -> None:
+    """The same while a checkpoint is being written, which is short: checked while all processes are suspended."""
 
     def is_writing() -> bool:
         return any(name.startswith(".checkpoint-") for name in os.listdir(folder))
 
     while True:
         while not is_writing():
-            assert family[-1].is_running(), "it ended before it could be killed"
-        signal_all(family, signal.SIGSTOP)
-        wait_for(lambda: all(member.status() == psutil.STATUS_STOPPED for member in family))
+            assert tree[-1].is_running(), "it ended before it could be killed"
+        signal_all(tree, signal.SIGSTOP)
+        wait_for(lambda: all(member.status() == psutil.STATUS_STOPPED for member in tree))
         if is_writing():
             break
-        signal_all(family, signal.SIGCONT)
-    kill_all(family)
+        signal_all(tree, signal.SIGCONT)
+    kill_all(tree)
 
 
-def reached(folder: Path) -> int:
+def latest_step(folder: Path) -> int:
     """The step of the newest checkpoint by name."""
     return max((step for _, step in checkpoint.checkpoints(folder)), default=0)
 
@@ -97,24 +97,24 @@ def wait_for(condition: Callable[[], bool], process: psutil.Popen | None = None,
         time.sleep(0.005)
 
 
-def test_killed_at_any_instant_it_ends_like_an_uninterrupted_run(settings: Make, start: Start, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_equals_an_uninterrupted_one(settings: Make, start: Start, tmp_path: Path) -> None:
     options = {"max_train_steps": 6 * KILLS + 12, "checkpointing_steps": 1}
     train_here(settings(lora_output_dir=str(tmp_path / "uninterrupted"), **options))
 
     killed, folder, output = settings(**options), tmp_path / "lora", tmp_path / "output.txt"
     chance, resumed = random.Random(KILLS), []
     for index in range(KILLS):
-        before = reached(folder)
+        before = latest_step(folder)
         process = start(killed)
-        wait_for(lambda before=before: reached(folder) > before, process)  # type: ignore[misc]
-        family = family_of(process)
+        wait_for(lambda before=before: latest_step(folder) > before, process)  # type: ignore[misc]
+        tree = process_tree(process)
         if index % 2:
-            kill_amid_write(family, folder)
+            kill_during_write(tree, folder)
             assert any(folder.glob(".checkpoint-*"))
         else:
             time.sleep(chance.uniform(0, 0.2))
             assert process.poll() is None, "it ended before it could be killed"
-            kill_all(family)
+            kill_all(tree)
         reasons = [checkpoint.verify(path) for path, _ in checkpoint.checkpoints(folder)]
         assert reasons, "no checkpoint is left"
         assert not any(reasons), "half a checkpoint has a final name"
@@ -134,60 +134,60 @@ def test_killed_at_any_instant_it_ends_like_an_uninterrupted_run(settings: Make,
 
 
 def resumed_from(output: Path) -> int:
-    lines = [line for line in output.read_text().splitlines() if "going on from" in line]
+    lines = [line for line in output.read_text().splitlines() if "resuming from" in line]
     return int(lines[0].rpartition("-")[2]) if lines else 0
 
 
 # The others are shown in tests/test_process.py, with processes that take no seconds to start.
 @pytest.mark.parametrize(
-    ("whom", "number"),
+    ("recipient", "number"),
     [
         ("main", signal.SIGINT),
         *(
-            pytest.param(whom, number, marks=slow)
-            for whom in ("main", "group", "launcher")
+            pytest.param(recipient, number, marks=slow)
+            for recipient in ("main", "group", "launcher")
             for number in (signal.SIGINT, signal.SIGTERM)
-            if (whom, number) != ("main", signal.SIGINT)
+            if (recipient, number) != ("main", signal.SIGINT)
         ),
     ],
 )
 def test_a_stop_saves_and_the_same_command_resumes(
-    whom: str, number: signal.Signals, settings: Make, start: Start, tmp_path: Path
+    recipient: str, number: signal.Signals, settings: Make, start: Start, tmp_path: Path
 ) -> None:
-    step = stop(whom, number, settings(max_train_steps=100_000, checkpointing_steps=5), start, tmp_path)
+    step = stop(recipient, number, settings(max_train_steps=100_000, checkpointing_steps=5), start, tmp_path)
     assert start(settings(max_train_steps=step + 1, checkpointing_steps=5)).wait(120) == 0
     assert resumed_from(tmp_path / "output.txt") == step
 
 
 @pytest.mark.parametrize(
-    ("whom", "number"), [("launcher", signal.SIGTERM), pytest.param("main", signal.SIGINT, marks=slow)]
+    ("recipient", "number"), [("launcher", signal.SIGTERM), pytest.param("main", signal.SIGINT, marks=slow)]
 )
 def test_a_stop_of_two_processes_saves(
-    whom: str, number: signal.Signals, settings: Make, start: Start, two_processes: str, tmp_path: Path
+    recipient: str, number: signal.Signals, settings: Make, start: Start, two_processes: str, tmp_path: Path
 ) -> None:
     config = settings(max_train_steps=100_000, checkpointing_steps=5, accelerate_config=two_processes)
-    stop(whom, number, config, start, tmp_path)
+    stop(recipient, number, config, start, tmp_path)
     assert "one of 2 processes" in (tmp_path / "output.txt").read_text()
 
 
-def stop(whom: str, number: signal.Signals, config: Config, start: Start, tmp_path: Path) -> int:
+def stop(recipient: str, number: signal.Signals, config: Config, start: Start, tmp_path: Path) -> int:
     """Stop a training after some steps, check all that a stop promises, and return the step it was saved at."""
     process = start(config)
-    wait_for(lambda: reached(tmp_path / "lora") >= 5, process)
-    family = process.children(recursive=True)
+    wait_for(lambda: latest_step(tmp_path / "lora") >= 5, process)
+    tree = process.children(recursive=True)
     began = time.monotonic()
-    if whom == "group":
+    if recipient == "group":
         os.killpg(process.pid, number)
     else:
         launcher = next(child for child in process.children() if "lace_lora.process" in child.cmdline())
-        os.kill(process.pid if whom == "main" else launcher.pid, number)
+        os.kill(process.pid if recipient == "main" else launcher.pid, number)
     assert process.wait(30) == 128 + number
-    _, left = psutil.wait_procs(family, timeout=5)
+    _, left = psutil.wait_procs(tree, timeout=5)
     assert not left
     assert time.monotonic() - began < 10
     output = (tmp_path / "output.txt").read_text()
-    step = reached(tmp_path / "lora")
-    assert output.splitlines()[-1] == f"stopped at step {step}; the same command goes on from there"
+    step = latest_step(tmp_path / "lora")
+    assert output.splitlines()[-1] == f"stopped at step {step}; run the same command again to resume"
     assert "Traceback" not in output
     assert checkpoint.verify(tmp_path / "lora" / f"checkpoint-{step}") == ""
     return step
@@ -197,7 +197,7 @@ def stop(whom: str, number: signal.Signals, config: Config, start: Start, tmp_pa
 def test_a_stop_of_two_processes_waits_for_a_slow_disk(
     settings: Make, start: Start, two_processes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # torch kills whoever is left thirty seconds after the first process of a job has ended with a code other than 0.
+    # torch kills the remaining processes thirty seconds after the first process of a job has exited with an error.
     code = tmp_path / "slow" / "sitecustomize.py"
     code.parent.mkdir()
     code.write_text(
@@ -212,17 +212,17 @@ def test_a_stop_of_two_processes_waits_for_a_slow_disk(
     wait_for(lambda: any((tmp_path / "lora").glob(".checkpoint-5.*")), process)
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 130
-    step = reached(tmp_path / "lora")
+    step = latest_step(tmp_path / "lora")
     assert (tmp_path / "output.txt").read_text().splitlines()[-1].startswith(f"stopped at step {step};")
     assert checkpoint.verify(tmp_path / "lora" / f"checkpoint-{step}") == ""
 
 
 @slow
-def test_a_second_stop_ends_at_once_with_the_last_checkpoint_whole(
+def test_a_second_stop_exits_immediately_and_keeps_the_last_checkpoint(
     settings: Make, start: Start, tmp_path: Path
 ) -> None:
     process = start(settings(max_train_steps=100_000, checkpointing_steps=5))
-    wait_for(lambda: reached(tmp_path / "lora") >= 5, process)
+    wait_for(lambda: latest_step(tmp_path / "lora") >= 5, process)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)
@@ -233,11 +233,11 @@ def test_a_second_stop_ends_at_once_with_the_last_checkpoint_whole(
     assert not skipped
 
 
-def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(
     settings: Make, start: Start, run_here: RunHere, tmp_path: Path
 ) -> None:
     process = start(settings(max_train_steps=100_000, checkpointing_steps=2))
-    wait_for(lambda: reached(tmp_path / "lora") >= 2, process)
+    wait_for(lambda: latest_step(tmp_path / "lora") >= 2, process)
     code, printed = run_here("--mode", "train", "--config", str(tmp_path / "my.yaml"))
     assert code == 2
     assert f"another run is at work in {tmp_path / 'lora'}" in printed
@@ -272,7 +272,7 @@ def fill(disk: Path, leave: int) -> Path:
     return ballast
 
 
-def test_a_full_disk_costs_nothing_that_was_saved(settings: Make, small_disk: Path) -> None:
+def test_a_full_disk_does_not_damage_saved_checkpoints(settings: Make, small_disk: Path) -> None:
     config = settings(lora_output_dir=str(small_disk / "lora"), max_train_steps=2)
     folder = small_disk / "lora"
     train_here(config)

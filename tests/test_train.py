@@ -1,4 +1,4 @@
-"""Planning a training: what is checked, written and launched. A stand-in takes the place of the launch itself."""
+"""Planning a training: what is checked, written and launched. The launch itself is faked."""
 
 import json
 import shlex
@@ -22,8 +22,8 @@ from lace_lora.training import checkpoint, launch
 LORA = "pytorch_lora_weights.safetensors"
 
 
-class Launch:
-    """In the place of process.run: reads what the training is given and leaves checkpoints and a LoRA as it would."""
+class FakeLaunch:
+    """Fake of process.run: reads the job and writes checkpoints and a LoRA as a training would."""
 
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
@@ -53,10 +53,10 @@ def put(path: Path, text: str) -> None:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Launch:
-    stand_in = Launch()
-    monkeypatch.setattr(process, "run", stand_in)
-    return stand_in
+def launched(monkeypatch: pytest.MonkeyPatch) -> FakeLaunch:
+    fake = FakeLaunch()
+    monkeypatch.setattr(process, "run", fake)
+    return fake
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def refused(config: Config, part: str, code: int = 2, dry_run: bool = False) -> 
     helpers.refused(lambda: train.run(config, dry_run), part, code)
 
 
-def test_what_the_training_is_given(tmp_path: Path, launched: Launch, make: Make) -> None:
+def test_the_job_for_the_training_process(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     (tmp_path / "photos" / "lace_1.txt").write_text("a rosette")
     truncated_jpg(tmp_path / "photos" / "cut.jpg")
     jpg(tmp_path / "photos" / "tiny.jpg", gradient(20, 20))
@@ -97,7 +97,7 @@ def test_what_the_training_is_given(tmp_path: Path, launched: Launch, make: Make
     assert (settings["distributed_type"], settings["num_processes"]) == ("NO", 1)
 
 
-def test_the_users_files_are_not_touched(tmp_path: Path, launched: Launch, make: Make) -> None:
+def test_the_users_files_are_not_touched(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     photos = tmp_path / "photos"
     (photos / "lace_0.txt").write_text("mine")
     (photos / "notes.docx").write_bytes(b"x")
@@ -110,7 +110,7 @@ def test_the_users_files_are_not_touched(tmp_path: Path, launched: Launch, make:
     assert names(photos) - {Path(name).name for name in before} == {"annotations.txt", ".annotations.sha256"}
 
 
-def test_the_command_is_one_that_accelerate_accepts(launched: Launch, make: Make, tmp_path: Path) -> None:
+def test_the_command_is_one_that_accelerate_accepts(launched: FakeLaunch, make: Make, tmp_path: Path) -> None:
     theirs = pytest.importorskip("accelerate.commands.launch")
     train.run(make(lora_output_dir=str(tmp_path / "mit Leerzeichen ü")))
     [command] = launched.commands
@@ -125,7 +125,7 @@ def test_the_command_is_one_that_accelerate_accepts(launched: Launch, make: Make
     assert keys <= set(config_args.ClusterConfig.__dataclass_fields__)
 
 
-def test_a_file_of_the_users_own_goes_to_accelerate(tmp_path: Path, launched: Launch, make: Make) -> None:
+def test_the_users_accelerate_config_is_used(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     put(tmp_path / "mine.yaml", "distributed_type: MULTI_GPU\nnum_processes: 2\n")
     config = make(accelerate_config=str(tmp_path / "mine.yaml"))
     train.run(config)
@@ -141,15 +141,15 @@ def test_a_file_of_the_users_own_goes_to_accelerate(tmp_path: Path, launched: La
         ("distributed_type: DEEPSPEED\n", "DeepSpeed or FSDP"),
         ("distributed_type: fsdp\n", "DeepSpeed or FSDP"),
         ("deepspeed_config: {zero_stage: 2}\n", "DeepSpeed or FSDP"),
-        ("just words", "not an accelerate file"),
-        ("a: [", "not an accelerate file"),
-        ("num_processes: two\n", "not an accelerate file"),
-        ("num_processes: [2]\n", "not an accelerate file"),
-        (None, "not an accelerate file"),
+        ("just words", "not an accelerate config file"),
+        ("a: [", "not an accelerate config file"),
+        ("num_processes: two\n", "not an accelerate config file"),
+        ("num_processes: [2]\n", "not an accelerate config file"),
+        (None, "not an accelerate config file"),
     ],
 )
 def test_accelerate_files_that_are_refused(
-    text: str | None, part: str, dry_run: bool, tmp_path: Path, launched: Launch, make: Make
+    text: str | None, part: str, dry_run: bool, tmp_path: Path, launched: FakeLaunch, make: Make
 ) -> None:
     if text is not None:
         put(tmp_path / "mine.yaml", text)
@@ -160,7 +160,7 @@ def test_accelerate_files_that_are_refused(
 
 @pytest.mark.parametrize("state", ["new", "stopped", "finished", "by hand"])
 def test_a_dry_run_writes_nothing(
-    state: str, tmp_path: Path, launched: Launch, make: Make, capsys: pytest.CaptureFixture[str]
+    state: str, tmp_path: Path, launched: FakeLaunch, make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if state == "stopped":
         launched.stop_at = 5
@@ -174,15 +174,15 @@ def test_a_dry_run_writes_nothing(
     train.run(make(), dry_run=True)
     assert snapshot(tmp_path) == before
     assert len(launched.commands) == (state in ("stopped", "finished"))
-    said = capsys.readouterr().out
-    assert "3 used, 0 skipped" in said
+    printed = capsys.readouterr().out
+    assert "3 used, 0 skipped" in printed
     if state == "finished":
-        assert "Finished already" in said
+        assert "Finished already" in printed
         return
-    assert (f"go on from {tmp_path}/lora/checkpoint-4" in said) == (state == "stopped")
-    assert f"Would {'read' if state == 'by hand' else 'write'} {tmp_path}/photos/annotations.txt" in said
-    assert "Free on that disk" in said
-    [command] = [line.removeprefix("Would run: ") for line in said.splitlines() if line.startswith("Would run: ")]
+    assert (f"resume from {tmp_path}/lora/checkpoint-4" in printed) == (state == "stopped")
+    assert f"Would {'read' if state == 'by hand' else 'write'} {tmp_path}/photos/annotations.txt" in printed
+    assert "Free disk space there" in printed
+    [command] = [line.removeprefix("Would run: ") for line in printed.splitlines() if line.startswith("Would run: ")]
     assert str(ROOT / "train_lora.py") in shlex.split(command)
 
 
@@ -203,10 +203,10 @@ def test_a_dry_run_writes_the_report_it_was_asked_for(tmp_path: Path, make: Make
 
 
 def test_a_report_that_cannot_be_written(tmp_path: Path, make: Make) -> None:
-    refused(make(report=str(tmp_path / "missing" / "report.json")), "report: .*report.json cannot be written", 4, True)
+    refused(make(report=str(tmp_path / "missing" / "report.json")), "report: cannot write .*report.json", 4, True)
 
 
-def test_without_a_good_picture_nothing_is_written(tmp_path: Path, launched: Launch, make: Make) -> None:
+def test_without_a_good_picture_nothing_is_written(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     config = make(min_image_size=500)
     before = snapshot(tmp_path)
     refused(config, "no pictures to train on")
@@ -215,8 +215,8 @@ def test_without_a_good_picture_nothing_is_written(tmp_path: Path, launched: Lau
 
 
 @pytest.mark.parametrize(("bad", "refuses"), [(1, False), (2, True)])
-def test_more_than_a_tenth_bad_is_refused(
-    bad: int, refuses: bool, tmp_path: Path, launched: Launch, make: Make
+def test_more_than_a_tenth_of_bad_pictures_is_refused(
+    bad: int, refuses: bool, tmp_path: Path, launched: FakeLaunch, make: Make
 ) -> None:
     jpgs(tmp_path / "photos", 10)
     for index in range(bad):
@@ -230,14 +230,14 @@ def test_more_than_a_tenth_bad_is_refused(
     assert len(launched.jobs[0]["captions"]) == 10
 
 
-def test_too_few_pictures_are_refused(tmp_path: Path, launched: Launch, make: Make) -> None:
+def test_too_few_pictures_are_refused(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     truncated_jpg(tmp_path / "photos" / "lace_0.jpg")
-    refused(make(min_images=3), "2 pictures to train on, and min_images is 3")
+    refused(make(min_images=3), "only 2 pictures to train on, but min_images is 3")
     train.run(make(min_images=2))
 
 
-def test_annotations_by_hand_say_what_is_trained(
-    tmp_path: Path, launched: Launch, make: Make, caplog: pytest.LogCaptureFixture
+def test_the_users_annotations_choose_the_pictures(
+    tmp_path: Path, launched: FakeLaunch, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     jpg(tmp_path / "elsewhere.jpg")
     lines = [f"{tmp_path}/elsewhere.jpg\tone", f"{tmp_path}/photos/lace_2.jpg\ttwo", f"{tmp_path}/gone.jpg\tthree"]
@@ -245,10 +245,10 @@ def test_annotations_by_hand_say_what_is_trained(
     train.run(make())
     [job] = launched.jobs
     assert job["captions"] == {f"{tmp_path}/photos/lace_2.jpg": "two", f"{tmp_path}/elsewhere.jpg": "one"}
-    assert "2 pictures are not in" in caplog.text
+    assert "2 pictures are skipped, because" in caplog.text
 
 
-def test_finished_already(tmp_path: Path, launched: Launch, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_already(tmp_path: Path, launched: FakeLaunch, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     train.run(make())
     before = snapshot(tmp_path)
     train.run(make())
@@ -262,7 +262,7 @@ def test_finished_already(tmp_path: Path, launched: Launch, make: Make, capsys: 
     assert len(launched.jobs) == 1
 
 
-def test_more_steps_go_on_and_keep_the_finished_lora(tmp_path: Path, launched: Launch, make: Make) -> None:
+def test_more_steps_resume_and_keep_the_finished_lora(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     train.run(make())
     first = (tmp_path / "lora" / LORA).read_bytes()
     put(tmp_path / "lora" / "pytorch_lora_weights-step8.safetensors", "the user's own")
@@ -273,19 +273,19 @@ def test_more_steps_go_on_and_keep_the_finished_lora(tmp_path: Path, launched: L
     assert (tmp_path / "lora" / LORA).read_bytes() != first
 
 
-def test_an_interrupted_run_goes_on_from_the_newest_complete_checkpoint(
-    tmp_path: Path, launched: Launch, make: Make, caplog: pytest.LogCaptureFixture
+def test_an_interrupted_run_resumes_from_the_newest_complete_checkpoint(
+    tmp_path: Path, launched: FakeLaunch, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     launched.stop_at = 7
     refused(make(checkpointing_steps=3), "stopped at step 7", 130)
     put(tmp_path / "lora" / "checkpoint-6" / "state.json", "damaged")
     train.run(make(learning_rate=1e-5, max_train_steps=7))
     assert launched.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-3")
-    assert "skipped checkpoint-6: state.json" in caplog.text
+    assert "skipped an unusable checkpoint (checkpoint-6: state.json" in caplog.text
 
 
 def test_leftovers_of_killed_writes_are_removed_before_the_training(
-    tmp_path: Path, launched: Launch, make: Make
+    tmp_path: Path, launched: FakeLaunch, make: Make
 ) -> None:
     launched.stop_at = 2  # before it publishes anything
     (tmp_path / "lora" / ".checkpoint-4.77.tmp").mkdir(parents=True)
@@ -294,7 +294,7 @@ def test_leftovers_of_killed_writes_are_removed_before_the_training(
     assert names(tmp_path / "lora") == {"config.yaml"}
 
 
-def test_a_named_checkpoint(tmp_path: Path, launched: Launch, make: Make) -> None:
+def test_a_named_checkpoint(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     launched.stop_at = 9
     refused(make(max_train_steps=12), "stopped", 130)
     config = make(resume_from_checkpoint=str(tmp_path / "lora" / "checkpoint-4"))
@@ -302,7 +302,7 @@ def test_a_named_checkpoint(tmp_path: Path, launched: Launch, make: Make) -> Non
     assert launched.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-4")
     (tmp_path / "lora" / LORA).unlink()
     put(tmp_path / "lora" / "checkpoint-4" / "state.json", "damaged")
-    refused(config, "checkpoint-4 cannot be used: state.json")
+    refused(config, "checkpoint-4 cannot be used \\(state.json")
     refused(make(resume_from_checkpoint="nowhere"), "nowhere cannot be used")
 
 
@@ -318,8 +318,8 @@ def test_a_named_checkpoint(tmp_path: Path, launched: Launch, make: Make) -> Non
         ({"min_image_size": 40}, "pictures"),
     ],
 )
-def test_another_thing_to_learn_is_refused(
-    changes: dict[str, Any], named: str, finished: bool, tmp_path: Path, launched: Launch, make: Make
+def test_a_changed_fingerprint_is_refused(
+    changes: dict[str, Any], named: str, finished: bool, tmp_path: Path, launched: FakeLaunch, make: Make
 ) -> None:
     jpg(tmp_path / "photos" / "small.jpg", gradient(39, 39))
     launched.stop_at = 10_000 if finished else 7
@@ -332,7 +332,7 @@ def test_another_thing_to_learn_is_refused(
     assert snapshot(tmp_path) == before
 
 
-def test_the_same_pictures_elsewhere_are_the_same(tmp_path: Path, launched: Launch, make: Make) -> None:
+def test_moved_pictures_have_the_same_fingerprint(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     train.run(make())
     (tmp_path / "photos").rename(tmp_path / "moved")
     (tmp_path / "moved" / "annotations.txt").unlink()
@@ -341,38 +341,40 @@ def test_the_same_pictures_elsewhere_are_the_same(tmp_path: Path, launched: Laun
     assert launched.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-8")
 
 
-def test_what_is_not_ours_is_never_overwritten(tmp_path: Path, launched: Launch, make: Make) -> None:
+def test_files_of_other_programs_are_never_overwritten(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     train.run(make())
-    refused(make(resume_from_checkpoint=None, max_train_steps=9), "holds an earlier run")
+    refused(make(resume_from_checkpoint=None, max_train_steps=9), "contains an earlier run")
     for content in (b"", b"not safetensors"):
         (tmp_path / "lora" / LORA).write_bytes(content)
-        refused(make(), "does not come from this program")
+        refused(make(), "is not a LoRA of this program")
     save_file({"w": np.zeros(3, np.float32)}, tmp_path / "lora" / LORA)
-    refused(make(), "does not come from this program")
+    refused(make(), "is not a LoRA of this program")
     assert len(launched.jobs) == 1
 
 
-def test_no_complete_checkpoint_and_no_lora(tmp_path: Path, launched: Launch, make: Make) -> None:
+def test_no_complete_checkpoint_and_no_lora(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     launched.stop_at = 7
     refused(make(), "stopped", 130)
     put(tmp_path / "lora" / "checkpoint-4" / "state.json", "damaged")
-    refused(make(), "no checkpoint in .* is complete \\(checkpoint-4: state.json")
+    refused(make(), "no complete checkpoint in .* \\(checkpoint-4: state.json")
 
 
-def test_a_finished_lora_without_checkpoints_is_not_trained_over(tmp_path: Path, launched: Launch, make: Make) -> None:
+def test_a_finished_lora_without_checkpoints_is_not_trained_over(
+    tmp_path: Path, launched: FakeLaunch, make: Make
+) -> None:
     train.run(make(checkpointing_steps=100))
     before = snapshot(tmp_path)
-    refused(make(max_train_steps=12), "no checkpoint is left to go on from")
+    refused(make(max_train_steps=12), "no checkpoint is left to resume from")
     assert snapshot(tmp_path) == before
 
 
-def test_an_output_folder_that_cannot_be_made(tmp_path: Path, launched: Launch, make: Make) -> None:
+def test_an_output_folder_that_cannot_be_created(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     put(tmp_path / "file", "x")
-    refused(make(lora_output_dir=str(tmp_path / "file" / "lora")), "cannot be written", 4)
+    refused(make(lora_output_dir=str(tmp_path / "file" / "lora")), "cannot write", 4)
 
 
 def test_annotations_changed_to_a_list_of_other_pictures_is_a_change(
-    tmp_path: Path, launched: Launch, make: Make
+    tmp_path: Path, launched: FakeLaunch, make: Make
 ) -> None:
     train.run(make())
     path = tmp_path / "photos" / data_utils.ANNOTATIONS

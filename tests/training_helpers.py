@@ -1,4 +1,4 @@
-"""Made-up batches, and trainings in this process, for several test files."""
+"""Random batches, and trainings in this process, for several test files."""
 
 from collections.abc import Iterable
 from functools import partial

@@ -1,4 +1,4 @@
-"""What a training step sees: every picture and caption encoded once, and the batch of step n as a function of n.
+"""The input of a training step: every picture and caption encoded once, and the batch of step n as a function of n.
 
 All randomness of a step comes from a generator seeded by (seed, step) and is drawn for the whole effective batch, so a
 resumed run repeats the uninterrupted one without saved state, and processes share one draw without training alike.
@@ -17,10 +17,7 @@ from lace_lora.training.latents import Latents
 
 @dataclass(frozen=True)
 class Encoded:
-    """N pictures and U unique captions.
-
-    The first `instances` are the user's; any that follow are of the class, for prior preservation.
-    """
+    """N pictures and U unique captions; the first `instances` are the user's, others are for prior preservation."""
 
     latents: Latents
     caption: Tensor  # (N,) index into the embeddings
@@ -62,7 +59,7 @@ class Batch:
         parts = [Batch(*values) for values in rows]
         return [replace(part, weights=part.weights * (len(part.caption) / count)) for part in parts]
 
-    def share(self, rank: int, world: int) -> "Batch":
+    def shard(self, rank: int, world: int) -> "Batch":
         """The `rank`-th of `world` equal parts, for a process of its own."""
         size = len(self.caption) // world
         return Batch(*(value[rank * size : (rank + 1) * size] for value in vars(self).values()))
@@ -86,13 +83,12 @@ def step_batch(
 ) -> Batch:
     """The whole effective batch of optimizer step `step` (counted from 0), of pictures that have one shape.
 
-    Where there are class pictures, one follows each of the user's, so that every share of the batch has both.
+    Where there are class pictures, one follows each of the user's, so that every process's part of the batch has both.
 
     Args:
         size: pictures of the user in the effective batch: processes x accumulation x batch size.
         timesteps: how many the noise schedule has (1000).
-        noise_offset: std of a shift of each channel's noise as a whole. Guttenberg 2023, "Diffusion with Offset
-            Noise".
+        noise_offset: std of a shift of each channel's noise. Guttenberg 2023, "Diffusion with Offset Noise".
         prior_weight: of the class pictures' mean loss, which is added to that of the user's.
     """
     generator = stream(seed, "step", step)
@@ -129,8 +125,7 @@ def step_batch(
 def _bucket(data: Encoded, seed: int, step: int) -> tuple[list[int], int]:
     """The bucket that a step trains on, and how many steps trained on it before.
 
-    In as many steps as there are pictures, each bucket comes as often as it has pictures: all pictures are seen equally
-    often.
+    In as many steps as there are pictures, each bucket is used as often as it has pictures: all are seen equally often.
     """
     row = data.bucket_of_each
     cycle, place = divmod(step, len(row))
@@ -140,7 +135,7 @@ def _bucket(data: Encoded, seed: int, step: int) -> tuple[list[int], int]:
 
 
 def _places(count: int, seed: int, name: str, start: int, size: int) -> list[int]:
-    """Positions start … start + size of an endless row in which every epoch is a new shuffle of 0 … count."""
+    """Positions start … start + size of an endless sequence in which every epoch is a new shuffle of 0 … count."""
     positions = [divmod(position, count) for position in range(start, start + size)]
     return [_shuffle(count, seed, name, epoch)[place] for epoch, place in positions]
 

@@ -1,6 +1,6 @@
-"""Tensors that take long to calculate and are the same in the next run, as files in the user's cache folder.
+"""Tensors that take long to compute and are the same in the next run, as files in the user's cache folder.
 
-Nothing depends on these files: a damaged one is replaced, and a folder that cannot be written to costs time only.
+Nothing depends on these files: a damaged one is replaced, and without write access the next run only takes longer.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from lace_lora.files import json_digest, write_atomically
 
 logger = logging.getLogger("train_lora")
 
-MOST_BYTES = 4 * 2**30  # of all files together; beyond that the least recently used ones are deleted
+MAX_BYTES = 4 * 2**30  # of all files together; beyond that the least recently used ones are deleted
 
 
 def cached(key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -32,13 +32,13 @@ def cached(key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[s
         try:
             content = file.read_bytes()
         except OSError as error:
-            logger.warning("%s cannot be read (%s): calculated anew", file, error.strerror)
+            logger.warning("%s cannot be read (%s): computing it again", file, error.strerror)
             continue
         if file.name == _file_name(name, content):
             with suppress(OSError):
                 os.utime(file)
             return load(content)
-        logger.warning("%s is damaged: calculated anew", file)
+        logger.warning("%s is damaged: computing it again", file)
     tensors = make()
     content = save(tensors)
     try:
@@ -50,10 +50,10 @@ def cached(key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[s
         # All files: what a killed write left behind goes too, when it is the oldest.
         for file in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
             total += file.stat().st_size
-            if total > MOST_BYTES:
+            if total > MAX_BYTES:
                 file.unlink(missing_ok=True)
     except OSError as error:
-        logger.warning("%s: nothing can be cached there for the next run (%s)", folder, error.strerror)
+        logger.warning("cannot write to the cache %s (%s): the next run has to encode again", folder, error.strerror)
     return tensors
 
 
@@ -61,7 +61,7 @@ def _file_name(name: str, content: bytes) -> str:
     return f"{name}-{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
 
 
-def stamps(place: Path) -> list[Any]:
+def stamps(path: Path) -> list[Any]:
     """Name, size and time of a file, or of each in a folder: if they are equal, so is the content, most likely."""
-    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -1,8 +1,8 @@
-"""Checkpoints: folders that are complete and verified, or not there.
+"""Checkpoints: folders that are published atomically and verified.
 
 `publish` lets the caller write files on a local disk, notes their sizes and SHA-256 sums in a manifest, copies all
 beside their final place, flushes them, and gives the folder its name by a rename. `verify` reads everything back and
-compares it with what was written locally, so that bytes lost on the way to a Drive are noticed. Knows no tensors.
+compares it with what was written locally, so that bytes lost on the way to Drive are detected.
 """
 
 import errno
@@ -26,7 +26,7 @@ def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: in
     """Write `output_dir/checkpoint-<step>` through `write(folder)`, then drop the oldest beyond `keep`.
 
     Raises:
-        OSError: a disk is full or gone; whatever stood under the final name before is untouched.
+        OSError: a disk is full or gone; an older checkpoint of the same name is untouched.
     """
     folder = output_dir / f"checkpoint-{step}"
     temporary = output_dir / f".{folder.name}.{os.getpid()}.tmp"
@@ -55,12 +55,12 @@ def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: in
         for unfinished in (temporary, local):
             shutil.rmtree(unfinished, ignore_errors=True)
     if reason := verify(folder):
-        folder.stat()  # a disk that is gone says so itself
-        raise OSError(errno.EIO, f"it did not read back as it was written: {reason}", str(folder))
+        folder.stat()  # raises if the disk is gone
+        raise OSError(errno.EIO, f"verification after writing failed: {reason}", str(folder))
     clean_up(output_dir)
     others = [path for path, _ in checkpoints(output_dir) if path != folder]  # newer ones may be there, damaged
     for path in others[: max(0, len(others) + 1 - keep)]:
-        # Out of its name first: a removal that is killed must not leave half a checkpoint.
+        # Renamed first, so that a killed removal does not leave half a checkpoint.
         leaving = output_dir / f".{path.name}.{os.getpid()}.tmp"
         os.replace(path, leaving)
         shutil.rmtree(leaving)
@@ -95,7 +95,7 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:  # some Drives cannot do it with a folder
+    except OSError as error:  # some drives do not support it for a folder
         if path.is_file() or error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise
     finally:
@@ -138,9 +138,9 @@ def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def clean_up(output_dir: Path) -> None:
-    """Remove what killed writes left behind, and give a checkpoint that was being replaced its name back.
+    """Remove temporary files of killed writes, and restore a checkpoint that was being replaced.
 
-    Only for a run that has the folder to itself: another run's unfinished writes look the same.
+    Only call this while holding the folder's lock: another run's unfinished writes look the same.
     """
     for path in output_dir.glob(".checkpoint-*.old"):
         if (match := _DISPLACED.fullmatch(path.name)) and not (output_dir / match[1]).exists():

@@ -1,7 +1,6 @@
 """Prior preservation's class pictures: those that exist, and those that the base model has to draw.
 
-Ruiz et al. 2022, "DreamBooth", section 3.3: pictures of the class are trained on too, so that its prompt goes on
-drawing what it did.
+Ruiz et al. 2022, "DreamBooth", section 3.3: training on them too keeps what the class prompt draws.
 """
 
 import itertools
@@ -67,5 +66,5 @@ def _is_drawn(path: Path) -> bool:
 
 
 def _prefix(config: Config) -> str:
-    """How the names of drawn pictures begin."""
+    """The prefix of the names of drawn pictures."""
     return f"class_{json_digest(config.subset(CLASS_PICTURE), length=8)}_"

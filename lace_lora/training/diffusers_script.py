@@ -29,10 +29,10 @@ def check(config: Config) -> None:
     path = Path(str(config.train_script))
     flags = flags_of(path)
     if Path(config.pretrained_model).is_file():
-        raise UserError("train_script reads no model in a single file: name a hub model or a folder, or leave it empty")
+        raise UserError("train_script reads no single-file model: set pretrained_model to a Hub model or a folder")
     changed = [name for name, value in config.subset(SCRIPT).items() if value != getattr(Config, name)]
     if lost := [name for name in changed if _FLAG_OF.get(name, name) not in flags]:
-        logger.warning("%s has no flag for: %s; they have no effect", path.name, ", ".join(lost))
+        logger.warning("%s has no option for these settings, so they have no effect: %s", path.name, ", ".join(lost))
 
 
 def flags_of(path: Path) -> dict[str, bool]:
@@ -48,7 +48,7 @@ def flags_of(path: Path) -> dict[str, bool]:
             switch = any(word.arg == "action" for word in call.keywords)
             flags |= {str(name).removeprefix("--"): switch for name in names}
     if not {"instance_data_dir", "pretrained_model_name_or_path", "output_dir"} <= set(flags):
-        raise UserError(f"train_script: {path} is not diffusers' train_dreambooth_lora_sdxl.py: its flags are missing")
+        raise UserError(f"train_script: {path} is not diffusers' train_dreambooth_lora_sdxl.py: options are missing")
     return flags
 
 

@@ -40,9 +40,9 @@ def encode(
     config: Config, job: Job, accelerator: Accelerator, dtype: torch.dtype,
     load_unet: Callable[[], UNet2DConditionModel],
 ) -> tuple[batches.Encoded, Captions, Preview | None]:  # fmt: skip
-    """Everything that a step needs, encoded, and what sample grids need, on the process that draws them if any.
+    """Encode everything that a step needs; also returns what sample grids need, on the process that draws them.
 
-    The encoders are freed, except for those that train. `load_unet` is called only if class pictures are to be drawn.
+    The encoders are freed, except those that are trained. `load_unet` is called only if class pictures are to be drawn.
     """
     device = accelerator.device
     to_draw = dict(list(job.class_to_draw.items())[accelerator.process_index :: accelerator.num_processes])
@@ -96,8 +96,8 @@ def _encode_files(
     """Picture files, each with its SHA-256, to latents; several processes encode them once."""
     shapes = latents.shapes(config.resolution, config.aspect_ratio_buckets)
     source, subfolder = models.vae_place(config)
-    place = Path(source) if Path(source).is_file() else Path(source, subfolder)
-    depends_on = [stamps(place), config.variant, str(dtype), accelerator.device.type]
+    path = Path(source) if Path(source).is_file() else Path(source, subfolder)
+    depends_on = [stamps(path), config.variant, str(dtype), accelerator.device.type]
     by_path, formats = {Path(path): digest for path, digest in contents.items()}, formats_of(extensions)
     with accelerator.local_main_process_first():  # the others find its cache
         return latents.encode_pictures(load_vae, by_path, shapes, config.random_flip, formats, depends_on)

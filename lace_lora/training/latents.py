@@ -1,4 +1,4 @@
-"""Pictures to latents: decoded ahead, encoded by the VAE once, and cached for the next run."""
+"""Pictures to latents: prefetched on threads, encoded by the VAE once, and cached for the next run."""
 
 import hashlib
 import io
@@ -42,10 +42,9 @@ class Latents:
 
 
 def shapes(resolution: int, buckets: bool) -> list[Shape]:
-    """What pictures are cropped to: a square, or SDXL's bucket list scaled to `resolution`, in whole 32 pixels.
+    """What pictures are cropped to: a square, or SDXL's bucket list scaled to `resolution`, in multiples of 32 pixels.
 
-    Podell et al. 2023, "SDXL", appendix I: sides of whole 64 pixels that make 0.9 to 1 times 1024²; 1344x704 stands
-    there upright only.
+    Podell et al. 2023, "SDXL", appendix I: sides in multiples of 64, 0.9 to 1 times 1024²; 1344x704 only in portrait.
     """
     if not buckets:
         return [(resolution, resolution)]
@@ -75,7 +74,7 @@ def encode_pictures(
         depends_on: all else that cached latents must have been made with: the VAE, its dtype.
 
     Raises:
-        UserError: a picture is no longer what it was, or the VAE makes no finite numbers of it (exit 5).
+        UserError: a picture was changed during the run, or the VAE's output for it is not finite (exit 5).
     """
 
     def make() -> dict[str, Tensor]:
@@ -83,7 +82,7 @@ def encode_pictures(
         time_ids = []
         vae = load_vae()
         read = partial(_read, contents=contents, allowed=allowed, mirrored=mirrored, formats=formats)
-        decoded = tqdm(_ahead(read, contents), desc="encoding pictures", unit="picture", total=len(contents))
+        decoded = tqdm(_prefetch(read, contents), desc="encoding pictures", unit="picture", total=len(contents))
         for number, (path, (pixels, ids)) in enumerate(zip(contents, decoded, strict=True)):
             tensors[f"mean.{number}"], tensors[f"std.{number}"] = encode_pixels(vae, pixels, path)
             time_ids.append(ids)
@@ -107,23 +106,22 @@ def _read(
         # Twice the training size is enough to scale down from, and much faster to decode.
         picture, (width, height) = image_files.open_picture(io.BytesIO(content), 2 * max(map(min, allowed)), formats)
     except image_files.BROKEN as error:
-        raise UserError(f"{path} can no longer be read ({error}): was it changed or moved meanwhile?") from error
+        raise UserError(f"{path} can no longer be read ({error}): run the same command again") from error
     shape = min(allowed, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
     part, corner = image_files.fit(picture, shape)
     versions = [part, ImageOps.mirror(part)] if mirrored else [part]
     return torch.stack([to_tensor(version) for version in versions]), [height, width, *corner, *shape]
 
 
-def _ahead(function: Callable[[Path], Any], items: Iterable[Path]) -> Iterator[Any]:
+def _prefetch(function: Callable[[Path], Any], items: Iterable[Path]) -> Iterator[Any]:
     """`map` on several threads, with few results in memory at any time.
 
-    Not on processes: Pillow decodes and scales without Python's lock, and the same decoder has read all of these files
-    in processes of their own before, without crashing one.
+    Threads are enough: Pillow releases the GIL, and separate processes have read all of these files without a crash.
     """
-    most = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(most) as pool:
+    threads = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
         results = (pool.submit(function, item) for item in items)
-        waiting = deque(islice(results, most))
+        waiting = deque(islice(results, threads))
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(islice(results, 1))

@@ -48,7 +48,7 @@ def run_job(description: str, run: Callable[[Config, Job, Path, StopSignal], str
     """
     parser = argparse.ArgumentParser(description=f"{description}; launched by `main.py --mode train`.")
     parser.add_argument("--config", required=True, type=Path, help="resolved settings")
-    parser.add_argument("--job", required=True, type=Path, help="what train.py found out: captions, models, checkpoint")
+    parser.add_argument("--job", required=True, type=Path, help="written by train.py: captions, models, checkpoint")
     arguments = parser.parse_args()
 
     def work(stop: StopSignal) -> str:
@@ -61,7 +61,7 @@ def run_job(description: str, run: Callable[[Config, Job, Path, StopSignal], str
 
 
 def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list[str]:
-    """The whole launch. accelerate gets a file, the user's or ours: one cached on the machine would override flags."""
+    """The full launch command. accelerate always gets a config file: one cached on the machine would override flags."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if not threads.isdecimal() or not int(threads):  # each process gets its share of the CPUs
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -84,12 +84,12 @@ def _processes_here(settings: dict[str, Any]) -> int:
 
 
 def check_accelerate_config(path: Path) -> None:
-    """Raises UserError: the file is missing, or asks for DeepSpeed or FSDP."""
+    """Raises UserError: the file is missing, or uses DeepSpeed or FSDP."""
     try:
         settings = yaml.safe_load(path.read_text())
         kind = str(settings.get("distributed_type", "NO")).upper()
         _processes_here(settings)
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"accelerate_config: {path} is not an accelerate file ({first_line(error)})") from error
+        raise UserError(f"accelerate_config: {path} is not an accelerate config file ({first_line(error)})") from error
     if kind in ("DEEPSPEED", "FSDP") or settings.get("deepspeed_config") or settings.get("fsdp_config"):
-        raise UserError(f"accelerate_config: {path} asks for DeepSpeed or FSDP; a LoRA needs neither: use MULTI_GPU")
+        raise UserError(f"accelerate_config: {path} uses DeepSpeed or FSDP: set distributed_type: MULTI_GPU")

@@ -17,9 +17,9 @@ from lace_lora.errors import LOSS_NOT_FINITE, UserError
 from lace_lora.files import write_atomically
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
-# So many updates in a row that are skipped, because one of these is not finite, end the training. fp16 starts with a
+# This many updates skipped in a row, because one of these is not finite, end the training. fp16 starts with a
 # few overflows of the gradients, until the loss scale fits.
-MOST_SKIPPED = {"loss": 5, "grad_norm": 25}
+MAX_SKIPPED = {"loss": 5, "grad_norm": 25}
 READ_EVERY = 10  # steps between readings of the loss: each costs the CPU a little
 
 logger = logging.getLogger("train_lora")
@@ -44,8 +44,8 @@ class PendingScalars:
 class Metrics:
     """Collects one row per step and publishes them with every checkpoint.
 
-    metrics.csv is written anew and renamed each time: appended lines may never reach Google Drive, and rows past the
-    last checkpoint would be there twice after a resume.
+    metrics.csv is rewritten and renamed each time: appended lines may never reach Google Drive, and rows after the last
+    checkpoint would be duplicated by a resume.
     """
 
     def __init__(self, config: Config, first_step: int, quiet: bool) -> None:
@@ -58,11 +58,11 @@ class Metrics:
         if config.report_to == "tensorboard":
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            # purge_step: the curves of a resumed run have no second branch.
+            # purge_step: drops points after the step that a run resumes from.
             self.writer = SummaryWriter(str(self.folder / "logs"), purge_step=first_step or None)
 
     def record(self, step: int, loss: Tensor, learning_rate: float, grad_norm: Tensor) -> None:
-        """Note one step, counted from 1; loss and norm may still be pending."""
+        """Record one step, counted from 1; loss and norm may still be pending."""
         self.pending.append((step, learning_rate, PendingScalars(loss, grad_norm)))
         self.bar.update()
 
@@ -86,15 +86,15 @@ class Metrics:
         Raises:
             UserError: too many in a row are not (exit 5).
         """
-        for column, most in MOST_SKIPPED.items():
+        for column, maximum in MAX_SKIPPED.items():
             skipped = 0  # in a row
             for row in self.rows:
                 skipped = 0 if math.isfinite(row[column]) else skipped + 1
-                if skipped == most:
+                if skipped == maximum:
                     raise UserError(
-                        f"the loss is not a finite number at step {self.rows[-1]['step']}, nor shortly before; those "
-                        f"updates were skipped: lower learning_rate ({self.learning_rate:g}), or, if it was fp16, use "
-                        "mixed_precision: bf16 or no; the same command then goes on from the last checkpoint",
+                        "the loss or its gradients are not finite (NaN or inf) in several steps up to step "
+                        f"{self.rows[-1]['step']}: lower learning_rate ({self.learning_rate:g}) or, if training in "
+                        "fp16, set mixed_precision: bf16 or no, then run the same command again to resume",
                         LOSS_NOT_FINITE,
                     )
         return ending or math.isfinite(self.rows[-1]["loss"])
@@ -124,13 +124,13 @@ def _read_rows(path: Path, before: int) -> list[dict[str, float]]:
         with open(path, newline="") as file:
             rows = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
     except (ValueError, KeyError, TypeError):
-        logger.warning("%s is damaged: the curves start at this step", path)
+        logger.warning("%s is damaged: the loss curve starts at the step resumed from", path)
         return []
     return [row | {"step": int(row["step"])} for row in rows if row["step"] <= before]
 
 
 def _plot(rows: list[dict[str, float]]) -> bytes:
-    """The loss by step as a PNG: single steps faint, since they tell little, and their running mean."""
+    """The loss by step as a PNG: single steps faint, because they are noisy, and their running mean."""
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     from matplotlib.figure import Figure
 

@@ -20,11 +20,11 @@ Weights = dict[str, torch.nn.Parameter]
 def make_optimizer(config: Config, lora: Weights) -> torch.optim.Optimizer:
     """AdamW or Prodigy over the UNet's LoRA and, at a rate of their own, the text encoders'.
 
-    Prodigy with the options that diffusers' scripts give it. Mishchenko and Defazio 2023, "Prodigy: An Expeditiously
-    Adaptive Parameter-Free Learner".
+    Prodigy (Mishchenko and Defazio 2023, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner") has the options
+    that diffusers' scripts give it.
 
     Raises:
-        UserError: Prodigy is wanted and not installed.
+        UserError: Prodigy is selected but not installed.
     """
     prodigy = config.optimizer == "prodigy"
     rates = {True: config.learning_rate, False: config.learning_rate if prodigy else config.text_encoder_lr}
@@ -50,9 +50,9 @@ def make_optimizer(config: Config, lora: Weights) -> torch.optim.Optimizer:
 def rate_factor_at(config: Config) -> Callable[[int], float]:
     """The learning rate's schedule as a function of the step, so that a resumed run needs no state of it."""
     # polynomial ends at a rate of 1e-7, so it has to know the rate it begins at.
-    nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], max(config.learning_rate, 1e-6))
+    dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], max(config.learning_rate, 1e-6))
     return get_scheduler(
-        config.lr_scheduler, nothing, num_warmup_steps=config.lr_warmup_steps,
+        config.lr_scheduler, dummy, num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=config.max_train_steps, num_cycles=config.lr_num_cycles, power=config.lr_power,
     ).lr_lambdas[0]  # fmt: skip
 
@@ -100,9 +100,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> t
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, Tensor], shared: dict[str, Any]
 ) -> None:
-    """Put back what `optimizer_state` gave; learning rates and the like come from the settings of this run.
+    """Restore what `optimizer_state` returned; learning rates and the like come from the settings of this run.
 
-    Raises KeyError where the state is of other weights.
+    Raises KeyError if the state belongs to other weights.
     """
     index_of = {name: index for index, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = defaultdict(dict)

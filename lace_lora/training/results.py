@@ -19,9 +19,8 @@ def save_results(
     config: Config, state: dict[str, Tensor], alpha: float, steps: int, job: Job, layers_per_block: int,
     prediction_type: str,
 ) -> Path:  # fmt: skip
-    """Write a finished LoRA for diffusers and for kohya's programs; returns the first file.
-
-    That one is written last, since it is what says that the training is finished.
+    """Write a finished LoRA for diffusers and for kohya's programs; returns the first file, which is
+    written last because it marks the training as finished.
 
     Args:
         state: as `lora_weights.lora_state` gives it, with nothing folded in.
@@ -46,7 +45,7 @@ def save_results(
 
 
 def trigger_words(instance_prompt: str) -> str:
-    """The tokens in angle brackets that evoke the style, or the whole prompt where there are none."""
+    """The tokens in angle brackets that trigger the style, or the whole prompt if there are none."""
     return ", ".join(dict.fromkeys(re.findall(r"<[^<>\s]+>", instance_prompt))) or instance_prompt
 
 

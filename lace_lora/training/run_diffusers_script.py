@@ -2,7 +2,7 @@
 
     accelerate launch --module lace_lora.training.run_diffusers_script --config lora_output/config.yaml --job job.json
 
-Its result is written where ours would be.
+Its result is saved under the same file names as ours.
 """
 
 import json
@@ -32,7 +32,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     models.prepare_process()
     return launch.run_job(
-        "Run a training script", lambda config, job, folder, _stop: run(config, job, folder / "pictures")
+        "Run diffusers' training script", lambda config, job, folder, _stop: run(config, job, folder / "pictures")
     )
 
 
@@ -40,16 +40,16 @@ def run(config: Config, job: launch.Job, pictures: Path) -> str:
     """Run the script in this process, with links to the used pictures in `pictures`; returns the closing line.
 
     Raises:
-        UserError: the script failed, or its checkpoints were trained on something else.
+        UserError: the script failed, or its checkpoints were trained with different settings or pictures.
     """
     script = Path(str(config.train_script)).absolute()
     folder = Path(config.lora_output_dir, SCRIPT_FOLDER).absolute()
     folder.mkdir(exist_ok=True)
     pictures.mkdir(exist_ok=True)
-    noted = folder / "learns.json"  # what the script's checkpoints are trained on, since they do not say it
-    if noted.exists() and json.loads(noted.read_text()) != job.fingerprint:
-        raise UserError(f"{folder} was trained on something else: to start anew, set lora_output_dir to a new folder")
-    write_atomically(noted, json.dumps(job.fingerprint).encode())
+    fingerprint_file = folder / "learns.json"  # of the script's checkpoints, which do not contain it
+    if fingerprint_file.exists() and json.loads(fingerprint_file.read_text()) != job.fingerprint:
+        raise UserError(f"{folder} was trained with other settings or pictures: set lora_output_dir to a new folder")
+    write_atomically(fingerprint_file, json.dumps(job.fingerprint).encode())
     for number, path in enumerate(job.captions):
         with suppress(FileExistsError):  # by another process of this run
             (pictures / f"{number:05d}{Path(path).suffix}").symlink_to(Path(path).absolute())
@@ -65,24 +65,25 @@ def run(config: Config, job: launch.Job, pictures: Path) -> str:
     job = replace(job, captions=dict.fromkeys(job.captions, config.instance_prompt))
     layers, kind = models.layers_per_block(config.pretrained_model), models.load_noise_scheduler(config).config
     # The script's alpha is its rank.
-    place = results.save_results(config, state, config.rank, config.max_train_steps, job, layers, kind.prediction_type)
-    return f"trained {config.max_train_steps} steps with {script.name}; the LoRA is {place}"
+    result = results.save_results(config, state, config.rank, config.max_train_steps, job, layers, kind.prediction_type)
+    return f"trained {config.max_train_steps} steps with {script.name} and saved the LoRA to {result}"
 
 
 def _run_as_main(script: Path, arguments: list[str]) -> None:
     sys.argv = [str(script), *arguments]
-    see_above = "what it printed above says why"
+    see_above = "see its output above"
     try:
         runpy.run_path(str(script), run_name="__main__")
     except Stopped as stop:
-        raise Stopped("stopped; the same command goes on from the script's last checkpoint, if it made one") from stop
+        raise Stopped("stopped; run the same command again to resume from the script's checkpoint, if any") from stop
     except ModuleNotFoundError as error:
         raise UserError(f"{script} needs {error.name}, which is not installed: pip install {error.name}") from error
     except ImportError as error:  # a library is there in another version
-        raise UserError(f"{script} does not fit the installed packages: {first_line(error)}") from error
+        advice = "use the script of your diffusers version"
+        raise UserError(f"{script} does not fit the installed packages ({first_line(error)}): {advice}") from error
     except SystemExit as end:
         if end.code:
-            raise UserError(f"{script} ended with code {end.code}; {see_above}") from end
+            raise UserError(f"{script} ended with exit code {end.code}; {see_above}") from end
     except Exception as error:
         if explain(error, ADVICE):
             raise

@@ -38,20 +38,20 @@ def draw_class_pictures(
     noise_scheduler: DDPMScheduler, embeddings: Embeddings,
 ) -> None:  # fmt: skip
     """Draw files for prior preservation, each with the seed that its number stands for."""
-    for name, number in tqdm(numbers.items(), desc="drawing the class", unit="picture"):
+    for name, number in tqdm(numbers.items(), desc="drawing class pictures", unit="picture"):
         seed = seeds.stream_seed(config.seed, "class", number)
         [picture] = decode_latents(vae, _latents(config, unet, noise_scheduler, embeddings, [seed]))
         content = io.BytesIO()
         picture.save(content, format="PNG")
         path = Path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content.getvalue())  # one by one, so that a stop costs one
+        write_atomically(path, content.getvalue())  # one by one, so that a stop loses at most one
 
 
 def draw_samples(
     config: Config, step: int, train_step: TrainStep, noise_scheduler: DDPMScheduler, preview: Preview
 ) -> None:
-    """Draw a grid at training size into `samples/step-<step>.png`; where that is impossible, log why and go on."""
+    """Draw a grid at training size into `samples/step-<step>.png`; if that is not possible, log why and continue."""
     square = replace(config, width=config.resolution, height=config.resolution)
     sample_seeds = [config.seed + index for index in range(config.num_validation_images)]
 
@@ -84,14 +84,14 @@ def draw_samples(
 
 
 def _within_memory(draw: Callable[[int], list[Image.Image]], train_step: TrainStep, at_once: int) -> list[Image.Image]:
-    """As many pictures at once as training takes, or, where memory runs out, one by one and without CUDA graphs."""
+    """As many pictures at once as training takes, or, if memory runs out, one by one and without CUDA graphs."""
     try:
         return draw(at_once)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
     # Not in the clause above, where the error holds on to what is to be freed.
-    train_step.forget_graphs()
+    train_step.drop_graphs()
     return draw(1)
 
 

@@ -1,4 +1,4 @@
-"""Forward and backward of a training step: fast where that is right, in as much memory as there is.
+"""Forward and backward of a training step: the fast path where it is valid, within the memory available.
 
 Fast means three things, and `benchmarks/train.py` measures each: `fast/fused_lora.py` computes the LoRA in a few large
 matmuls, on CPUs and NVIDIA GPUs; `fast/kernels.py` fuses the passes between matmuls, on NVIDIA GPUs since Ampere;
@@ -42,21 +42,17 @@ class TrainStep:
     """
 
     def __init__(
-        self,
-        config: Config,
-        networks: dict[str, Any],
-        loss: Callable[[Batch], Tensor],
-        device: torch.device,
+        self, config: Config, networks: dict[str, Any], loss: Callable[[Batch], Tensor], device: torch.device,
         dtype: torch.dtype,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.networks, self.loss, self.device, self.dtype = networks, loss, device, dtype
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.micro_batch_size = config.train_batch_size * (2 if config.with_prior_preservation else 1)
         self.checkpointing = False
         self.fused: FusedLora | None = None
         self.cuda_graphs: CudaGraphs | None = None
-        if reason := why_plain(config, device):
-            logger.info("training without the fused LoRA, CUDA graphs and Triton kernels, since %s", reason)
+        if reason := reason_for_eager(config, device):
+            logger.info("training without the fused LoRA, CUDA graphs and Triton kernels, because %s", reason)
         else:
             self.fused = FusedLora(networks["unet"], config.alpha / config.rank)
             use_kernels_if_possible(networks["unet"])
@@ -86,12 +82,12 @@ class TrainStep:
             for gradient in self.gradients():
                 gradient.zero_()
             save_memory()
-            self.forget_graphs()  # in any case: they were captured for what did not fit
+            self.drop_graphs()  # in any case: they were captured for what did not fit
 
     def _memory_savers(self) -> Iterator[Callable[[], Any]]:
         """What to do each time that memory runs out in a step: the cheapest first, until nothing is left."""
         if self.cuda_graphs and self.cuda_graphs.graphs:
-            yield self.forget_graphs  # those of other shapes may be all that is in the way
+            yield self.drop_graphs  # graphs of other shapes may take the memory that is missing
         while self.micro_batch_size > 1:
             yield self._reduce_micro_batch
         if not self.checkpointing:
@@ -102,17 +98,17 @@ class TrainStep:
     def _reduce_micro_batch(self) -> None:
         size = self.micro_batch_size
         self.micro_batch_size = max(smaller for smaller in range(1, size) if size % smaller == 0)
-        logger.warning("out of memory: the batch size stays, in micro-batches of %d from now on", self.micro_batch_size)
+        logger.warning("out of memory: micro-batches of %d from now on; the batch size stays", self.micro_batch_size)
 
     def _save_memory_by_checkpointing(self) -> None:
         self._start_checkpointing()
-        logger.warning("out of memory: gradient checkpointing from now on, which takes a third longer")
+        logger.warning("out of memory: using gradient checkpointing from now on; steps take a third longer")
 
     def _stop_capturing(self) -> None:
         self.cuda_graphs = None
-        logger.warning("out of memory: no CUDA graph from now on, which needs less memory and more time")
+        logger.warning("out of memory: training without CUDA graphs from now on, which is slower but saves memory")
 
-    def forget_graphs(self) -> None:
+    def drop_graphs(self) -> None:
         """Free the memory that CUDA graphs occupy between steps; the next step captures them again."""
         if self.cuda_graphs:
             self.cuda_graphs.drop()
@@ -120,7 +116,7 @@ class TrainStep:
 
     def _start_checkpointing(self) -> None:
         self.checkpointing = True
-        if self.cuda_graphs:  # anew, so that the first step with checkpointing is a warm-up
+        if self.cuda_graphs:  # new ones, so that the first step with checkpointing is a warm-up
             self.cuda_graphs = CudaGraphs(self._forward_backward, self.device)
         # Nothing is random with the fused LoRA, and a graph cannot be captured where generators' states are read.
         function = partial(checkpoint, use_reentrant=False, preserve_rng_state=not self.fused)
@@ -139,7 +135,7 @@ class TrainStep:
             except CaptureError as error:
                 if is_out_of_memory(error):
                     raise
-                logger.warning("no CUDA graph here (%s): steps are several times slower at small sizes", error)
+                logger.warning("CUDA graphs failed (%s): steps are several times slower at low resolutions", error)
                 self.cuda_graphs = None
         return self._forward_backward(*vars(batch.to(self.device)).values())
 
@@ -196,14 +192,14 @@ class TrainStep:
         return {f"{what}.{_FLAT}": self.fused.flatten(parts) for what, parts in split.items()}
 
 
-def why_plain(config: Config, device: torch.device) -> str:
-    """Which setting or device needs peft's own LoRA and eager PyTorch; empty if none does."""
+def reason_for_eager(config: Config, device: torch.device) -> str:
+    """Which setting or device needs peft's own LoRA and eager PyTorch; an empty string if none does."""
     if device.type not in ("cuda", "cpu"):
         return f"they are untested on {device.type}"
     if config.lora_dropout:
         return "lora_dropout drops inputs of each linear separately"
     if config.train_text_encoder:
-        return "the text encoders train too"
+        return "the text encoders are trained too"
     if config.attention == "xformers":
         return "attention is xformers"
     return ""

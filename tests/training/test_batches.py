@@ -11,7 +11,7 @@ from lace_lora.training import batches
 from lace_lora.training.latents import Latents
 
 
-def made_up(pictures: int, versions: int = 1) -> batches.Encoded:
+def fake_encodings(pictures: int, versions: int = 1) -> batches.Encoded:
     """Encodings whose latents tell which picture and version they are."""
     marks = torch.arange(pictures * versions, dtype=torch.float32).view(pictures, versions, 1, 1, 1)
     latents = Latents(
@@ -35,14 +35,14 @@ def shown(data: batches.Encoded, seed: int, step: int, size: int) -> list[int]:
 
 
 def test_every_picture_once_an_epoch_in_a_new_order() -> None:
-    row = [picture for step in range(7) for picture in shown(made_up(7), seed=3, step=step, size=3)]
+    row = [picture for step in range(7) for picture in shown(fake_encodings(7), seed=3, step=step, size=3)]
     epochs = [row[start : start + 7] for start in (0, 7, 14)]
     assert all(Counter(epoch) == Counter(range(7)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_a_batch_depends_on_seed_and_step_alone() -> None:
-    data = made_up(5)
+    data = fake_encodings(5)
     first = batches.step_batch(data, 1, 8, 4, 1000)
     torch.manual_seed(99)
     again = batches.step_batch(data, 1, 8, 4, 1000)
@@ -54,22 +54,22 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
     assert not torch.equal(first.noise[0], first.noise[1])
 
 
-def test_shares_and_parts_are_the_whole_batch_cut_up() -> None:
-    batch = batches.step_batch(made_up(5), 1, 0, 12, 1000)
-    parts = [part for rank in (0, 1) for part in batch.share(rank, 2).split(2)]
+def test_shards_and_micro_batches_add_up_to_the_batch() -> None:
+    batch = batches.step_batch(fake_encodings(5), 1, 0, 12, 1000)
+    parts = [part for rank in (0, 1) for part in batch.shard(rank, 2).split(2)]
     for name, value in vars(batch).items():
         together = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(together, value / 3 if name == "weights" else value)  # three parts of a mean
 
 
-def test_mirrored_versions_are_both_drawn() -> None:
-    data = made_up(4, versions=2)
+def test_both_mirrored_versions_are_sampled() -> None:
+    data = fake_encodings(4, versions=2)
     drawn = {float(x) for step in range(20) for x in batches.step_batch(data, 0, step, 4, 1000).latents[:, 0, 0, 0]}
     assert drawn == set(map(float, range(8)))
 
 
-def test_latents_are_sampled_anew_from_the_posterior() -> None:
-    data = made_up(2)
+def test_latents_are_resampled_from_the_posterior() -> None:
+    data = fake_encodings(2)
     spread = replace(data, latents=replace(data.latents, std=list(torch.full((2, 1, 4, 2, 2), 0.5))))
     samples = torch.stack([batches.step_batch(spread, 0, step, 2, 1000).latents for step in range(400)])
     means = torch.stack([batches.step_batch(data, 0, step, 2, 1000).latents for step in range(400)])
@@ -77,7 +77,7 @@ def test_latents_are_sampled_anew_from_the_posterior() -> None:
 
 
 def test_timesteps_cover_the_whole_schedule() -> None:
-    drawn = torch.cat([batches.step_batch(made_up(4), 0, step, 4, 1000).timesteps for step in range(500)])
+    drawn = torch.cat([batches.step_batch(fake_encodings(4), 0, step, 4, 1000).timesteps for step in range(500)])
     assert drawn.min() < 10
     assert drawn.max() > 989
     assert abs(drawn.float().mean() - 499.5) < 30
@@ -99,7 +99,7 @@ def test_equal_captions_are_encoded_once() -> None:
 
 
 def with_class(instances: int, of_class: int) -> batches.Encoded:
-    return replace(made_up(instances + of_class), instances=instances)
+    return replace(fake_encodings(instances + of_class), instances=instances)
 
 
 def test_a_class_picture_follows_every_picture_of_the_user() -> None:
@@ -108,7 +108,7 @@ def test_a_class_picture_follows_every_picture_of_the_user() -> None:
     instances, others = ([row for rows in seen for row in rows[start::2]] for start in (0, 1))
     assert sorted(instances) == [0, 0, 1, 1, 2, 2]
     assert sorted(others) == [3, 3, 3, 4, 4, 4]
-    plain = replace(made_up(3), instances=3)
+    plain = replace(fake_encodings(3), instances=3)
     assert instances == [row for step in range(3) for row in shown(plain, seed=1, step=step, size=2)]
 
 
@@ -116,11 +116,11 @@ def test_weights_make_the_mean_the_sum_of_two_means() -> None:
     batch = batches.step_batch(with_class(3, 2), 1, 0, 2, 1000, prior_weight=0.25)
     errors = torch.tensor([1.0, 100.0, 3.0, 300.0])
     assert (errors * batch.weights).mean() == pytest.approx((1 + 3) / 2 + 0.25 * (100 + 300) / 2)
-    assert torch.equal(batches.step_batch(made_up(3), 1, 0, 2, 1000).weights, torch.ones(2))
+    assert torch.equal(batches.step_batch(fake_encodings(3), 1, 0, 2, 1000).weights, torch.ones(2))
 
 
 def test_noise_offset_shifts_whole_channels_and_nothing_else() -> None:
-    data = made_up(4)
+    data = fake_encodings(4)
     plain, shifted = (batches.step_batch(data, 1, 0, 4, 1000, noise_offset=offset) for offset in (0.0, 0.5))
     shift = shifted.noise - plain.noise
     torch.testing.assert_close(shift, shift[:, :, :1, :1].expand_as(shift))
@@ -136,7 +136,7 @@ def test_noise_offset_shifts_whole_channels_and_nothing_else() -> None:
 
 def in_shapes(widths: list[int]) -> batches.Encoded:
     """A picture of each width."""
-    data = made_up(len(widths))
+    data = fake_encodings(len(widths))
     mean, std = ([part[..., :1].expand(1, 4, 2, width) for part, width in zip(parts, widths, strict=True)]
                  for parts in (data.latents.mean, data.latents.std))  # fmt: skip
     return replace(data, latents=replace(data.latents, mean=mean, std=std))
@@ -154,7 +154,7 @@ def test_a_batch_has_one_shape_and_all_pictures_are_seen_equally_often() -> None
     assert seen[13] == shown(data, seed=1, step=13, size=4)
 
 
-def test_epochs_within_a_shape_go_on_from_step_to_step() -> None:
+def test_epochs_within_a_bucket_continue_across_steps() -> None:
     data = in_shapes([2, 3, 2, 3, 3])
     seen = [shown(data, seed=5, step=step, size=2) for step in range(5)]
     wide = [picture for pictures in seen for picture in pictures if picture in (1, 3, 4)]

@@ -28,7 +28,7 @@ class Counted:
         return {"value": torch.tensor(float(self.made))}
 
 
-def test_an_equal_key_is_answered_from_the_file_and_another_one_is_not(own_folder: Path) -> None:
+def test_cache_hit_and_cache_miss(own_folder: Path) -> None:
     make = Counted()
     keys: list[dict[str, Any]] = [{"a": 1}, {"a": 1}, {"a": 2}, {"a": 1}]
     assert [float(cache.cached(key, make)["value"]) for key in keys] == [1, 1, 2, 1]
@@ -54,19 +54,19 @@ def test_a_damaged_file_is_replaced(own_folder: Path, caplog: pytest.LogCaptureF
     assert len(list(own_folder.iterdir())) == 1
 
 
-def test_a_folder_that_cannot_be_written_to_costs_a_warning(own_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_without_write_access_gives_a_warning(own_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     own_folder.write_text("a file where the folder should be")
     make = Counted()
     with caplog.at_level(logging.WARNING):
         assert [float(cache.cached({}, make)["value"]) for _ in range(2)] == [1, 2]
-    assert "nothing can be cached" in caplog.text
+    assert "cannot write to the cache" in caplog.text
 
 
-def test_the_least_recently_used_files_go(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_files_are_deleted(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = Counted()
     cache.cached({"number": 0}, make)
     [file] = own_folder.iterdir()
-    monkeypatch.setattr(cache, "MOST_BYTES", 4 * file.stat().st_size)
+    monkeypatch.setattr(cache, "MAX_BYTES", 4 * file.stat().st_size)
     killed = own_folder / ".killed.1.tmp"
     killed.write_bytes(b"half of one")
     os.utime(killed, (0, 0))

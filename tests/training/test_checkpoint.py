@@ -1,4 +1,4 @@
-"""A checkpoint is complete and verified, or it is not there."""
+"""Checkpoints are published atomically and verified."""
 
 import errno
 import json
@@ -90,7 +90,7 @@ def test_only_checkpoint_folders_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, {8}), (2, {6, 8}), (3, {4, 6, 8}), (9, {2, 4, 6, 8})])
-def test_the_oldest_beyond_the_limit_go(tmp_path: Path, keep: int, left: set[int]) -> None:
+def test_the_oldest_beyond_the_limit_are_deleted(tmp_path: Path, keep: int, left: set[int]) -> None:
     for step in (2, 4, 6, 8):
         checkpoint.publish(tmp_path, step, write, keep)
     assert names(tmp_path) == {f"checkpoint-{step}" for step in left}
@@ -116,12 +116,12 @@ def test_a_writer_that_fails_leaves_everything_as_it_was(tmp_path: Path, error: 
         (folder / "weights.bin").write_bytes(b"half")
         raise error
 
-    kept = checkpoint.publish(tmp_path, 4, write, keep=1)
-    before = snapshot(kept)
+    published = checkpoint.publish(tmp_path, 4, write, keep=1)
+    before = snapshot(published)
     for step in (4, 6):
         with pytest.raises(type(error)):
             checkpoint.publish(tmp_path, step, fail, keep=1)
-    assert snapshot(kept) == before
+    assert snapshot(published) == before
     assert names(tmp_path) == {"checkpoint-4"}
 
 
@@ -166,7 +166,7 @@ def put(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def test_a_folder_that_vanished_is_not_made_anew(tmp_path: Path) -> None:
+def test_a_missing_output_folder_is_not_created_again(tmp_path: Path) -> None:
     (tmp_path / "drive").mkdir()
     checkpoint.publish(tmp_path / "drive", 4, write, keep=2)
     (tmp_path / "drive").rename(tmp_path / "elsewhere")
@@ -175,7 +175,7 @@ def test_a_folder_that_vanished_is_not_made_anew(tmp_path: Path) -> None:
     assert names(tmp_path) == {"elsewhere"}
 
 
-def test_a_folder_that_vanishes_while_it_is_read_back_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_vanishes_during_verification_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verify = checkpoint.verify
 
     def unmount(folder: Path) -> str:
@@ -189,7 +189,7 @@ def test_a_folder_that_vanishes_while_it_is_read_back_says_so(tmp_path: Path, mo
     assert verify(tmp_path / "elsewhere" / "checkpoint-4") == ""
 
 
-def test_what_a_drive_changes_on_the_way_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corruption_while_copying_to_drive_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def copy(source: Path, target: Path) -> None:
         Path(target).write_bytes(Path(source).read_bytes())
         if Path(target).name == "weights.bin":
@@ -200,7 +200,7 @@ def test_what_a_drive_changes_on_the_way_is_found(tmp_path: Path, monkeypatch: p
         checkpoint.publish(tmp_path, 4, write, keep=2)
 
 
-def test_everything_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     fsync, replace = os.fsync, os.replace
 
@@ -219,7 +219,7 @@ def test_everything_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypat
     assert order == [*sorted(CONTENT), "manifest.json", folder, "named checkpoint-4", tmp_path.name]
 
 
-def test_clean_up_removes_only_what_is_ours(tmp_path: Path) -> None:
+def test_clean_up_removes_only_this_programs_files(tmp_path: Path) -> None:
     for name in (".checkpoint-4.77.tmp", ".checkpoint-4.77.old", ".checkpoint-mine", "checkpoint-4", ".hidden"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
@@ -235,7 +235,7 @@ def test_a_disk_that_loses_bytes_is_a_disk_error(tmp_path: Path, monkeypatch: py
         cut_short(Path(target) / "weights.bin")
 
     monkeypatch.setattr(checkpoint.os, "replace", replace)
-    with pytest.raises(OSError, match="did not read back") as caught:
+    with pytest.raises(OSError, match="verification after writing failed") as caught:
         checkpoint.publish(tmp_path, 4, write, keep=2)
     assert caught.value.errno
     assert caught.value.filename == str(tmp_path / "checkpoint-4")

@@ -1,4 +1,4 @@
-"""Prior preservation's class pictures: which are used, which are drawn, and how a run is known by them."""
+"""Prior preservation's class pictures: which are used, which are drawn, and their part of a run's fingerprint."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from lace_lora.training import class_pictures
 from training_helpers import as_json, encode_here, job_of
 
 
-def test_missing_class_pictures_are_drawn_by_the_base_and_kept(settings: Make, photos: Path, tmp_path: Path) -> None:
+def test_missing_class_pictures_are_drawn_by_the_base_and_reused(settings: Make, photos: Path, tmp_path: Path) -> None:
     config = settings(with_prior_preservation=True, num_class_images=3, class_prompt="a net")
     captions = {str(path): "lace" for path in data_utils.list_images(photos)}
     to_draw = class_pictures.to_draw(config, [])
@@ -32,26 +32,26 @@ def test_missing_class_pictures_are_drawn_by_the_base_and_kept(settings: Make, p
     assert list(more.values()) == [3, 4]
 
 
-def test_pictures_of_the_class_are_known_by_content_and_drawn_ones_by_their_settings(
+def test_class_pictures_are_identified_by_content_or_by_the_settings_that_drew_them(
     settings: Make, tmp_path: Path
 ) -> None:
     folder = tmp_path / "nets"
     folder.mkdir()
     config = settings(class_data_dir=str(folder), num_class_images=3, class_prompt="a net")
 
-    def learnt(**changes: Any) -> dict[str, Any]:
+    def fingerprint_of(**changes: Any) -> dict[str, Any]:
         changed = replace(config, **changes)
         return class_pictures.fingerprint(changed, class_pictures.existing(changed))
 
     jpg(folder / "mine.jpg", gradient())
-    before = learnt()
+    before = fingerprint_of()
     for path in class_pictures.to_draw(config, class_pictures.existing(config)):
         gradient().save(path)
-    assert learnt() == before  # drawn or to be drawn
+    assert fingerprint_of() == before  # drawn or to be drawn
     (folder / "mine.jpg").rename(folder / "renamed.jpg")
-    assert learnt() == before
-    assert learnt(seed=7) == before | {"seed": 7}
-    assert learnt(num_class_images=4) == before | {"num_class_images": 4}
-    assert learnt(seed=7, num_class_images=1) == learnt(num_class_images=1)  # none is drawn
+    assert fingerprint_of() == before
+    assert fingerprint_of(seed=7) == before | {"seed": 7}
+    assert fingerprint_of(num_class_images=4) == before | {"num_class_images": 4}
+    assert fingerprint_of(seed=7, num_class_images=1) == fingerprint_of(num_class_images=1)  # none is drawn
     jpg(folder / "renamed.jpg", gradient(turn=1))
-    assert learnt() != before
+    assert fingerprint_of() != before

@@ -1,4 +1,4 @@
-"""`train_script`: what another script is given, and what becomes of its result.
+"""`train_script`: the arguments of diffusers' script, and where its result goes.
 
 The script here is a stand-in with the flags of diffusers' own, which needs packages that this project does not.
 """
@@ -75,8 +75,8 @@ def test_a_run(script: Path, settings: Make, tmp_path: Path) -> None:
     )  # fmt: skip
     done = main_py(*write(config, tmp_path))
     assert done.returncode == 0, done.stderr
-    assert "their script.py has no flag for: min_" not in done.stderr
-    assert "has no flag for: snr_gamma, validation_steps; they have no effect" in done.stderr
+    assert "no effect: min_" not in done.stderr
+    assert "has no option for these settings, so they have no effect: snr_gamma, validation_steps" in done.stderr
     folder = tmp_path / "lora"
     given = json.loads((folder / "train_script" / "arguments.json").read_text())
     assert given["pictures"] == [f"{index:05d}.jpg" for index in range(12)]
@@ -100,28 +100,28 @@ def test_a_run(script: Path, settings: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate", "code", "said"),
+    ("rate", "code", "message"),
     [(0.5, 1, "failed with ZeroDivisionError"), (0.25, 2, "needs no_such_package, which is not installed")],
 )
 def test_a_script_that_fails(
     script: Path, settings: Make, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    rate: float, code: int, said: str,
+    rate: float, code: int, message: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(sys, "argv", sys.argv)
     (tmp_path / "lora").mkdir()
     config = settings(train_script=str(script), learning_rate=rate)
     job = job_of({str(path): "lace" for path in photos.glob("*.jpg")}, fingerprint={"rank": 4})
-    refused(lambda: run_diffusers_script.run(config, job, tmp_path / "used"), said, code)
+    refused(lambda: run_diffusers_script.run(config, job, tmp_path / "used"), message, code)
     assert not (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
     other = replace(job, fingerprint={"rank": 8})
-    refused(lambda: run_diffusers_script.run(config, other, tmp_path / "used"), "trained on something else")
+    refused(lambda: run_diffusers_script.run(config, other, tmp_path / "used"), "trained with other settings")
 
 
-def test_what_is_no_such_script_is_refused_before_anything(settings: Make, tmp_path: Path) -> None:
+def test_other_files_are_refused_before_training_starts(settings: Make, tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text("print('hello')")
     (tmp_path / "no.py").write_text("this is no Python")
-    for name, said in (("none.py", "cannot be read"), ("no.py", "cannot be read"), ("other.py", "flags are missing")):
-        refused(lambda name=name: diffusers_script.check(settings(train_script=str(tmp_path / name))), said)  # type: ignore[misc]
+    for name, part in (("none.py", "cannot be read"), ("no.py", "cannot be read"), ("other.py", "options are missing")):
+        refused(lambda name=name: diffusers_script.check(settings(train_script=str(tmp_path / name))), part)  # type: ignore[misc]
 
 
 def test_switches_and_values(script: Path, settings: Make, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_cached_latents_give_the_loss_of_encoding_in_the_step(settings: Make, ph
     torch.testing.assert_close(cached, direct, rtol=1e-4, atol=1e-5)
 
 
-def test_text_encoders_learn_what_the_whole_gradient_says(settings: Make, photos: Path) -> None:
+def test_text_encoders_get_the_gradients_of_a_plain_backward(settings: Make, photos: Path) -> None:
     """Against the plain way: captions through a pipeline's encoders in the step, and autograd over everything."""
     config = settings(train_text_encoder=True)
     captions = {str(path): f"lace number {index % 2}" for index, path in enumerate(data_utils.list_images(photos))}

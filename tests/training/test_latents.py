@@ -64,7 +64,7 @@ def test_time_ids_equal_the_pipelines(settings: Make, photos: Path) -> None:
         assert torch.equal(row, expected[0])
 
 
-def test_a_picture_that_vanishes_or_changes_is_named(settings: Make, photos: Path, tmp_path: Path) -> None:
+def test_a_picture_that_is_deleted_or_changed_is_reported(settings: Make, photos: Path, tmp_path: Path) -> None:
     picture = tmp_path / "lace.jpg"
     picture.write_bytes((photos / "lace_0.jpg").read_bytes())
     known = contents([picture])
@@ -89,7 +89,7 @@ def test_buckets_are_sdxls_at_1024_and_of_about_one_area_at_any_size() -> None:
     assert latents.shapes(64, buckets=True)  # the demo's size
 
 
-def test_each_picture_gets_the_bucket_that_is_most_like_it(settings: Make, tmp_path: Path) -> None:
+def test_each_picture_gets_the_bucket_with_the_nearest_aspect_ratio(settings: Make, tmp_path: Path) -> None:
     sizes = {(200, 200): (128, 128), (300, 200): (96, 160), (200, 400): (192, 96), (2000, 100): (64, 256)}
     paths = []
     for width, height in sizes:
@@ -136,7 +136,7 @@ def test_few_pictures_are_in_memory_at_once() -> None:
         return path
 
     paths = [Path(str(number)) for number in range(60)]
-    for path in latents._ahead(note, paths):
+    for path in latents._prefetch(note, paths):
         with lock:
             used.append(path)
     assert used == paths

@@ -1,4 +1,4 @@
-"""How many updates with a loss or gradients that are not finite a training survives."""
+"""How many updates with NaN or inf in loss or gradients may be skipped."""
 
 import math
 
@@ -29,6 +29,6 @@ def test_how_many_updates_may_be_skipped(
     log = Metrics(settings(), first_step=0, quiet=True)
     log.rows = [{"step": 7, "loss": loss, "grad_norm": norm} for loss, norm in zip(losses, norms, strict=True)]
     if good is None:
-        refused(lambda: log.check_finite(ending), "not a finite number at step 7.*learning_rate", LOSS_NOT_FINITE)
+        refused(lambda: log.check_finite(ending), "NaN or inf.* step 7: lower learning_rate", LOSS_NOT_FINITE)
     else:
         assert log.check_finite(ending) == good

@@ -66,7 +66,7 @@ def test_the_kohya_file_carries_alpha_and_what_programs_show(saved: Config) -> N
         ("<a> and <b>, <a>", "x/lora", "a", "<a>, <b>"),
     ],
 )
-def test_the_name_of_the_style(prompt: str, folder: str, name: str, words: str) -> None:
+def test_trigger_words_and_lora_name(prompt: str, folder: str, name: str, words: str) -> None:
     config = Config(instance_prompt=prompt, lora_output_dir=folder)
     assert config.lora_name == name
     assert results.trigger_words(prompt) == words

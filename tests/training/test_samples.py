@@ -35,19 +35,19 @@ def draw(config: Config, step: int) -> train_lora.Run:
 
 
 @pytest.mark.parametrize("most", [1, 0])
-def test_without_memory_they_are_drawn_one_by_one_or_not_at_all(
+def test_out_of_memory_draws_samples_one_by_one_or_skips_them(
     settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, most: int
 ) -> None:
     config = settings(num_validation_images=3, train_batch_size=2)
     draw(replace(config, lora_output_dir=str(tmp_path / "plenty")), 2)
     base_latents = sampling.base_latents
 
-    def scarce(*arguments: Any) -> torch.Tensor:
+    def out_of_memory(*arguments: Any) -> torch.Tensor:
         if len(arguments[3]) > most:  # seeds
             raise torch.OutOfMemoryError("CUDA out of memory")
         return base_latents(*arguments)
 
-    monkeypatch.setattr(sampling, "base_latents", scarce)
+    monkeypatch.setattr(sampling, "base_latents", out_of_memory)
     run = draw(config, 2)
     assert run.train_step.networks["unet"].training
     grids = [tmp_path / name / "samples" / "step-000002.png" for name in ("plenty", "lora")]
@@ -59,7 +59,7 @@ def test_without_memory_they_are_drawn_one_by_one_or_not_at_all(
         assert "no sample pictures at step 2: out of memory" in caplog.text
 
 
-def test_black_ones_do_not_end_the_training(
+def test_black_samples_do_not_stop_the_training(
     settings: Make, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(tiny / "base", tmp_path / "base")
