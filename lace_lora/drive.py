@@ -23,8 +23,9 @@ def ensure_mounted(config: Config) -> None:
     needed = any(isinstance(value, str) and Path(value).is_relative_to(mount_path) for value in settings.values())
     if not needed or not in_colab() or is_mounted(mount_path):
         return
-    if not in_kernel():
-        # `!python` is a child of the shell, and google.colab.drive talks to the notebook's kernel only.
+    ipython = sys.modules.get("IPython")
+    # google.colab.drive talks to the notebook's kernel only: not to a child of its shell, as `!python` is.
+    if ipython is None or getattr(ipython.get_ipython(), "kernel", None) is None:
         raise UserError(
             f"Google Drive is not mounted at {mount_path}, and `!python` cannot mount it. "
             "Run these two lines in a cell, then run this command again:\n"
@@ -45,18 +46,10 @@ def ensure_mounted(config: Config) -> None:
 
 
 def in_colab() -> bool:
-    if "COLAB_RELEASE_TAG" in os.environ:
-        return True
     try:
-        return importlib.util.find_spec("google.colab") is not None
+        return "COLAB_RELEASE_TAG" in os.environ or importlib.util.find_spec("google.colab") is not None
     except ModuleNotFoundError:  # no package `google` at all
         return False
-
-
-def in_kernel() -> bool:
-    """True in a notebook cell (`%run` or an import), False under `!python`, which is a process of its own."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
 
 
 def is_mounted(mount_path: str, mounts: str | Path = "/proc/mounts") -> bool:

@@ -93,8 +93,7 @@ class _FastForward:
     def __init__(self, unet: UNet2DConditionModel, caption_weights: Tensor) -> None:
         self.eager, self.caption_weights = unet.forward, caption_weights
         self.replayed = _Replayed(self._forward, unet.device)
-        self.prompt_embeds: Tensor | None = None  # of the last call
-        self.captions: Tensor  # the same without empty prompts
+        self.prompt_embeds = self.captions = torch.empty(0)  # of the last call: all, and those that are not empty
 
     def __call__(
         self,

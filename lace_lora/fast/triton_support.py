@@ -20,9 +20,10 @@ def use_kernels_if_possible(model: UNet2DConditionModel | AutoencoderKL) -> None
     if importlib.util.find_spec("triton") is None:
         return
     try:
-        from lace_lora.fast import patching
+        from lace_lora.fast import kernels, patching
 
-        patching.try_kernels(device, model.dtype)
+        # Built and run, to see whether Triton finds a C compiler and Python.h, and can write its cache.
+        kernels.Geglu.apply(torch.zeros(1, 2048, device=device, dtype=model.dtype))
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         logger.warning("Triton cannot build its kernels here (%s): steps are slower without them", first_line(error))
         return

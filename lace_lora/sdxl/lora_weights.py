@@ -7,9 +7,8 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
@@ -54,16 +53,11 @@ def add_lora(networks: Networks, config: Config) -> dict[str, torch.nn.Parameter
         updates of bf16 weights would round to nothing.
     """
     weights: dict[str, torch.nn.Parameter] = {}
+    size = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.lora_dropout}
     for name, network in networks.items():
-        network.add_adapter(  # type: ignore[operator]
-            LoraConfig(
-                r=config.rank,
-                lora_alpha=config.alpha,
-                lora_dropout=config.lora_dropout,
-                init_lora_weights="gaussian",
-                target_modules=list(_UNET_TARGETS if name == "unet" else _TEXT_TARGETS),
-            )
-        )
+        targets = list(_UNET_TARGETS if name == "unet" else _TEXT_TARGETS)
+        adapter = LoraConfig(init_lora_weights="gaussian", target_modules=targets, **size)
+        network.add_adapter(adapter)  # type: ignore[operator]
         weights |= {f"{name}.{part}": weight for part, weight in network.named_parameters() if weight.requires_grad}
     for weight in weights.values():
         weight.data = weight.data.float()
@@ -124,8 +118,7 @@ def save_lora(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) ->
     write_atomically(path, save(state, metadata={"format": "pt", **metadata}))
 
 
-@dataclass(frozen=True)
-class LoraLayer:
+class LoraLayer(NamedTuple):
     """What a LoRA file has for one layer, to whose weights it adds alpha / rank * up @ down."""
 
     down: Tensor  # (rank, in, …)
@@ -134,8 +127,7 @@ class LoraLayer:
     magnitude: Tensor | None  # (out) values, with DoRA
 
 
-@dataclass(frozen=True)
-class Lora:
+class Lora(NamedTuple):
     """A LoRA file in memory, its layers by the name that it has for each: diffusers' or one of kohya's."""
 
     path: Path
