@@ -83,12 +83,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python main.py",
-        description=__doc__,
-        epilog=SETTINGS.format(describe()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    as_is = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("python main.py", description=__doc__, epilog=SETTINGS.format(describe()), formatter_class=as_is)
     parser.add_argument(
         "--mode", choices=("train", "inference"), required=True, help="teach the style, or draw with it"
     )

@@ -88,9 +88,7 @@ class Config:
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
         "auto", PICTURE, "dtype of the frozen model; auto means bf16, fp16 on older GPUs, no (fp32) on a CPU"
     )
-    attention: Literal["auto", "sdpa", "xformers"] = setting(
-        "auto", NOTHING, "attention implementation: auto means PyTorch's own, sdpa; xformers must be installed"
-    )
+    attention: Literal["auto", "sdpa", "xformers"] = setting("auto", NOTHING, "auto: PyTorch's own, sdpa; or xformers")
 
     min_image_size: int = setting(256, NOTHING, "skip pictures with a side of fewer pixels", least=8, group="training")
     min_images: int = setting(3, NOTHING, "how many good pictures training needs at least", least=1)

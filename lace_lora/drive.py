@@ -27,21 +27,17 @@ def ensure_mounted(config: Config) -> None:
     # google.colab.drive talks to the notebook's kernel only: not to a child of its shell, as `!python` is.
     if ipython is None or getattr(ipython.get_ipython(), "kernel", None) is None:
         raise UserError(
-            f"Google Drive is not mounted at {mount_path}, and `!python` cannot mount it. "
-            "Run these two lines in a cell, then run this command again:\n"
-            "from google.colab import drive\n"
-            f"drive.mount({mount_path!r})"
+            f"Google Drive is not mounted at {mount_path}, and `!python` cannot mount it. Run these two lines in a "
+            f"cell, then run this command again:\nfrom google.colab import drive\ndrive.mount({mount_path!r})"
         )
     from google.colab import drive
 
     try:
         drive.mount(mount_path)
     except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"Google Drive could not be mounted at {mount_path} ({error}): allow the access that Colab asks for, "
-            "or empty that folder, and run again",
-            DISK_OR_DRIVE,
-        ) from error
+        advice = "allow the access that Colab asks for, or empty that folder, and run again"
+        reason = f"Google Drive could not be mounted at {mount_path} ({error})"
+        raise UserError(f"{reason}: {advice}", DISK_OR_DRIVE) from error
     logger.info("Google Drive is mounted at %s", mount_path)
 
 

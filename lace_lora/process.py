@@ -38,9 +38,6 @@ _LAUNCHER_PID = "LACE_LORA_LAUNCHER"  # in the environment of several processes,
 _PR_SET_PDEATHSIG = 1
 
 
-# main.py
-
-
 def run(command: list[str], folder: Path) -> str:
     """Run the launcher until all training processes have ended; returns the training's closing line.
 
@@ -117,11 +114,9 @@ def _closing_line(code: int, stops: list[int], folder: Path) -> str:
         raise UserError(message, ended)
     if not any(folder.glob("*.alive")):
         raise UserError(f"accelerate could not start the training (exit code {code}); what it printed above says why")
-    raise UserError(
-        "the training process was killed, most likely because the machine ran out of memory: close other programs "
-        "or choose a machine with more; the same command goes on from the last checkpoint",
-        OUT_OF_MEMORY,
-    )
+    reason = "the training process was killed, most likely because the machine ran out of memory"
+    advice = "close other programs or choose a machine with more; the same command goes on from the last checkpoint"
+    raise UserError(f"{reason}: {advice}", OUT_OF_MEMORY)
 
 
 # the training process

@@ -15,9 +15,8 @@ logger = logging.getLogger("train_lora")
 def use_kernels_if_possible(model: UNet2DConditionModel | AutoencoderKL) -> None:
     """Make a frozen model run on our Triton kernels: on NVIDIA GPUs since Ampere, if there is a C compiler."""
     device = model.device
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
-        return
-    if importlib.util.find_spec("triton") is None:
+    is_ampere = device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not is_ampere or importlib.util.find_spec("triton") is None:
         return
     try:
         from lace_lora.fast import kernels, patching

@@ -35,9 +35,8 @@ def prepare_process() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # transformers turns these off too, and downloads are long
-    # Let glibc keep up to half a GiB of free memory, and serve large blocks from it too. Returning memory to the system
-    # and getting it again for every tensor can take as long as the arithmetic on a CPU: 30 steps on the demo's model,
-    # with the start, took 21.3 s without this and 14.5 s with it, on two cores.
+    # Let glibc keep up to half a GiB of free memory and serve large blocks from it too: asking the system for every
+    # tensor's can take as long as the arithmetic. 30 steps of the demo took 14.5 s with this, 21.3 s without.
     if sys.platform == "linux" and not torch.cuda.is_available():
         with suppress(AttributeError):  # of another C library
             for option, value in ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**29), (_TOP_PAD, 2**26)):

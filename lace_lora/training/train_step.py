@@ -29,6 +29,8 @@ from lace_lora.training.optimizer import Weights
 
 logger = logging.getLogger("train_lora")
 
+Loss = Callable[[Batch], Tensor]  # of a batch on the device, as a scalar: the mean over its pictures
+
 _FLAT = "unet.lora"  # the name of all weights as one parameter
 
 
@@ -37,17 +39,11 @@ class TrainStep:
 
     Args:
         networks: the UNet, and both text encoders if they train, with their LoRA.
-        loss: of a batch on the device, as a scalar: the mean over its pictures.
         dtype: of the frozen weights.
     """
 
     def __init__(
-        self,
-        config: Config,
-        networks: dict[str, Any],
-        loss: Callable[[Batch], Tensor],
-        device: torch.device,
-        dtype: torch.dtype,
+        self, config: Config, networks: dict[str, Any], loss: Loss, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.networks, self.loss, self.device, self.dtype = networks, loss, device, dtype
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -89,7 +85,7 @@ class TrainStep:
     def _memory_savers(self) -> Iterator[bool]:
         """Change, each time that memory runs out in a step, what costs least; until nothing is left."""
         if self.cuda_graphs and self.cuda_graphs.graphs:
-            yield True  # nothing: graphs of other shapes may be all that is in the way
+            yield True  # the graphs of other shapes may be all that is in the way
         while (whole := self.micro_batch_size) > 1:
             self.micro_batch_size = part = max(part for part in range(1, whole) if whole % part == 0)
             logger.warning("out of memory: the batch size stays, in micro-batches of %d from now on", part)
