@@ -54,15 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             import inference
 
             inference.run(config, options.dry_run)
-    except UserError as error:
-        stopped = error.exit_code in (130, 143)
-        print(str(error) if stopped else f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except (OSError, MemoryError, RuntimeError) as error:
-        explained = explain(error, "close other programs, or choose a machine with more memory")
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        advice = "close other programs, or choose a machine with more memory"
+        explained = error if isinstance(error, UserError) else explain(error, advice)
         if explained is None:
             raise
-        print(f"error: {explained}", file=sys.stderr)
+        stopped = explained.exit_code in (130, 143)
+        print(str(explained) if stopped else f"error: {explained}", file=sys.stderr)
         return explained.exit_code
     except ModuleNotFoundError as error:
         print(f"error: {INSTALL.format(error.name)}", file=sys.stderr)
@@ -85,12 +83,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python main.py",
-        description=__doc__,
-        epilog=SETTINGS.format(describe()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    as_is = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("python main.py", description=__doc__, epilog=SETTINGS.format(describe()), formatter_class=as_is)
     parser.add_argument(
         "--mode", choices=("train", "inference"), required=True, help="teach the style, or draw with it"
     )

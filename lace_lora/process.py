@@ -36,10 +36,6 @@ _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes
 _ROOT = Path(__file__).resolve().parent.parent
 _LAUNCHER_PID = "LACE_LORA_LAUNCHER"  # in the environment of several processes, which the launcher is the parent of
 _PR_SET_PDEATHSIG = 1
-_POLL_SECONDS = 0.1
-
-
-# main.py
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -57,7 +53,8 @@ def run(command: list[str], folder: Path) -> str:
         launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
         while True:
             running = launcher.poll() is None  # before looking for the training: it may start one until it ends
-            training = _living(folder)
+            # Whatever their parents are: the kernel releases the lock of a dead one.
+            training = {int(file.stem) for file in folder.glob("*.alive") if _is_locked(file)}
             if not running and not training:
                 break
             # The launcher may end before the training, by a signal that was meant for both: that still saves then.
@@ -65,7 +62,7 @@ def run(command: list[str], folder: Path) -> str:
                 finished = not running and bool(_read_outcome(folder))
                 # Each time: a process that has only just started may have missed the last one.
                 _send(signal.SIGKILL if finished or len(stops) > 1 else signal.SIGTERM, folder, training, launcher.pid)
-            time.sleep(_POLL_SECONDS)
+            time.sleep(0.1)
         with suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)  # whatever else it has started
     return _closing_line(launcher.returncode, stops, folder)
@@ -84,18 +81,11 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _living(folder: Path) -> set[int]:
-    """The ids of living training processes, whatever their parents: the kernel releases a dead one's lock."""
-    return {int(file.stem) for file in folder.glob("*.alive") if _is_locked(file)}
-
-
 def _is_locked(file: Path) -> bool:
-    with open(file) as opened:
-        try:
-            fcntl.lockf(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    with open(file) as opened, suppress(BlockingIOError):
+        fcntl.lockf(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    return True
 
 
 def _send(number: int, folder: Path, training: set[int], launcher: int) -> None:
@@ -124,11 +114,9 @@ def _closing_line(code: int, stops: list[int], folder: Path) -> str:
         raise UserError(message, ended)
     if not any(folder.glob("*.alive")):
         raise UserError(f"accelerate could not start the training (exit code {code}); what it printed above says why")
-    raise UserError(
-        "the training process was killed, most likely because the machine ran out of memory: close other programs "
-        "or choose a machine with more; the same command goes on from the last checkpoint",
-        OUT_OF_MEMORY,
-    )
+    reason = "the training process was killed, most likely because the machine ran out of memory"
+    advice = "close other programs or choose a machine with more; the same command goes on from the last checkpoint"
+    raise UserError(f"{reason}: {advice}", OUT_OF_MEMORY)
 
 
 # the training process
@@ -145,18 +133,16 @@ class StopSignal:
         self.deferred = False
         self.number: int | None = None
 
-    def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
     @property
     def requested(self) -> bool:
         return self.number is not None
 
-    def _handle(self, number: int, _frame: Any) -> None:
-        is_first = self.number is None
-        self.number = number if is_first else self.number
-        if is_first and not self.deferred:
+    def __call__(self, number: int, _frame: Any) -> None:
+        """The signal handler."""
+        if self.requested:
+            return
+        self.number = number
+        if not self.deferred:
             raise Stopped("stopped before the first step; run the same command again to start over")
 
 
@@ -168,10 +154,15 @@ def report_outcome(work: Callable[[StopSignal], str], folder: Path) -> int:
     _die_with_parent()
     if os.environ.get(_LAUNCHER_PID, str(os.getppid())) != str(os.getppid()):
         return _STOPPED[1]  # the parent was dead already
-    _show_alive(folder)
+    # Renamed once it is locked, which it stays until this process ends: the descriptor is left open on purpose. By
+    # `lockf`, not `flock`: a process that a library forks off this one does not inherit the lock.
+    unnamed = folder / f"{os.getpid()}.tmp"
+    fcntl.lockf(os.open(unnamed, os.O_CREAT | os.O_RDWR, 0o600), fcntl.LOCK_EX)
+    unnamed.rename(folder / f"{os.getpid()}.alive")
     stop = StopSignal()
     try:
-        stop.listen()
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
         message, code = work(stop), 0
     except Stopped as reason:
         message, code = str(reason), 128 + (stop.number or signal.SIGTERM)
@@ -193,16 +184,6 @@ def _die_with_parent() -> None:
     """Have the kernel send SIGTERM when the parent dies, so that a killed launcher leaves no orphan."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _show_alive(folder: Path) -> None:
-    """Keep a file with this process's id locked until the process ends: the descriptor stays open on purpose.
-
-    By `lockf`, not `flock`: a process that a library forks off this one does not inherit the lock.
-    """
-    unnamed = folder / f"{os.getpid()}.tmp"
-    fcntl.lockf(os.open(unnamed, os.O_CREAT | os.O_RDWR, 0o600), fcntl.LOCK_EX)
-    unnamed.rename(folder / f"{os.getpid()}.alive")  # after it is locked
 
 
 def _write_outcome(folder: Path, code: int, message: str) -> None:

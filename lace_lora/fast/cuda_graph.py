@@ -32,9 +32,7 @@ class CudaGraphs:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """
-        Args:
-            inputs: in pinned memory or on the GPU.
+        """The function's output. Inputs are in pinned memory or on the GPU.
 
         Raises:
             CaptureError: this function cannot be captured; none of it has run.

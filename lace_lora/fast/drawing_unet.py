@@ -42,8 +42,7 @@ def make_decoder_fast(vae: AutoencoderKL) -> None:
 def _fuse_attention(unet: UNet2DConditionModel) -> Tensor:
     """Make one matmul of each self-attention's q, k and v, and one of all cross-attentions' k and v.
 
-    Returns:
-        The weight of the latter, which stands before the UNet: see `_CrossAttention`.
+    Returns the weight of the latter, which stands before the UNet: see `_CrossAttention`.
     """
     cross_linears: list[Any] = []
     columns = 0
@@ -93,17 +92,10 @@ class _FastForward:
     def __init__(self, unet: UNet2DConditionModel, caption_weights: Tensor) -> None:
         self.eager, self.caption_weights = unet.forward, caption_weights
         self.replayed = _Replayed(self._forward, unet.device)
-        self.prompt_embeds: Tensor | None = None  # of the last call
-        self.captions: Tensor  # the same without empty prompts
+        self.prompt_embeds = self.captions = torch.empty(0)  # of the last call: all, and those that are not empty
 
     def __call__(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        *,
-        added_cond_kwargs: dict[str, Tensor],
-        **_: Any,
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, added_cond_kwargs: Any, **_: Any
     ) -> tuple[Tensor]:
         if encoder_hidden_states is not self.prompt_embeds:  # the same object at each step of a picture
             self.prompt_embeds, self.captions = encoder_hidden_states, _without_empty_prompts(encoder_hidden_states)

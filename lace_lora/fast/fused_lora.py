@@ -27,7 +27,6 @@ from lace_lora.fast.attention import AttentionProcessor, attentions, fuse_weight
 # Up to so many tokens one matmul is faster than two: it saves 0.6 ms of a step at 512² on an H100. Beyond, the LoRA's
 # additional rows cost the GPU's processors another round.
 _FEW_TOKENS = 2048
-
 # Rows begin at a multiple of so many numbers: attention on GPUs reads 16 bytes at once, and is wrong on others.
 _ALIGNMENT = 8
 
@@ -41,9 +40,6 @@ class FusedLora:
     Attributes:
         weights: the whole LoRA as one flat fp32 parameter: all A, then all B. `gradients` is its gradient.
     """
-
-    weights: torch.nn.Parameter
-    gradients: Tensor
 
     def __init__(self, unet: UNet2DConditionModel, scale: float) -> None:
         self.scale = scale

@@ -53,22 +53,20 @@ def fetch(source: str, parts: Sequence[str], variant: str | None = None, revisio
     path = Path(source)
     if path.is_file():
         layout(path)
-        return path
-    if path.is_dir():
+    if path.exists():
         return path
     if path.suffix == ".safetensors" or source.startswith((".", "/")) or source.count("/") > 1:
         raise UserError(f"there is no model at {source}: check the path")
     small = ["model_index.json", *_in(parts, ["*.json", "*.txt"])]
     heavy = [part for part in parts if part not in WITHOUT_WEIGHTS]
     folder = _download(source, revision, [*small, *_in(heavy, _weight_names(variant))])
-    plain = [part for part in heavy if not has_weights(folder / part, variant)]
+    plain = [part for part in heavy if not weight_files(folder / part, variant)]
     if plain and variant:
         folder = _download(source, revision, [*small, *_in(plain, _weight_names(None))])
     for part in heavy:
-        if not (has_weights(folder / part, variant) or has_weights(folder / part, None)):
-            raise UserError(
-                f"{source} has no safetensors weights in {part or 'it'}: is it an SDXL model for diffusers?"
-            )
+        if not (weight_files(folder / part, variant) or weight_files(folder / part, None)):
+            where = part or "it"
+            raise UserError(f"{source} has no safetensors weights in {where}: is it an SDXL model for diffusers?")
     return folder
 
 
@@ -82,9 +80,8 @@ def layout(file: Path) -> Path:
         with safe_open(file, framework="numpy") as content:
             names = list(content.keys())
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{file} is not a safetensors file, and no other kind is loaded ({first_line(error)})"
-        ) from error
+        reason = first_line(error)
+        raise UserError(f"{file} is not a safetensors file, and no other kind is loaded ({reason})") from error
     if "v_pred" in names:
         advice = "use it as a folder in diffusers' layout, whose scheduler config has the prediction type"
         raise UserError(f"{file} is a v-prediction model, which is not supported as a single file: {advice}")
@@ -94,12 +91,8 @@ def layout(file: Path) -> Path:
     return _download(REFINER_LAYOUT if is_refiner else BASE_LAYOUT, None, ["model_index.json", *small])
 
 
-def has_weights(folder: Path, variant: str | None) -> bool:
-    """Whether there are weights in that variant, in one file or in shards; None means plain ones."""
-    return bool(weight_files(folder, variant))
-
-
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The weights in that variant, in one file or in shards; None means plain ones."""
     names = [name for name in _weight_names(variant) if name.endswith(".safetensors")]
     return sorted(path for name in names for path in folder.glob(name))
 
@@ -111,7 +104,7 @@ def read_ahead(source: str, parts: Sequence[str], variant: str | None) -> None:
     """
     files = [Path(source)] if Path(source).is_file() else []
     for folder in (Path(source, part) for part in parts):
-        files += weight_files(folder, variant if has_weights(folder, variant) else None)
+        files += weight_files(folder, variant) or weight_files(folder, None)
 
     def read() -> None:
         buffer = bytearray(2**24)
@@ -158,8 +151,7 @@ def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
             raise UserError(f"the hub refuses your token for {name}: {how}") from error
         if isinstance(error, errors.LocalEntryNotFoundError):
             how = "connect (and unset HF_HUB_OFFLINE), then run the same command again"
-            raise UserError(
-                f"{name} is incomplete on this machine, and the hub is not reached: {how}", DISK_OR_DRIVE
-            ) from error
+            what = f"{name} is incomplete on this machine, and the hub is not reached"
+            raise UserError(f"{what}: {how}", DISK_OR_DRIVE) from error
         how = "run the same command again, it downloads what is missing; is the disk full?"
         raise UserError(f"{name} is incomplete ({first_line(error)}): {how}", DISK_OR_DRIVE) from error

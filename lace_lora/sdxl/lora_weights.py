@@ -7,9 +7,8 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
@@ -26,7 +25,6 @@ from lace_lora.files import write_atomically
 # Every attention of each network.
 _UNET_TARGETS, _TEXT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0"), ("q_proj", "k_proj", "v_proj", "out_proj")
 _KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-_LAYERS_PER_BLOCK = 2  # of SDXL's UNet; the demo's has 1
 # The UNet's layers outside of attention, by diffusers' name and by that of SDXL's own code, which kohya's programs use.
 _ORIGINAL_NAMES = {
     "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
@@ -54,16 +52,11 @@ def add_lora(networks: Networks, config: Config) -> dict[str, torch.nn.Parameter
         updates of bf16 weights would round to nothing.
     """
     weights: dict[str, torch.nn.Parameter] = {}
+    size = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.lora_dropout}
     for name, network in networks.items():
-        network.add_adapter(  # type: ignore[operator]
-            LoraConfig(
-                r=config.rank,
-                lora_alpha=config.alpha,
-                lora_dropout=config.lora_dropout,
-                init_lora_weights="gaussian",
-                target_modules=list(_UNET_TARGETS if name == "unet" else _TEXT_TARGETS),
-            )
-        )
+        targets = list(_UNET_TARGETS if name == "unet" else _TEXT_TARGETS)
+        adapter = LoraConfig(init_lora_weights="gaussian", target_modules=targets, **size)
+        network.add_adapter(adapter)  # type: ignore[operator]
         weights |= {f"{name}.{part}": weight for part, weight in network.named_parameters() if weight.requires_grad}
     for weight in weights.values():
         weight.data = weight.data.float()
@@ -71,10 +64,9 @@ def add_lora(networks: Networks, config: Config) -> dict[str, torch.nn.Parameter
 
 
 def lora_state(networks: Networks, scale: float = 1.0) -> dict[str, Tensor]:
-    """The LoRA under diffusers' names, on the CPU, in fp32.
+    """The LoRA under diffusers' names, on the CPU, in fp32, with `scale` folded into its weights.
 
-    Args:
-        scale: folded into the weights; alpha / rank for a file, since plain loaders assume that alpha is the rank.
+    That is alpha / rank for a file, since plain loaders assume that alpha is the rank.
     """
     state = {}
     for name, network in networks.items():
@@ -96,8 +88,8 @@ def kohya_state(state: dict[str, Tensor], alpha: float, layers_per_block: int) -
     return named
 
 
-def kohya_name(module: str, layers_per_block: int = _LAYERS_PER_BLOCK) -> str:
-    """kohya's name for a layer: `lora_unet_input_blocks_4_1_proj` for `unet.down_blocks.1.attentions.0.proj`."""
+def kohya_name(module: str, layers_per_block: int) -> str:
+    """kohya's name for a layer: `lora_unet_input_blocks_4_1_proj` for SDXL's `unet.down_blocks.1.attentions.0.proj`."""
     network, _, path = module.partition(".")
     if network == "unet":
         path = _original_path(path, layers_per_block)
@@ -124,8 +116,7 @@ def save_lora(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) ->
     write_atomically(path, save(state, metadata={"format": "pt", **metadata}))
 
 
-@dataclass(frozen=True)
-class LoraLayer:
+class LoraLayer(NamedTuple):
     """What a LoRA file has for one layer, to whose weights it adds alpha / rank * up @ down."""
 
     down: Tensor  # (rank, in, …)
@@ -134,8 +125,7 @@ class LoraLayer:
     magnitude: Tensor | None  # (out) values, with DoRA
 
 
-@dataclass(frozen=True)
-class Lora:
+class Lora(NamedTuple):
     """A LoRA file in memory, its layers by the name that it has for each: diffusers' or one of kohya's."""
 
     path: Path
@@ -221,7 +211,7 @@ def merge_lora(networks: Networks, lora: Lora, scale: float) -> None:
 
 def _by_name(network: Any, name: str) -> dict[str, Any]:
     """Each linear layer and convolution of a network, under every name that a LoRA file can have for it."""
-    layers_per_block = getattr(network.config, "layers_per_block", _LAYERS_PER_BLOCK)
+    layers_per_block = network.config.layers_per_block if name == "unet" else 0
     modules: dict[str, Any] = {}
     for path, module in network.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):

@@ -117,12 +117,8 @@ def encode_prompts(
 
 def tokenize(prompts: list[str], tokenizers: list[CLIPTokenizer]) -> list[Tensor]:
     """Token ids (n, 77) for each tokenizer."""
-    return [
-        tokenizer(
-            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).input_ids
-        for tokenizer in tokenizers
-    ]
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return [each(prompts, max_length=each.model_max_length, **options).input_ids for each in tokenizers]
 
 
 def encode_tokens(tokens: list[Tensor], text_encoders: list[torch.nn.Module]) -> tuple[Tensor, Tensor]:

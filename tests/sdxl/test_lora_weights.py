@@ -352,4 +352,4 @@ def test_lora_file_holds_its_metadata_and_only_the_unet(trained: Networks, tmp_p
     ],
 )  # fmt: skip
 def test_kohya_names(module: str, name: str) -> None:
-    assert lora_weights.kohya_name(module) == name
+    assert lora_weights.kohya_name(module, 2) == name
