@@ -69,7 +69,7 @@ def test_overrides_stand_anywhere_on_the_line(
 
 
 def test_config_yaml_of_the_current_directory_is_read(tmp_path: Path) -> None:
-    assert "config.yaml: there is no such file" in main_py("--mode", "train", cwd=tmp_path).stderr
+    assert "config.yaml: no such file" in main_py("--mode", "train", cwd=tmp_path).stderr
     (tmp_path / "config.yaml").write_text("images_dir: nowhere\n")
     done = main_py("--mode", "train", cwd=tmp_path)
     assert done.returncode == 2
