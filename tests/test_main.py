@@ -73,7 +73,7 @@ def test_config_yaml_of_the_current_directory_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("images_dir: nowhere\n")
     done = main_py("--mode", "train", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: nowhere: there is no such folder")
+    assert done.stderr.startswith("error: nowhere: no such folder")
 
 
 def test_garbage_is_not_searched_for_in_what_was_imported() -> None:

@@ -148,7 +148,7 @@ def test_an_interrupted_run_makes_the_very_same_pictures(
     config, seeds = settings(mixed_precision="bf16" if device == "cuda" else "no"), [1, 2, 3]
     uninterrupted = drawn(config, None, seeds, prompt="lace")
     for stop_at, roomy in ((2, False), (3, True), (5, False), (6, True)):
-        monkeypatch.setattr(phases, "_ROOM", 0 if roomy else 10**6)
+        monkeypatch.setattr(phases, "_VAE_PICTURES", 0 if roomy else 10**6)
         with tempfile.TemporaryDirectory() as latents:
             interrupted = drawn_in_parts(config, seeds, stop_at, Path(latents))
         assert interrupted.keys() == uninterrupted.keys()
