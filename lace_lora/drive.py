@@ -35,7 +35,7 @@ def ensure_mounted(config: Config) -> None:
     try:
         drive.mount(mount_path)
     except (ValueError, RuntimeError, OSError) as error:
-        advice = "allow the access that Colab asks for, or empty that folder, and run again"
+        advice = "allow the access that Colab asks for, or empty that folder, then run the same command again"
         reason = f"Google Drive could not be mounted at {mount_path} ({error})"
         raise UserError(f"{reason}: {advice}", DISK_OR_DRIVE) from error
     logger.info("Google Drive is mounted at %s", mount_path)

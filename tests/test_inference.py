@@ -297,7 +297,7 @@ def test_an_interrupted_run_resumes_at_the_missing_batches(tmp_path: Path, fake:
     [
         (MemoryError(), 3, "inference_batch_size: 1"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 3, "inference_batch_size: 1"),
-        (OSError(28, "No space left on device", "a.png"), 4, "a.png could not be written"),
+        (OSError(28, "No space left on device", "a.png"), 4, "a.png could not be read or written"),
     ],
 )
 def test_failures_that_users_can_fix(error: Exception, code: int, part: str, fake: FakePhases, make: Make) -> None:

@@ -42,7 +42,7 @@ def make_decoder_fast(vae: AutoencoderKL) -> None:
 def _fuse_attention(unet: UNet2DConditionModel) -> Tensor:
     """Make one matmul of each self-attention's q, k and v, and one of all cross-attentions' k and v.
 
-    Returns the weight of the latter, which stands before the UNet: see `_CrossAttention`.
+    Returns the weight of the latter, which is applied before the UNet: see `_CrossAttention`.
     """
     cross_linears: list[Any] = []
     columns = 0
@@ -112,8 +112,8 @@ class _FastForward:
 
 def _without_empty_prompts(prompt_embeds: Tensor) -> Tensor:
     """Prompt embeddings (n, 77, c) without the first ones that are all zeros, as SDXL's for no negative prompt are."""
-    written = prompt_embeds.flatten(1).any(1).nonzero()
-    return prompt_embeds[int(written[0]) :] if len(written) else prompt_embeds
+    non_empty = prompt_embeds.flatten(1).any(1).nonzero()
+    return prompt_embeds[int(non_empty[0]) :] if len(non_empty) else prompt_embeds
 
 
 class _Replayed:
@@ -128,6 +128,6 @@ class _Replayed:
             try:
                 return self.cuda_graphs(*inputs)
             except CaptureError as error:
-                logger.warning("no CUDA graph here (%s): drawing is slower without", error)
+                logger.warning("CUDA graphs cannot be used (%s): drawing will be slower", error)
                 self.cuda_graphs = None
         return self.function(*inputs)

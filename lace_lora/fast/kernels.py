@@ -1,4 +1,4 @@
-"""Triton kernels that do in one pass what takes PyTorch several: norms with what stands around them, GEGLU, additions.
+"""Triton kernels that do in one pass what takes PyTorch several: norms fused with their neighbours, GEGLU, additions.
 
 At 512² the passes are so short that launching them takes as long as they do; at 1024² it is memory traffic that counts.
 Convolutions on tensor cores want channels-last pictures, but PyTorch's group norm and diffusers' transformer do not

@@ -47,7 +47,7 @@ def use_kernels(model: UNet2DConditionModel | AutoencoderKL) -> None:
 def _is_plain(block: Any) -> bool:
     """Whether `_resnet` does all that a block does."""
     extras = (block.upsample, block.downsample, block.dropout.p)
-    # "group" is what a VAE's decoder calls a norm that knows no timestep.
+    # "group" is what a VAE's decoder calls a norm without a time embedding.
     return not any(extras) and block.time_embedding_norm in ("default", "group") and block.output_scale_factor == 1
 
 
