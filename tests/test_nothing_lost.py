@@ -370,9 +370,9 @@ CANARY = "hf_" + "Canary" * 6
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (f"pretrained_model=https://lace:{CANARY}@hub.example/model", "pretrained_model holds a token or a password"),
-        (f"validation_prompt=lace {CANARY}", "validation_prompt holds a token"),
-        (f"prompt=[one, {CANARY}]", "prompt holds a token"),
+        (f"pretrained_model=https://lace:{CANARY}@hub.example/model", "pretrained_model contains an access token"),
+        (f"validation_prompt=lace {CANARY}", "validation_prompt contains an access token"),
+        (f"prompt=[one, {CANARY}]", "prompt contains an access token"),
         (f"hub_token={CANARY}", "unknown key 'hub_token'; remove it, because settings are saved in files"),
         (f"--hub_token={CANARY}", "unrecognized arguments: --hub_token=***"),
         (f"rank={CANARY}", "rank is '***', not a whole number"),

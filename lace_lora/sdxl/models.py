@@ -151,7 +151,7 @@ def load_part(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and explain(error, ""):
             raise  # out of memory
-        reason = first_line(error, most=300)
+        reason = " ".join(str(error).split())[:300]
     advice = "it must be an SDXL model: a folder in diffusers format or a .safetensors checkpoint"
     raise UserError(f"{Path(source, subfolder)} cannot be loaded ({reason}): {advice}")
 
