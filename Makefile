@@ -1,10 +1,10 @@
 # make          lint and test
 # make install  the environment in .venv; what only developers need comes with make test and make lint
 # make demo     train and draw on the embedded demo model, offline, without a GPU
-# make proof    that training teaches the style, and that a broken program would not pass for it
+# make proof    prove that training teaches the style, and that a broken program would fail
 # make test     the test suite, in two processes
-# make test-gpu  what only a GPU can show
-# make test-colab  the same with the versions that Google Colab has, in .venv-colab
+# make test-gpu  the tests that need a GPU
+# make test-colab  the test suite with the package versions that Google Colab has, in .venv-colab
 # make torture  a hundred kills and thousands of broken inputs, about half an hour
 
 PYTHON ?= python3

@@ -103,8 +103,7 @@ def read_annotations(path: Path) -> dict[Path, str]:
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        advice = "save it as UTF-8, or delete it to have it written again"
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); {advice}") from error
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8, or delete it") from error
     captions: dict[Path, str] = {}
     for number, line in enumerate(lines, 1):
         image, tab, caption = line.rstrip("\r").partition("\t")
@@ -112,8 +111,7 @@ def read_annotations(path: Path) -> dict[Path, str]:
             continue
         if not tab or not image or not caption.strip():
             raise UserError(
-                f"{path}:{number}: expected a picture's path, a tab and its caption; "
-                "fix the line, or delete the file to have it written again"
+                f"{path}:{number}: expected a picture's path, a tab and its caption; fix the line, or delete the file"
             )
         captions[Path(image)] = caption.strip()
     return captions

@@ -1,6 +1,6 @@
 """`main.py --mode inference`: prompts and LoRA to a folder of refined pictures with a contact sheet and a page.
 
-Nothing here imports torch before a picture has to be drawn.
+torch is not imported before a picture has to be drawn.
 """
 
 import shutil
@@ -23,7 +23,7 @@ ADVICE = "set inference_batch_size: 1, or a smaller width and height"
 
 
 def run(config: Config, dry_run: bool = False) -> Path:
-    """Draw `num_images` pictures, or the ones still missing, and return their folder; or one again, with `rebuild`.
+    """Draw `num_images` pictures, or those still missing, and return their folder; with `rebuild`, redraw one.
 
     `dry_run` stops before anything is written.
 
@@ -52,49 +52,49 @@ def _run(config: Config, dry_run: bool) -> Path:
         print("\n".join(f"prompt: {prompt}" for prompt in folder.prompts))
         return folder.path
     if not folder.missing() and (folder.path / gallery.PAGE).exists():
-        print("Finished already; other settings get a folder of their own.")
+        print("Finished already. With other settings, the pictures go to a new folder.")
         shutil.rmtree(folder.path / UNFINISHED, ignore_errors=True)
     else:
         folder.path.mkdir(parents=True, exist_ok=True)
         with files.lock_for_one_run(folder.path):
-            if folder.is_of_others(folder.path):
-                raise UserError(f"another run has just drawn into {folder.path}: run the same command again")
+            if folder.has_other_pictures(folder.path):
+                raise UserError(f"another run has written to {folder.path} in the meantime: run the same command again")
             files.remove_unfinished(folder.path)
             _publish(folder, _draw(folder) if folder.missing() else {})
             shutil.rmtree(folder.path / UNFINISHED, ignore_errors=True)
     print(f"{len(folder.designs)} pictures: {folder.path}")
     print(f"contact sheet: {folder.path / gallery.CONTACT_SHEET}")
-    print(f"page: {folder.path / gallery.PAGE}")
+    print(f"gallery page: {folder.path / gallery.PAGE}")
     return folder.path
 
 
 def _draw(folder: OutputFolder) -> dict[Path, Preview]:
-    """Draw the batches of which a picture is missing, and return the previews of what was drawn, by file."""
+    """Draw the batches with missing pictures; returns the previews of what was drawn, by file."""
     config = replace(folder.config, **hub.fetch_models(folder.config))
-    if not (folder.path / UNFINISHED).exists():  # else the base may have done its part
+    if not (folder.path / UNFINISHED).exists():  # otherwise the base latents may exist already
         hub.read_ahead(config.pretrained_model, ["text_encoder", "text_encoder_2", "unet"], config.variant)
     with importing_torch():
         from lace_lora.drawing import phases  # brings torch, which takes seconds
 
     batches = folder.missing_batches(phases.pictures_at_once(config))
     batch_of = {design: batch for batch in batches for design in batch}
-    # Of this recipe in these batches, and of no others.
+    # For the latents of this recipe in batches of this size only.
     latents_folder = folder.path / UNFINISHED / files.json_digest([folder.recipe, folder.batch_size()])
-    for place in (latents_folder, folder.path / BEFORE):
-        place.mkdir(parents=True, exist_ok=True)
+    for subfolder in (latents_folder, folder.path / BEFORE):
+        subfolder.mkdir(parents=True, exist_ok=True)
     settings, name = recipe.without_folders(folder.settings), lora_name(config, folder.lora)
     previews: dict[Path, Preview] = {}
 
     def save(drawn: Drawn) -> None:  # on several threads
         missing = {kind: path for kind, path in folder.files(drawn.design).items() if not path.exists()}
-        if missing and drawn.refined and drawn.latent_change is not None:  # first, so that no picture is without
+        if missing and drawn.refined and drawn.latent_change is not None:  # first, so that every picture has it
             refining.save_before(folder.before(drawn.design), drawn.base, drawn.refined, drawn.latent_change)
         for kind, path in missing.items():
             is_refined = kind == "refined"
             picture = drawn.refined if is_refined else drawn.base
             assert picture is not None
             recipe.save_picture(path, picture, Recipe(drawn.design, is_refined, batch_of[drawn.design], settings, name))
-            if is_refined == config.refine:  # it is shown. Now, while the GPU is at work, rather than at the end
+            if is_refined == config.refine:  # the one that is shown; now, while the GPU is busy, not at the end
                 previews[path] = gallery.make_preview(path, picture if path.suffix == ".png" else None)
 
     phases.draw_pictures(config, folder.lora, batches, latents_folder, save)
@@ -102,7 +102,7 @@ def _draw(folder: OutputFolder) -> dict[Path, Preview]:
 
 
 def _publish(folder: OutputFolder, previews: dict[Path, Preview]) -> None:
-    """Contact sheet, page and the whole manifest, over all finished pictures."""
+    """Write the contact sheet, the page and the complete manifest of all finished pictures."""
     measured = folder.write_manifest(folder.batch_size())
     cards = []
     for design, changes, warning in zip(folder.designs, measured, refining.warnings(measured), strict=True):
@@ -111,7 +111,7 @@ def _publish(folder: OutputFolder, previews: dict[Path, Preview]) -> None:
         base = next((path for path in before if path and path.exists()), None)
         cards.append(Card(design, next(iter(paths.values())), base, **changes, warning=warning))
     older = [card.file for card in cards if card.file not in previews]
-    with ThreadPoolExecutor() as pool:  # Pillow works without Python's lock
+    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL
         previews = previews | dict(zip(older, pool.map(gallery.make_preview, older), strict=True))
         sheet = pool.submit(gallery.contact_sheet, [previews[card.file].small for card in cards])
         embedded = {path: preview.attributes for path, preview in previews.items()}

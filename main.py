@@ -1,4 +1,4 @@
-"""Teach SDXL a style from your own pictures with a LoRA, and draw new ones with it.
+"""Teach SDXL the style of your own pictures with a LoRA, and draw new pictures in that style.
 
 python main.py --mode train
 python main.py --mode inference
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from lace_lora.errors import BAD_INPUT, UserError, explain
 
-INSTALL = "{} is not installed: source .venv/bin/activate after make install, or pip install -r requirements.txt"
+INSTALL = "{} is not installed: run `make install && source .venv/bin/activate`, or `pip install -r requirements.txt`"
 try:
     from lace_lora import drive
     from lace_lora.config import describe, load_config
@@ -22,12 +22,12 @@ except ModuleNotFoundError as missing:
     print(f"error: {INSTALL.format(missing.name)}", file=sys.stderr)
     sys.exit(BAD_INPUT)
 
-SETTINGS = """settings (in config.yaml, or key=value on the command line; empty means none):
+SETTINGS = """settings (set them in config.yaml, or as key=value on the command line; an empty value means not set):
 
 {}
 
-exit codes: 0 done, 2 something in the input is wrong, 3 out of memory, 4 disk or Drive, 5 loss not finite,
-            130 or 143 stopped and resumable, 1 a bug"""
+exit codes: 0 done, 2 invalid input, 3 out of memory, 4 disk or Drive error, 5 loss or picture not finite (NaN or inf),
+            130 or 143 stopped (run the same command again to resume), 1 a bug"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     options = parser.parse_intermixed_args(arguments)
-    before = signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C
+    before = signal.signal(signal.SIGTERM, _stop)  # handled like Ctrl-C
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns about torchvision, which nothing here needs
-    # On a CPU that another program uses too, PyTorch's threads wait for each other in vain: not so long.
+    # On a CPU shared with another program, OpenMP threads waste time spinning at barriers: spin less.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         config = load_config(options.config, options.overrides)
@@ -54,24 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             import inference
 
             inference.run(config, options.dry_run)
-    except UserError as error:
-        stopped = error.exit_code in (130, 143)
-        print(str(error) if stopped else f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except (OSError, MemoryError, RuntimeError) as error:
-        explained = explain(error, "close other programs, or choose a machine with more memory")
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        advice = "close other programs, or choose a machine with more memory"
+        explained = error if isinstance(error, UserError) else explain(error, advice)
         if explained is None:
             raise
-        print(f"error: {explained}", file=sys.stderr)
+        stopped = explained.exit_code in (130, 143)
+        print(str(explained) if stopped else f"error: {explained}", file=sys.stderr)
         return explained.exit_code
     except ModuleNotFoundError as error:
         print(f"error: {INSTALL.format(error.name)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt as stop:
-        print("stopped; run the same command again to draw the rest", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     finally:
-        signal.signal(signal.SIGTERM, before)  # a notebook's process lives on
+        signal.signal(signal.SIGTERM, before)  # in a notebook, the process continues
     return 0
 
 
@@ -81,24 +79,19 @@ def _stop(number: int, _frame: Any) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(str(UserError(message)))  # which repeats no secret
+        super().error(str(UserError(message)))  # UserError redacts secrets
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python main.py",
-        description=__doc__,
-        epilog=SETTINGS.format(describe()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    as_is = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("python main.py", description=__doc__, epilog=SETTINGS.format(describe()), formatter_class=as_is)
     parser.add_argument(
-        "--mode", choices=("train", "inference"), required=True, help="teach the style, or draw with it"
+        "--mode", choices=("train", "inference"), required=True, help="train the LoRA, or draw pictures with it"
     )
     parser.add_argument("--config", default="config.yaml", help="settings file (default: config.yaml)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check settings and pictures, say what would be done, write nothing"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a setting for this run")
+    dry_run = "check settings and pictures, print what would be done, write nothing but the `report` file"
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting for this run")
     return parser
 
 

@@ -170,8 +170,7 @@ def find_resume_checkpoint(config: Config, fingerprint: dict[str, Any]) -> Path 
     if not requested:
         if checkpoint.checkpoints(output_dir) or config.lora_file.exists():
             raise UserError(
-                f"{output_dir} contains an earlier run, but resume_from_checkpoint is empty: set it to latest, "
-                f"or {START_OVER}"
+                f"{output_dir} contains an earlier run: set resume_from_checkpoint to latest, or {START_OVER}"
             )
         return None
     if requested == "latest":

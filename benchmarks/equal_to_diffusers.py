@@ -1,4 +1,4 @@
-"""Whether our training step is that of diffusers' own example, number by number, on a CPU in fp32.
+"""Check that our training step computes the same numbers as diffusers' example script, on a CPU in fp32.
 
     python -m benchmarks.equal_to_diffusers --script train_dreambooth_lora_sdxl.py
 
@@ -62,7 +62,7 @@ CASES = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--script", required=True, type=Path, help="diffusers' train_dreambooth_lora_sdxl.py")
-    parser.add_argument("--model", type=Path, help="SDXL in diffusers' layout; without it a tiny one is built")
+    parser.add_argument("--model", type=Path, help="SDXL in diffusers format; if not given, a tiny one is built")
     parser.add_argument("--pictures", type=Path, default=Path("demo/lace"), help="folder of JPEGs")
     arguments = parser.parse_args()
     models.prepare_process()
@@ -75,13 +75,13 @@ def main() -> int:
         if not arguments.model:
             build_model.build(Path(folder), build_model.TINY)
         for case in CASES:
-            pictures = lay_out_pictures(arguments.pictures, Path(folder, case.name), case)
+            pictures = copy_pictures(arguments.pictures, Path(folder, case.name), case)
             theirs = script_step(arguments.script, case, model, Path(folder, case.name))
             equal &= report(case, theirs, our_step(case, model, pictures, theirs))
     return 0 if equal else 1
 
 
-def lay_out_pictures(source: Path, work: Path, case: Case) -> list[Path]:
+def copy_pictures(source: Path, work: Path, case: Case) -> list[Path]:
     """Some pictures in a folder of their own, where the script finds nothing else; then the class's."""
     folders = ("instance", "class") if case.prior_loss_weight else ("instance",)
     for folder in folders:  # the same in both, since the script uses the instances' time ids for the class

@@ -1,11 +1,11 @@
-"""Measure drawing on this machine's GPU, beside diffusers' own pipelines used as its manual shows, as a Markdown table.
+"""Measure drawing on this machine's GPU, next to diffusers' own pipelines used as documented, as a Markdown table.
 
     python -m benchmarks.inference [--work FOLDER]
 
 builds SDXL base and refiner at their real shapes with random weights (speed and memory do not depend on them) and a
 LoRA of rank 16, and runs `main.py --mode inference` as a user would, at 1024² and 30 steps. `--work` keeps the models
 for the next run (14 GB); `benchmarks/train.py` uses the same folder. The time of a picture is the difference between 40
-pictures and 8, divided by 32: it includes everything except start-up. The time of 24 pictures with the plain flow is
+pictures and 8, divided by 32: it includes everything except start-up. The time of 24 pictures with diffusers is
 extrapolated from 4. Needs psutil, which is in requirements-dev.txt.
 """
 
@@ -58,14 +58,14 @@ def measure(work: Path, runs: Path) -> None:
     batch_1 = run_ours(work, runs / "alone", lora, "num_images=2", "inference_batch_size=1")
     extrapolated = plain.seconds + (24 - PLAIN_PICTURES) * plain.step
     rows = [
-        ("a picture, default flow", f"{plain.step:.2f} s", f"{each['img2img']:.2f} s"),
-        ("a picture, ensemble flow", "", f"{each['ensemble']:.2f} s"),
+        ("per picture, default flow", f"{plain.step:.2f} s", f"{each['img2img']:.2f} s"),
+        ("per picture, ensemble flow", "", f"{each['ensemble']:.2f} s"),
         ("24 pictures, from the command to the gallery page", f"about {extrapolated:.0f} s", f"{whole.seconds:.0f} s"),
         ("peak GPU memory, batch 1", f"{plain.gpu:.1f} GiB", f"{batch_1.gpu:.1f} GiB"),
         ("peak GPU memory, batch size chosen automatically", "", f"{whole.gpu:.1f} GiB"),
         ("peak host memory", f"{plain.host:.1f} GiB", f"{whole.host:.1f} GiB"),
     ]
-    print("| work | plain diffusers flow | this program |\n|---|---|---|")
+    print("| measurement | diffusers' pipelines | this program |\n|---|---|---|")
     for name, other, own in rows:
         print(f"| {name} | {other} | {own} |")
 

@@ -1,4 +1,4 @@
-"""Measure training on this machine's GPU, beside diffusers' own script if its path is given, as a table in Markdown.
+"""Measure training on this machine's GPU, next to diffusers' own script if its path is given, as a table in Markdown.
 
     python -m benchmarks.train [--script train_dreambooth_lora_sdxl.py] [--work FOLDER]
 
@@ -47,7 +47,7 @@ WATCHED = (
 
 @dataclass
 class Run:
-    """What one command took."""
+    """Time and memory of one command."""
 
     seconds: float  # from the start of the command to its end
     step: float  # seconds per step, once it is under way
@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--script", type=Path, help="diffusers' train_dreambooth_lora_sdxl.py")
     parser.add_argument("--work", type=Path, help="folder to keep model and photos in; empty: a temporary one")
     parser.add_argument("--photos", type=int, default=PHOTOS)
-    parser.add_argument("--steps", type=int, default=1000, help="of the longest runs, 60 at least")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of the longest runs, at least 60")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = options.work or Path(folder)
@@ -110,7 +110,7 @@ def measure(work: Path, runs: Path, steps: int, script: Path | None) -> None:
         ("1024², batch 1, with checkpointing", "", f"{small.gpu:.1f} GiB, {small.step * 1000:.0f} ms a step"),
         ("peak host memory", theirs and f"{theirs.host:.1f} GiB", f"{cold.host:.1f} GiB"),
     ]
-    print("| work | diffusers' script | this program |\n|---|---|---|")
+    print("| measurement | diffusers' script | this program |\n|---|---|---|")
     for name, other, ours in rows:
         print(f"| {name} | {other or ''} | {ours} |")
 
@@ -128,7 +128,7 @@ def run_ours(work: Path, folder: Path, *overrides: str) -> Run:
         f"images_dir={work / 'photos'}", f"lora_output_dir={folder}", "mixed_precision=bf16", "variant=",
         "validation_steps=0", "report_to=none", *overrides,
     ]  # fmt: skip
-    caches = {"XDG_CACHE_HOME": str(folder.parent / "kept"), "TRITON_CACHE_DIR": str(folder.parent / "triton")}
+    caches = {"XDG_CACHE_HOME": str(folder.parent / "cache"), "TRITON_CACHE_DIR": str(folder.parent / "triton")}
     run = watch(command, caches)
     with open(folder / "metrics.csv", newline="") as file:
         at = {int(row["step"]): float(row["seconds"]) for row in csv.DictReader(file)}

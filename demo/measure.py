@@ -1,10 +1,10 @@
-"""Judge what the demo draws, against lace the training never saw.
+"""Measure the demo's pictures against held-out lace, which training never saw.
 
     python -m demo.measure FOLDER...
 
 prints, for the base and the refined pictures of each folder, their distance to `demo/held_out`, the share classified as
-lace and how crisp they are. The judge is a small classifier trained by `demo/making/teach.py` on drawings of textiles
-and lace. Sets of pictures are compared in its features: a plain net would pass for lace in texture statistics.
+lace, and their crispness. The judge is a small classifier trained by `demo/making/teach.py` on drawings of textiles and
+lace. Sets of pictures are compared in its features: by texture statistics alone, a plain net would pass as lace.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def open_squares(paths: Sequence[Path], side: int = SIDE) -> list[Image.Image]:
 
 
 def held_out_lace() -> Tensor:
-    """The lace that no training sees, as (n, 3, SIDE, SIDE) from 0 to 1."""
+    """The held-out lace, as (n, 3, SIDE, SIDE) from 0 to 1."""
     return to_pixels(open_squares(data_utils.list_images(HERE / "held_out")))
 
 
@@ -152,9 +152,9 @@ def draw_prompts(model: Path, prompts: Sequence[str], lora: Path | None = None, 
     )
     designs = [Design(index, prompt, index) for index, prompt in enumerate(prompts)]
     drawn: dict[int, Any] = {}
-    twenties = [designs[start : start + 20] for start in range(0, len(designs), 20)]
-    with tempfile.TemporaryDirectory() as kept:
-        phases.draw_pictures(config, lora, twenties, Path(kept), lambda one: drawn.update({one.design.index: one.base}))
+    batches = [designs[start : start + 20] for start in range(0, len(designs), 20)]
+    with tempfile.TemporaryDirectory() as folder:
+        phases.draw_pictures(config, lora, batches, Path(folder), lambda d: drawn.update({d.design.index: d.base}))
     return to_pixels([drawn[index] for index in range(len(designs))])
 
 
@@ -176,7 +176,7 @@ def prompt_adherence(judge: Judge, pictures: Tensor, asked: Sequence[Textile]) -
 
 @dataclass(frozen=True)
 class Figures:
-    """A set of pictures beside the held-out lace."""
+    """A set of pictures compared with the held-out lace."""
 
     distance: float  # energy distance in the judge's features
     lace: float  # share classified as lace
@@ -188,15 +188,15 @@ class Figures:
 
 
 @cache
-def yardstick() -> tuple[Judge, Tensor]:
+def reference() -> tuple[Judge, Tensor]:
     """The judge, and the features of the held-out lace."""
     judge = load_judge()
     return judge, features_of(judge, held_out_lace())
 
 
 def figures(paths: Sequence[Path]) -> Figures:
-    """What picture files show."""
-    judge, lace = yardstick()
+    """The figures of a set of picture files."""
+    judge, lace = reference()
     pictures = to_pixels(open_squares(paths))
     distance = energy_distance(features_of(judge, pictures), lace)
     return Figures(distance, lace_share(judge, pictures), crispness(pictures))
@@ -204,7 +204,7 @@ def figures(paths: Sequence[Path]) -> Figures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="folders that main.py drew into")
+    parser.add_argument("folders", nargs="+", type=Path, help="output folders of `main.py --mode inference`")
     folders = parser.parse_args().folders
     models.prepare_process()
     for folder in folders:

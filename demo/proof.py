@@ -2,10 +2,10 @@
 
     python -m demo.proof [--seeds N]
 
-trains on `demo/lace` with `demo/config.yaml`, draws the token with and without the LoRA, and prompts that come as near
-to lace as the base can, and checks the claims below on held-out lace. Then it breaks the program in three ways, one
-after another: drawn without the LoRA, trained with a learning rate next to zero, trained on stripes in place of lace.
-None of these may come near lace by any measure. Exit code 1 if a claim does not hold, or if a broken program passes.
+trains on `demo/lace` with `demo/config.yaml`, draws the token with and without the LoRA, and control prompts that come
+as close to lace as the base can, and checks the claims that it prints against held-out lace. Then it breaks the program
+in three ways: drawing without the LoRA, training with a learning rate close to zero, and training on stripes instead of
+lace. None of these may pass as lace by any measure. Exit code 1 if a claim does not hold or a broken program passes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from lace_lora.sdxl import models
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 WITHOUT_LORA = ["lora_scale=0", "refine=false"]
-# The nearest to lace that the base has words for, over grounds as different as the lace's.
+# The prompts closest to lace that the base knows, on backgrounds as varied as the lace's.
 CONTROL = "prompt=[" + ", ".join(
     f'"{what} on {ground} cotton"'
     for ground in ("black", "navy", "brown", "green")
@@ -56,7 +56,7 @@ def run(mode: str, *overrides: str) -> None:
 
 
 def draw_stripes(folder: Path, count: int = 48) -> Path:
-    """Striped cloth in place of lace."""
+    """Striped cloth instead of lace."""
     folder.mkdir()
     pictures, _ = draw_textiles.draw("stripes", count, seed=0)
     for index, picture in enumerate(pictures):
@@ -65,17 +65,17 @@ def draw_stripes(folder: Path, count: int = 48) -> Path:
 
 
 def adherence(lora: Path, prompts: int) -> float:
-    """Of other prompts, the share whose pattern is drawn with the LoRA loaded."""
+    """The share of other prompts whose pattern is drawn correctly with the LoRA loaded."""
     asked = measure.plain_prompts(prompts, seed=4)
     pictures = measure.draw_prompts(HERE / "model" / "base", [prompt for prompt, _ in asked], lora)
-    return measure.prompt_adherence(measure.yardstick()[0], pictures, [textile for _, textile in asked])[0]
+    return measure.prompt_adherence(measure.reference()[0], pictures, [textile for _, textile in asked])[0]
 
 
 def near_lace(pictures: Figures, base: Figures) -> dict[str, bool]:
-    """What the token's pictures are to be, and whether they are."""
+    """The claims about the token's pictures, and whether they hold."""
     return {
         f"at least {LACE:.0%} classified as lace": pictures.lace >= LACE,
-        f"at most {NEARER:.0%} of the base's distance": pictures.distance <= NEARER * base.distance,
+        f"at most {NEARER:.0%} of the base's distance to lace": pictures.distance <= NEARER * base.distance,
     }
 
 
@@ -88,7 +88,7 @@ def report(title: str, pictures: dict[str, Figures], claims: dict[str, bool]) ->
 
 
 def prove(folder: Path, seeds: int) -> bool:
-    """Whether all claims hold for the program as it is, and those about lace fail for every broken one."""
+    """Whether all claims hold for the unmodified program, and those about lace fail for every broken one."""
     count = f"num_images={seeds}"
     base = draw(folder, "base", count, *WITHOUT_LORA)["base"]
     control = draw(folder, "control", count, *WITHOUT_LORA, CONTROL)["base"]
@@ -98,18 +98,18 @@ def prove(folder: Path, seeds: int) -> bool:
     lora, refined = token["base"], token["refined"]
     followed = adherence(folder / "lora" / LORA_FILE, seeds)
     claims = near_lace(lora, base) | {
-        "nearer than the control prompts": lora.distance < control.distance,
-        f"refining adds at most {FARTHER:.0%} of the base's distance": refined.distance
+        "closer to lace than the control prompts": lora.distance < control.distance,
+        f"refining adds at most {FARTHER:.0%} of the base's distance to lace": refined.distance
         <= lora.distance + FARTHER * base.distance,
         "refined is crisper": refined.crispness > lora.crispness,
-        f"{followed:.0%} of other prompts are followed, at least {ADHERENCE:.0%}": followed >= ADHERENCE,
+        f"the LoRA follows {followed:.0%} of other prompts, at least {ADHERENCE:.0%}": followed >= ADHERENCE,
     }
-    report("as it is", {"base": base, "control": control, "LoRA": lora, "refined": refined}, claims)
+    report("unmodified program", {"base": base, "control": control, "LoRA": lora, "refined": refined}, claims)
 
     unchanged = all(
         [
             is_detected(folder, base, count, "drawn without the LoRA", drawing=["lora_scale=0"], as_base=True),
-            is_detected(folder, base, count, "a learning rate next to zero", ["learning_rate=1e-12"], as_base=True),
+            is_detected(folder, base, count, "a learning rate close to zero", ["learning_rate=1e-12"], as_base=True),
         ]
     )
     stripes = draw_stripes(folder / "stripes")
@@ -127,9 +127,9 @@ def is_detected(
         train(folder, *training)
     pictures = draw(folder, how, count, "refine=false", *drawing)["base"]
     claims = near_lace(pictures, base)
-    report(f"broken, {how}", {"token": pictures}, claims)
+    report(f"broken on purpose: {how}", {"token": pictures}, claims)
     if as_base and (abs(pictures.distance - base.distance) > UNCHANGED or pictures.lace != base.lace):
-        print("  FAILS: the pictures are the base's", flush=True)
+        print("  FAILS: the pictures are the same as the base's", flush=True)
         return False
     return not any(claims.values())
 

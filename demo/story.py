@@ -2,8 +2,8 @@
 
     python -m demo.story
 
-draws the demo's designs once more without the LoRA, prints how near each set of pictures is to lace that the training
-never saw, and puts them on one picture, `demo/output/story.jpg`.
+draws the demo's designs once more without the LoRA, prints how close each set of pictures is to held-out lace, and
+shows them side by side in one picture, `demo/output/story.jpg`.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 SHOWN, SIDE, GAP, TITLE = 6, 192, 6, 30  # pictures in a row, and pixels
 
 
-def tell() -> None:
+def main() -> None:
     """Draw without the LoRA, measure, and make the picture."""
     config = load_config(HERE / "config.yaml")
     output = Path(config.output_dir).parent
@@ -38,8 +38,8 @@ def tell() -> None:
     for name, paths in sets.items():
         print(f"{name:46} {measure.figures(paths)}")
     lace = data_utils.list_images(Path(config.images_dir), config.image_extensions)
-    draw_story(sets | {"the lace it learnt from": lace}).save(output / "story.jpg", quality=85)
-    print(f"\nside by side: {output / 'story.jpg'}\nto look through: {drawn / gallery.PAGE}")
+    draw_story(sets | {"the lace it was trained on": lace}).save(output / "story.jpg", quality=85)
+    print(f"\nside by side: {output / 'story.jpg'}\ngallery page: {drawn / gallery.PAGE}")
 
 
 def draw_story(rows: Mapping[str, Sequence[Path]]) -> Image.Image:
@@ -55,4 +55,4 @@ def draw_story(rows: Mapping[str, Sequence[Path]]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    tell()
+    main()

@@ -1,7 +1,7 @@
 """Every setting, declared once, and the strict reader of config.yaml and `key=value`.
 
 `Config` has each setting's name, type, default, range, explanation and what it affects. config.yaml, documentation.md
-and `main.py --help` are tested against it. The reader tells every mistake at once, each with its place.
+and `main.py --help` are tested against it. The reader reports all mistakes at once, each with its place.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -25,10 +26,10 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Affects(enum.Flag):
-    """What a setting decides, so that no list of names has to be kept elsewhere."""
+    """What a setting affects, so that no other list of setting names is needed."""
 
-    NOTHING = 0  # where things are, how fast, how often
-    TRAINING = enum.auto()  # a run cannot go on when it changes: it would learn something else
+    NOTHING = 0  # paths, speed, frequency
+    TRAINING = enum.auto()  # a run cannot be resumed when it changes: it would learn something else
     CLASS_PICTURE = enum.auto()  # what a class picture that the base draws looks like
     PICTURE = enum.auto()  # part of a picture's recipe
     SCRIPT = enum.auto()  # a flag of diffusers' training script, if it has one of that name
@@ -36,6 +37,7 @@ class Affects(enum.Flag):
 
 NOTHING, TRAINING, SCRIPT = Affects.NOTHING, Affects.TRAINING, Affects.SCRIPT
 CLASS_PICTURE, PICTURE = Affects.CLASS_PICTURE, Affects.PICTURE
+DRAWN = CLASS_PICTURE | PICTURE
 
 
 def setting(default: Any, affects: Affects, explanation: str, **rules: Any) -> Any:
@@ -45,175 +47,137 @@ def setting(default: Any, affects: Affects, explanation: str, **rules: Any) -> A
 
 @dataclass(frozen=True)
 class Config:
-    drive_mount_path: str = setting(
-        "/content/drive", NOTHING, "where Google Drive is mounted in Colab", group="set these"
-    )
+    drive_mount_path: str = setting("/content/drive", NOTHING, "where Drive is mounted in Colab", group="set these")
     images_dir: str = setting("/content/drive/MyDrive/babanne-images", NOTHING, "folder with your pictures")
-    lora_output_dir: str = setting(
-        "/content/drive/MyDrive/lora_output", NOTHING, "folder for the LoRA, its checkpoints, samples and logs"
-    )
+    lora_output_dir: str = setting("/content/drive/MyDrive/lora_output", NOTHING, "folder for LoRA, samples, logs")
     output_dir: str = setting("/content/drive/MyDrive/refined_output", NOTHING, "folder for the new pictures")
     image_extensions: tuple[str, ...] = setting(
-        (".jpg",), NOTHING, "kinds of picture files to use, e.g. [.jpg, .jpeg, .png]", each_of=IMAGE_EXTENSIONS
+        (".jpg",), NOTHING, "file extensions of the pictures to use, e.g. [.jpg, .jpeg, .png]", each_of=IMAGE_EXTENSIONS
     )
     instance_prompt: str = setting(
         "a photo of <myspecialstyle>", SCRIPT, "caption of your pictures, with a token: a made-up word for your style"
     )
     class_prompt: str = setting(
-        "a photo of a painting", CLASS_PICTURE, "what your pictures are in general; only for with_prior_preservation"
+        "a photo of a painting",
+        CLASS_PICTURE,
+        "prompt for the general class of your pictures; only for with_prior_preservation",
     )
     pretrained_model: str = setting(
-        "stabilityai/stable-diffusion-xl-base-1.0", TRAINING | CLASS_PICTURE | PICTURE,
-        "base model: a name on the Hugging Face hub, a folder in diffusers' layout, or a .safetensors file",
+        "stabilityai/stable-diffusion-xl-base-1.0", TRAINING | DRAWN,
+        "base model: a name on the Hugging Face Hub, a folder in diffusers format, or a .safetensors file",
     )  # fmt: skip
     refiner_model: str = setting(
-        "stabilityai/stable-diffusion-xl-refiner-1.0", PICTURE,
-        "refiner: a name on the Hugging Face hub, a folder in diffusers' layout, or a .safetensors file",
-    )  # fmt: skip
-    resolution: int = setting(
-        512, TRAINING | SCRIPT, "side in pixels of the square that training crops to", least=64, multiple_of=8
+        "stabilityai/stable-diffusion-xl-refiner-1.0", PICTURE, "refiner: a Hub name, a folder or a .safetensors file"
     )
-    train_batch_size: int = setting(2, SCRIPT, "pictures in each batch, on each GPU; more need more memory", least=1)
-    gradient_checkpointing: bool = setting(False, SCRIPT, "train in less GPU memory, a third slower")
-    max_train_steps: int = setting(1000, SCRIPT, "how many training steps to make; each updates the LoRA once", least=1)
+    resolution: int = setting(512, TRAINING | SCRIPT, "training crop: side in pixels", least=64, multiple_of=8)
+    train_batch_size: int = setting(2, SCRIPT, "pictures per batch on each GPU; more need more memory", least=1)
+    gradient_checkpointing: bool = setting(False, SCRIPT, "save GPU memory; training is a third slower")
+    max_train_steps: int = setting(1000, SCRIPT, "number of training steps; each updates the LoRA once", least=1)
     learning_rate: float = setting(1e-4, SCRIPT, "learning rate: how far each step changes the LoRA", above=0)
     rank: int = setting(16, TRAINING | SCRIPT, "rank of the LoRA: how much it can learn, and its file size", least=1)
     seed: int = setting(
-        42, TRAINING | CLASS_PICTURE | PICTURE | SCRIPT,
-        "where all random numbers start; another seed draws other pictures", least=0, most=2**63 - 1,
-    )  # fmt: skip
-    prompt: tuple[str, ...] | None = setting(
-        None, NOTHING, "what to draw: one prompt or a list; empty means instance_prompt"
+        42,
+        TRAINING | DRAWN | SCRIPT,
+        "seed of all random numbers",
+        least=0,
+        most=2**63 - 1,
     )
-    negative_prompt: str | None = setting(None, CLASS_PICTURE | PICTURE, "what the pictures should not show")
-    num_images: int = setting(24, PICTURE, "how many pictures to draw, spread over the prompts", least=1, most=100_000)
-    width: int = setting(1024, CLASS_PICTURE | PICTURE, "width of a drawn picture in pixels", least=64, multiple_of=8)
-    height: int = setting(1024, CLASS_PICTURE | PICTURE, "height of a drawn picture in pixels", least=64, multiple_of=8)
-    lora_scale: float = setting(
-        1.0, PICTURE, "strength of the LoRA in the pictures; 0 is the base model alone", least=0
-    )
+    prompt: tuple[str, ...] | None = setting(None, NOTHING, "what to draw: a prompt or a list; empty: instance_prompt")
+    negative_prompt: str | None = setting(None, DRAWN, "what the pictures should not show")
+    num_images: int = setting(24, PICTURE, "number of pictures to draw, spread over the prompts", least=1, most=100_000)
+    width: int = setting(1024, DRAWN, "width of a drawn picture in pixels", least=64, multiple_of=8)
+    height: int = setting(1024, DRAWN, "height of a drawn picture in pixels", least=64, multiple_of=8)
+    lora_scale: float = setting(1.0, PICTURE, "strength of the LoRA; 0 is the base model alone", least=0)
     refiner_strength: float = setting(
-        0.2, PICTURE, "how much refiner_flow img2img repaints; stay at 0.2 or below", above=0, most=1
+        0.2, PICTURE, "img2img: how strongly the refiner changes a picture; keep it at 0.2 or below", above=0, most=1
     )
 
-    revision: str | None = setting(
-        None, TRAINING | CLASS_PICTURE | PICTURE,
-        "version of pretrained_model on the hub: a branch, tag or commit; empty means the newest", group="models",
-    )  # fmt: skip
-    variant: str | None = setting(
-        "fp16", NOTHING, "which weight files to prefer; fp16 is half the download; if absent, the plain ones are used"
-    )
+    revision: str | None = setting(None, TRAINING | DRAWN, "pretrained_model's branch, tag or commit", group="models")
+    variant: str | None = setting("fp16", NOTHING, "preferred weight files; fp16 halves the download")
     pretrained_vae: str | None = setting(
-        None, TRAINING | PICTURE | SCRIPT,
-        "another VAE, e.g. madebyollin/sdxl-vae-fp16-fix; empty means the model's own",
-    )  # fmt: skip
+        None, TRAINING | PICTURE | SCRIPT, "another VAE, e.g. madebyollin/sdxl-vae-fp16-fix; empty: the model's own"
+    )
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
         "auto", PICTURE, "dtype of the frozen model; auto means bf16, fp16 on older GPUs, no (fp32) on a CPU"
     )
     attention: Literal["auto", "sdpa", "xformers"] = setting(
-        "auto", NOTHING, "attention implementation: auto means PyTorch's own, sdpa; xformers must be installed"
+        "auto", NOTHING, "attention implementation: auto is PyTorch's own, sdpa; xformers must be installed"
     )
 
     min_image_size: int = setting(
-        256, NOTHING, "pictures whose shorter side has fewer pixels than this are skipped", least=8, group="training"
+        256, NOTHING, "skip pictures with a shorter side below this", least=8, group="training"
     )
-    min_images: int = setting(3, NOTHING, "how many good pictures training needs at least", least=1)
+    min_images: int = setting(3, NOTHING, "minimum number of usable pictures", least=1)
     skip_bad_images: bool = setting(False, NOTHING, "train even if more than a tenth of the pictures are skipped")
     random_flip: bool = setting(False, SCRIPT, "also train on every picture mirrored")
-    aspect_ratio_buckets: bool = setting(
-        False, TRAINING | SCRIPT, "crop each picture to the nearest of SDXL's shapes; false: to a square"
-    )
-    with_prior_preservation: bool = setting(
-        False, TRAINING, "keep what class_prompt draws as it was, by training on pictures of it too"
-    )
-    class_data_dir: str | None = setting(
-        None, NOTHING, "folder of class pictures; missing ones are drawn; empty means class_images in lora_output_dir"
-    )
-    num_class_images: int = setting(100, NOTHING, "how many class pictures there should be", least=1)
-    prior_loss_weight: float = setting(1.0, NOTHING, "how much the class pictures count in the loss", least=0)
-    gradient_accumulation_steps: int = setting(
-        1, SCRIPT, "batches added up for each step; acts like a larger batch, in less memory", least=1
-    )
+    aspect_ratio_buckets: bool = setting(False, TRAINING | SCRIPT, "crop to SDXL's closest aspect ratio, not a square")
+    with_prior_preservation: bool = setting(False, TRAINING, "preserve class_prompt by training on class pictures too")
+    class_data_dir: str | None = setting(None, NOTHING, "folder of class pictures; empty: lora_output_dir/class_images")
+    num_class_images: int = setting(100, NOTHING, "number of class pictures; missing ones are drawn first", least=1)
+    prior_loss_weight: float = setting(1.0, NOTHING, "weight of the class pictures' loss", least=0)
+    gradient_accumulation_steps: int = setting(1, SCRIPT, "batches accumulated per step: saves memory", least=1)
     train_text_encoder: bool = setting(False, TRAINING | SCRIPT, "also train the attention of both text encoders")
-    text_encoder_lr: float = setting(
-        5e-6, SCRIPT, "learning rate of the text encoders; prodigy uses learning_rate for all", above=0
-    )
+    text_encoder_lr: float = setting(5e-6, SCRIPT, "text encoders' learning rate; unused with prodigy", above=0)
     optimizer: Literal["adamw", "prodigy"] = setting(
-        "adamw", TRAINING | SCRIPT, "adamw; or prodigy, which finds the rate by itself: set learning_rate to 1 for it"
+        "adamw",
+        TRAINING | SCRIPT,
+        "adamw; or prodigy, which adapts the learning rate by itself: set learning_rate to 1 with it",
     )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = setting("constant", SCRIPT, "learning-rate schedule, by diffusers' name")
     lr_warmup_steps: int = setting(0, SCRIPT, "steps over which the learning rate rises from 0", least=0)
-    lr_num_cycles: int = setting(1, SCRIPT, "cosine_with_restarts: how many times it starts from the top", least=1)
-    lr_power: float = setting(1.0, SCRIPT, "polynomial: its exponent; 1 is a straight line", above=0)
-    lora_alpha: float | None = setting(
-        None, TRAINING | SCRIPT, "the LoRA is scaled by lora_alpha / rank; empty means equal to rank", above=0
-    )
-    lora_dropout: float = setting(
-        0.0, SCRIPT, "share of the LoRA's inputs dropped, against overfitting", least=0, most=0.99
-    )
-    snr_gamma: float | None = setting(None, SCRIPT, "min-SNR weighting of the loss, e.g. 5.0; empty is off", above=0)
-    noise_offset: float = setting(
-        0.0, SCRIPT, "for very dark or light pictures: shifts the noise's brightness, e.g. 0.05", least=0
-    )
+    lr_num_cycles: int = setting(1, SCRIPT, "cosine_with_restarts: number of cycles", least=1)
+    lr_power: float = setting(1.0, SCRIPT, "polynomial: its power; 1 is linear", above=0)
+    lora_alpha: float | None = setting(None, TRAINING | SCRIPT, "LoRA scale is lora_alpha / rank; empty: 1", above=0)
+    lora_dropout: float = setting(0.0, SCRIPT, "LoRA dropout probability, against overfitting", least=0, most=0.99)
+    snr_gamma: float | None = setting(None, SCRIPT, "min-SNR gamma for the loss, e.g. 5.0; empty is off", above=0)
+    noise_offset: float = setting(0.0, SCRIPT, "noise offset, for very dark or bright pictures, e.g. 0.05", least=0)
     adam_beta1: float = setting(0.9, SCRIPT, "the optimizer's beta1", least=0, most=0.9999)
     adam_beta2: float = setting(0.999, SCRIPT, "the optimizer's beta2", least=0, most=0.99999)
     adam_weight_decay: float = setting(0.01, SCRIPT, "the optimizer's weight decay", least=0)
     adam_epsilon: float = setting(1e-8, SCRIPT, "the optimizer's epsilon", above=0)
     max_grad_norm: float = setting(1.0, SCRIPT, "gradients are clipped to this norm", above=0)
-    checkpointing_steps: int = setting(250, SCRIPT, "save a checkpoint every so many steps, to resume from", least=1)
-    checkpoints_total_limit: int = setting(2, SCRIPT, "how many checkpoints to keep; older ones are deleted", least=1)
+    checkpointing_steps: int = setting(250, SCRIPT, "number of steps between checkpoints", least=1)
+    checkpoints_total_limit: int = setting(2, SCRIPT, "number of checkpoints to keep; older ones are deleted", least=1)
     resume_from_checkpoint: str | None = setting(
-        "latest", NOTHING,
-        "latest: resume where the last run stopped; or a checkpoint folder; empty: start over in a new lora_output_dir",
-    )  # fmt: skip
-    validation_prompt: str | None = setting(None, SCRIPT, "prompt of the sample pictures; empty means instance_prompt")
-    validation_steps: int = setting(250, SCRIPT, "draw sample pictures every so many steps; 0 means never", least=0)
-    num_validation_images: int = setting(4, SCRIPT, "how many sample pictures each time", least=1, most=64)
-    report_to: Literal["tensorboard", "none"] = setting("tensorboard", NOTHING, "where curves go besides metrics.csv")
-    accelerate_config: str | None = setting(None, NOTHING, "your own accelerate file, for several GPUs or machines")
-    train_script: str | None = setting(
-        None, NOTHING, "path of diffusers' train_dreambooth_lora_sdxl.py, to train with that script instead"
+        "latest", NOTHING, "latest resumes the last run; or a checkpoint folder; empty: start over in a new folder"
     )
+    validation_prompt: str | None = setting(None, SCRIPT, "prompt of the sample pictures; empty: instance_prompt")
+    validation_steps: int = setting(250, SCRIPT, "number of steps between sample pictures; 0 means never", least=0)
+    num_validation_images: int = setting(4, SCRIPT, "number of sample pictures each time", least=1, most=64)
+    report_to: Literal["tensorboard", "none"] = setting("tensorboard", NOTHING, "where to log, besides metrics.csv")
+    accelerate_config: str | None = setting(None, NOTHING, "your accelerate config file, for several GPUs or machines")
+    train_script: str | None = setting(None, NOTHING, "path of diffusers' train_dreambooth_lora_sdxl.py, to use it")
 
-    prompts_file: str | None = setting(
-        None, NOTHING, "text file with a prompt on each line, instead of prompt", group="drawing"
-    )
-    num_inference_steps: int = setting(30, CLASS_PICTURE | PICTURE, "denoising steps for a picture", least=1, most=499)
-    guidance_scale: float = setting(
-        5.0, CLASS_PICTURE | PICTURE, "how closely the prompt is followed; 1 turns guidance off", least=1
-    )
+    prompts_file: str | None = setting(None, NOTHING, "text file with one prompt per line", group="drawing")
+    num_inference_steps: int = setting(30, DRAWN, "denoising steps per picture", least=1, most=499)
+    guidance_scale: float = setting(5.0, DRAWN, "how closely the prompt is followed; 1 turns guidance off", least=1)
     scheduler: Literal[
         "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
         "UniPCMultistepScheduler", "DDIMScheduler",
     ] = setting(
-        "EulerDiscreteScheduler", CLASS_PICTURE | PICTURE,
-        "sampler, by diffusers' name; DPM-Solver++ is DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler", DRAWN, "sampler, by diffusers' name; DPM-Solver++ is DPMSolverMultistepScheduler"
     )  # fmt: skip
-    lora_path: str | None = setting(None, NOTHING, "LoRA file or folder to draw with; empty means lora_output_dir")
-    inference_batch_size: int | None = setting(
-        None, NOTHING, "pictures drawn at once; empty means chosen automatically", least=1
-    )
+    lora_path: str | None = setting(None, NOTHING, "LoRA file or folder to draw with; empty: lora_output_dir")
+    inference_batch_size: int | None = setting(None, NOTHING, "pictures per batch; empty: automatic", least=1)
 
     refine: bool = setting(True, PICTURE, "refine every picture; false saves base pictures only", group="refining")
     refiner_flow: Literal["img2img", "ensemble"] = setting(
         "img2img", PICTURE, "img2img: repaints the base's finished latents; ensemble: takes over at refiner_start"
     )
-    refiner_start: float = setting(0.8, PICTURE, "ensemble: share of the steps that the base makes", above=0, most=0.99)
-    refiner_prompt: str | None = setting(None, PICTURE, "prompt for the refiner alone; empty means the picture's own")
+    refiner_start: float = setting(0.8, PICTURE, "ensemble: share of steps that the base does", above=0, most=0.99)
+    refiner_prompt: str | None = setting(None, PICTURE, "prompt for the refiner alone; empty: the picture's own")
     aesthetic_score: float = setting(6.0, PICTURE, "aesthetic score that the refiner aims at", least=0, most=10)
-    negative_aesthetic_score: float = setting(2.5, PICTURE, "aesthetic score that it keeps away from", least=0, most=10)
+    negative_aesthetic_score: float = setting(
+        2.5, PICTURE, "aesthetic score that it steers away from", least=0, most=10
+    )
 
     image_format: Literal["png", "jpg"] = setting("png", PICTURE, "file format of the pictures", group="saving")
     save_base: bool = setting(False, PICTURE, "also save every picture as it was before refining")
 
-    report: str | None = setting(
-        None, NOTHING, "also write the report on the pictures to this file, as JSON", group="once"
-    )
-    rebuild: str | None = setting(
-        None, NOTHING, "a picture that this program drew: draw it again, from the recipe in it"
-    )
+    report: str | None = setting(None, NOTHING, "file for the report on your pictures, as JSON", group="single run")
+    rebuild: str | None = setting(None, NOTHING, "path of a drawn picture: draw it again from its recipe")
 
     def __post_init__(self) -> None:
         """Checks over several settings; one setting's own type and range are `load_config`'s to check."""
@@ -223,22 +187,23 @@ class Config:
         if self.with_prior_preservation and not self.class_prompt.strip():
             problems.append("class_prompt is empty, and with_prior_preservation needs it: e.g. a photo of lace")
         if self.with_prior_preservation and self.aspect_ratio_buckets:
-            problems.append(
-                "with_prior_preservation and aspect_ratio_buckets are both true: class pictures are square, keep one"
-            )
+            both = "with_prior_preservation and aspect_ratio_buckets are both true"
+            problems.append(f"{both}: class pictures are square, so set one of them to false")
         if self.optimizer == "prodigy" and self.learning_rate < 0.1:
-            problems.append("optimizer prodigy finds the rate by itself, times learning_rate: set learning_rate to 1")
-        if self.prompt is not None and self.prompts_file is not None:
-            problems.append("prompt and prompts_file are both set: keep one of them")
-        if self.prompt is not None and not all(prompt.strip() for prompt in self.prompt or [""]):
-            problems.append("prompt holds an empty prompt: write one, or leave the key empty for instance_prompt")
-        if self.refine and self.refiner_flow == "img2img" and self.num_inference_steps * self.refiner_strength < 1:
             problems.append(
-                f"refiner_strength {self.refiner_strength:g} of {self.num_inference_steps} num_inference_steps is less "
-                "than one step: raise one of them"
+                "optimizer prodigy adapts the learning rate and multiplies it by learning_rate: set that to 1"
             )
+        if self.prompt is not None and self.prompts_file is not None:
+            problems.append("prompt and prompts_file are both set: remove one of them")
+        if self.prompt is not None and not all(prompt.strip() for prompt in self.prompt or [""]):
+            problems.append(
+                "prompt contains an empty prompt: remove it, or leave the setting empty to use instance_prompt"
+            )
+        if self.refine and self.refiner_flow == "img2img" and self.num_inference_steps * self.refiner_strength < 1:
+            steps = f"refiner_strength {self.refiner_strength:g} times num_inference_steps {self.num_inference_steps}"
+            problems.append(f"{steps} is less than one step: raise one of them")
         secret = [name for name, value in vars(self).items() if holds_secret(repr(value))]
-        problems += [f"{name} holds a token or a password: {NO_SECRETS}" for name in secret]
+        problems += [f"{name} contains an access token or a password: {NO_SECRETS}" for name in secret]
         if problems:
             raise UserError("\n".join(problems))
 
@@ -274,8 +239,7 @@ def describe() -> str:
         if group := item.metadata.get("group"):
             lines += ["", f"{group}:"]
         default = list(item.default) if isinstance(item.default, tuple) else item.default
-        lines.append(f"  {item.name}={'' if default is None else default}")
-        lines.append(f"      {item.metadata['explanation']}")
+        lines += [f"  {item.name}={'' if default is None else default}", f"      {item.metadata['explanation']}"]
     return "\n".join(lines).strip()
 
 
@@ -315,15 +279,13 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=1000)
 
 
-Entry = tuple[str, str, yaml.Node]  # place for messages, key, value
-
-
-def _file_entries(path: Path) -> Iterator[Entry]:
+def _file_entries(path: Path) -> Iterator[tuple[str, str, yaml.Node]]:
+    """Of each setting in a file its place, for messages, its name and its value."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; copy config.yaml or name yours with --config") from None
+        raise UserError(f"{path}: no such file; copy config.yaml, or pass your settings file with --config") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
         raise UserError(f"{path}: {reason}") from None
@@ -339,12 +301,12 @@ def _file_entries(path: Path) -> Iterator[Entry]:
     for key, value in tree.value:
         line, name = key.start_mark.line + 1, redact(str(key.value))[:60]
         if name in seen:
-            raise UserError(f"{path}:{line}: {name} is set twice, here and in line {seen[name]}")
+            raise UserError(f"{path}:{line}: {name} is set twice, here and on line {seen[name]}")
         seen[name] = line
         yield f"{path}:{line}", name, value
 
 
-def _override_entries(overrides: Iterable[str], hints: dict[str, Any]) -> Iterator[Entry]:
+def _override_entries(overrides: Iterable[str], hints: dict[str, Any]) -> Iterator[tuple[str, str, yaml.Node]]:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -377,7 +339,6 @@ def _convert(node: yaml.Node, hint: Any) -> Any:
 
 # What YAML makes of words by itself; any other tag was written by hand.
 _KINDS = ("null", "bool", "int", "float", "str", "timestamp", "merge", "value")
-
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in _KINDS}
 
 
@@ -394,20 +355,18 @@ def _scalar(node: yaml.Node, wanted: Any) -> Any:
             return text
         # YAML reads a bare no as false; mixed_precision: no means the word.
         raise ValueError(f"is {shown!r}; choose one of {', '.join(get_args(wanted))}")
-    try:
+    with suppress(ValueError, KeyError):
         if wanted is bool and tag == "bool":
             return yaml.SafeLoader.bool_values[text.lower()]
         if wanted is int and tag == "int":
             return int(text.replace("_", ""))
         if wanted is float and tag in ("int", "float", "str") and math.isfinite(float(text)):
             return float(text)
-    except (ValueError, KeyError):
-        pass
     raise ValueError(f"is {shown!r}, not {_name(wanted)}")
 
 
 def _name(wanted: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     return names.get(wanted, "one of " + ", ".join(map(str, get_args(wanted))))
 
 

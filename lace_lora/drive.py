@@ -23,40 +23,29 @@ def ensure_mounted(config: Config) -> None:
     needed = any(isinstance(value, str) and Path(value).is_relative_to(mount_path) for value in settings.values())
     if not needed or not in_colab() or is_mounted(mount_path):
         return
-    if not in_kernel():
-        # `!python` is a child of the shell, and google.colab.drive talks to the notebook's kernel only.
+    ipython = sys.modules.get("IPython")
+    # google.colab.drive talks to the notebook's kernel only: not to a child of its shell, as `!python` is.
+    if ipython is None or getattr(ipython.get_ipython(), "kernel", None) is None:
         raise UserError(
-            f"Google Drive is not mounted at {mount_path}, and `!python` cannot mount it. "
-            "Run these two lines in a cell, then run this command again:\n"
-            "from google.colab import drive\n"
-            f"drive.mount({mount_path!r})"
+            f"Google Drive is not mounted at {mount_path}, and `!python` cannot mount it. Run these two lines in a "
+            f"cell, then run this command again:\nfrom google.colab import drive\ndrive.mount({mount_path!r})"
         )
     from google.colab import drive
 
     try:
         drive.mount(mount_path)
     except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"Google Drive could not be mounted at {mount_path} ({error}): allow the access that Colab asks for, "
-            "or empty that folder, and run again",
-            DISK_OR_DRIVE,
-        ) from error
+        advice = "allow the access that Colab asks for, or empty that folder, then run the same command again"
+        reason = f"Google Drive could not be mounted at {mount_path} ({error})"
+        raise UserError(f"{reason}: {advice}", DISK_OR_DRIVE) from error
     logger.info("Google Drive is mounted at %s", mount_path)
 
 
 def in_colab() -> bool:
-    if "COLAB_RELEASE_TAG" in os.environ:
-        return True
     try:
-        return importlib.util.find_spec("google.colab") is not None
+        return "COLAB_RELEASE_TAG" in os.environ or importlib.util.find_spec("google.colab") is not None
     except ModuleNotFoundError:  # no package `google` at all
         return False
-
-
-def in_kernel() -> bool:
-    """True in a notebook cell (`%run` or an import), False under `!python`, which is a process of its own."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
 
 
 def is_mounted(mount_path: str, mounts: str | Path = "/proc/mounts") -> bool:

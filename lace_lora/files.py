@@ -1,4 +1,4 @@
-"""Files that are complete or not there: atomic writing, free names, digests, and a lock on a folder for one run."""
+"""Atomic writes, unused file names, digests, and a lock that lets only one run use a folder."""
 
 import fcntl
 import hashlib
@@ -21,7 +21,7 @@ _UNFINISHED = re.compile(r"\..+\.\d+\.tmp")  # as `write_atomically` and checkpo
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that its name never stands for half of it, whatever is killed when."""
+    """Write a file atomically: after a kill it has its old content or its new one, never half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -34,21 +34,21 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed writes left behind. Only for a run that has the folder to itself: see `lock_for_one_run`."""
+    """Remove temporary files of killed writes. Only call this while holding `lock_for_one_run`."""
     for path in folder.glob(".*.tmp"):
         if _UNFINISHED.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def numbered(folder: Path, stem: str, suffix: str = "") -> Iterator[Path]:
-    """Names to choose from, without end: `stem`, `stem-2`, `stem-3` … in `folder`, each with `suffix`."""
+    """Candidate names, without end: `stem`, `stem-2`, `stem-3` … in `folder`, each with `suffix`."""
     yield folder / (stem + suffix)
     for number in itertools.count(2):
         yield folder / f"{stem}-{number}{suffix}"
 
 
 def free_name(folder: Path, stem: str, suffix: str) -> Path:
-    """The first of the `numbered` names that no file has yet."""
+    """The first of the `numbered` names that does not exist yet."""
     return next(path for path in numbered(folder, stem, suffix) if not path.exists())
 
 
@@ -69,7 +69,7 @@ def lock_for_one_run(folder: Path) -> Iterator[int]:
     The lock is the kernel's: it ends with the last process that holds it.
 
     Raises:
-        UserError: another run on this machine works in that folder.
+        UserError: another run on this machine is using that folder.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -80,7 +80,7 @@ def lock_for_one_run(folder: Path) -> Iterator[int]:
 
 
 def share_lock(descriptor: int, folder: Path) -> None:
-    """Let the other processes of this run hold the lock too: whoever wants the folder waits for the last of them."""
+    """Let the other processes of this run hold the lock too; other runs are refused until the last of them ends."""
     _lock(descriptor, fcntl.LOCK_SH, folder)
 
 
@@ -93,6 +93,6 @@ def _lock(descriptor: int, kind: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another run is at work in {folder}: wait for it or stop it, or name another folder") from None
+        raise UserError(f"another run is using {folder}: wait until it ends, stop it, or set another folder") from None
     except OSError as error:  # some network folders have no locks
-        logger.warning("%s cannot be locked (%s): start no second run in it", folder, error.strerror)
+        logger.warning("%s cannot be locked (%s): do not start a second run in it", folder, error.strerror)

@@ -1,8 +1,8 @@
 """The training process as main.py runs it, from both ends, and accelerate's launcher between them.
 
 The launcher turns every failure into exit code 1 and passes no signal on. So each training process has two files in a
-folder that it shares with main.py: `outcome.json` says how it ended, and `<process id>.alive` is locked as long as it
-lives. main.py sends stops to the processes whose files are locked, and waits until none is.
+folder that it shares with main.py: `outcome.json` says how it ended, and `<process id>.alive` is locked while it
+runs. main.py sends stops to the processes whose files are locked, and waits until none is.
 
 `python -m lace_lora.process` is accelerate's launcher itself, without tracebacks of its own.
 """
@@ -31,15 +31,11 @@ ADVICE = (
     "set gradient_checkpointing: true, or halve train_batch_size and double gradient_accumulation_steps, "
     "or choose a smaller resolution"
 )
-_BUG = "training failed through a bug of this program; the traceback above says where"
+_BUG = "training failed because of a bug in this program; see the traceback above"
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes
 _ROOT = Path(__file__).resolve().parent.parent
-_LAUNCHER_PID = "LACE_LORA_LAUNCHER"  # in the environment of several processes, which the launcher is the parent of
+_LAUNCHER_PID = "LACE_LORA_LAUNCHER"  # environment variable of the processes that the launcher starts
 _PR_SET_PDEATHSIG = 1
-_POLL_SECONDS = 0.1
-
-
-# main.py
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -56,16 +52,17 @@ def run(command: list[str], folder: Path) -> str:
     with _stop_requests() as stops:
         launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
         while True:
-            running = launcher.poll() is None  # before looking for the training: it may start one until it ends
-            training = _living(folder)
+            running = launcher.poll() is None  # checked first: the launcher may start a training until it exits
+            # Whatever their parents are: the kernel releases the lock of a dead one.
+            training = {int(file.stem) for file in folder.glob("*.alive") if _is_locked(file)}
             if not running and not training:
                 break
-            # The launcher may end before the training, by a signal that was meant for both: that still saves then.
+            # A signal sent to both may end the launcher first, while the training still saves.
             if stops or not running:
                 finished = not running and bool(_read_outcome(folder))
-                # Each time: a process that has only just started may have missed the last one.
+                # Sent in every round: a process that has just started may have missed the last one.
                 _send(signal.SIGKILL if finished or len(stops) > 1 else signal.SIGTERM, folder, training, launcher.pid)
-            time.sleep(_POLL_SECONDS)
+            time.sleep(0.1)
         with suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)  # whatever else it has started
     return _closing_line(launcher.returncode, stops, folder)
@@ -84,26 +81,18 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _living(folder: Path) -> set[int]:
-    """The ids of living training processes, whatever their parents: the kernel releases a dead one's lock."""
-    return {int(file.stem) for file in folder.glob("*.alive") if _is_locked(file)}
-
-
 def _is_locked(file: Path) -> bool:
-    with open(file) as opened:
-        try:
-            fcntl.lockf(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    with open(file) as opened, suppress(BlockingIOError):
+        fcntl.lockf(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    return True
 
 
 def _send(number: int, folder: Path, training: set[int], launcher: int) -> None:
     for process in training:
         with suppress(ProcessLookupError):
             os.kill(process, number)
-    # Otherwise not to the launcher: while a training lives it would not wait for that to save, and after its end it
-    # leaves by itself.
+    # The launcher gets no other signal: it would not wait for the training to save, and exits by itself afterwards.
     if number == signal.SIGKILL or not any(folder.glob("*.alive")):
         with suppress(ProcessLookupError):
             os.killpg(launcher, number)
@@ -118,17 +107,15 @@ def _closing_line(code: int, stops: list[int], folder: Path) -> str:
     if not stops and code in (-signal.SIGINT, -signal.SIGTERM):
         stops = [-code]  # the launcher alone was stopped
     if ended in _STOPPED or (stops and ended is None):
-        message = message or "stopped at once; the same command goes on from the last checkpoint"
+        message = message or "stopped immediately; run the same command again to resume from the last checkpoint"
         raise UserError(message, 128 + stops[0] if stops else outcome["exit_code"])
     if ended is not None:
         raise UserError(message, ended)
     if not any(folder.glob("*.alive")):
-        raise UserError(f"accelerate could not start the training (exit code {code}); what it printed above says why")
-    raise UserError(
-        "the training process was killed, most likely because the machine ran out of memory: close other programs "
-        "or choose a machine with more; the same command goes on from the last checkpoint",
-        OUT_OF_MEMORY,
-    )
+        raise UserError(f"accelerate could not start the training (exit code {code}); see its output above")
+    reason = "the training process was killed, most likely because the machine ran out of memory"
+    advice = "close other programs or choose a machine with more memory, then run the same command again to resume"
+    raise UserError(f"{reason}: {advice}", OUT_OF_MEMORY)
 
 
 # the training process
@@ -145,33 +132,36 @@ class StopSignal:
         self.deferred = False
         self.number: int | None = None
 
-    def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
     @property
     def requested(self) -> bool:
         return self.number is not None
 
-    def _handle(self, number: int, _frame: Any) -> None:
-        is_first = self.number is None
-        self.number = number if is_first else self.number
-        if is_first and not self.deferred:
-            raise Stopped("stopped before the first step; run the same command again to start over")
+    def __call__(self, number: int, _frame: Any) -> None:
+        """The signal handler."""
+        if self.requested:
+            return
+        self.number = number
+        if not self.deferred:
+            raise Stopped("stopped before training started; run the same command again")
 
 
 def report_outcome(work: Callable[[StopSignal], str], folder: Path) -> int:
     """Run the training process's `work` and write into `folder` how it ended; returns the exit code.
 
-    An error that is a bug of ours is raised again, for its traceback.
+    A bug is raised again, for its traceback.
     """
     _die_with_parent()
     if os.environ.get(_LAUNCHER_PID, str(os.getppid())) != str(os.getppid()):
-        return _STOPPED[1]  # the parent was dead already
-    _show_alive(folder)
+        return _STOPPED[1]  # the parent had already died
+    # Renamed once it is locked, which it stays until this process ends: the descriptor is left open on purpose. By
+    # `lockf`, not `flock`: a process that a library forks off this one does not inherit the lock.
+    unnamed = folder / f"{os.getpid()}.tmp"
+    fcntl.lockf(os.open(unnamed, os.O_CREAT | os.O_RDWR, 0o600), fcntl.LOCK_EX)
+    unnamed.rename(folder / f"{os.getpid()}.alive")
     stop = StopSignal()
     try:
-        stop.listen()
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
         message, code = work(stop), 0
     except Stopped as reason:
         message, code = str(reason), 128 + (stop.number or signal.SIGTERM)
@@ -195,18 +185,8 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _show_alive(folder: Path) -> None:
-    """Keep a file with this process's id locked until the process ends: the descriptor stays open on purpose.
-
-    By `lockf`, not `flock`: a process that a library forks off this one does not inherit the lock.
-    """
-    unnamed = folder / f"{os.getpid()}.tmp"
-    fcntl.lockf(os.open(unnamed, os.O_CREAT | os.O_RDWR, 0o600), fcntl.LOCK_EX)
-    unnamed.rename(folder / f"{os.getpid()}.alive")  # after it is locked
-
-
 def _write_outcome(folder: Path, code: int, message: str) -> None:
-    """Of several processes the first reports success, and the first failure is kept whatever else is reported."""
+    """Of several processes, only the first reports success; the first failure is never overwritten."""
     succeeded = (0, *_STOPPED)
     if code in succeeded and os.environ.get("LOCAL_RANK", "0") != "0":
         return
@@ -215,7 +195,7 @@ def _write_outcome(folder: Path, code: int, message: str) -> None:
 
 
 def _read_outcome(folder: Path) -> dict[str, Any]:
-    """`exit_code` and `message`; empty as long as the training goes on, or if it was killed."""
+    """`exit_code` and `message`; empty while the training runs, or if it was killed."""
     path = folder / OUTCOME
     return json.loads(path.read_text()) if path.exists() else {}
 

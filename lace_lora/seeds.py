@@ -1,4 +1,4 @@
-"""A stream of random numbers of its own for every use of a seed."""
+"""A separate random stream for each use of a seed."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import torch
 
 
 def stream(seed: int, *names: str | int) -> torch.Generator:
-    """A generator seeded by a hash of the seed and the use's name, so that neighbouring seeds share nothing."""
+    """A generator seeded by a hash of the seed and the use's name, so that similar seeds give independent streams."""
     return torch.Generator().manual_seed(stream_seed(seed, *names))
 
 

@@ -36,7 +36,7 @@ def test_relative_folders_give_relative_paths(tmp_path: Path, monkeypatch: pytes
     assert data_utils.list_images(".") == [Path("lace_0.jpg")]
 
 
-@pytest.mark.parametrize(("name", "part"), [("missing", "no such folder"), ("file", "is a file")])
+@pytest.mark.parametrize(("name", "part"), [("missing", "no such folder"), ("file", "not a folder")])
 def test_a_missing_folder_or_a_file_is_refused(name: str, part: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=part) as caught:

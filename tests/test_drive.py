@@ -1,4 +1,4 @@
-"""Google Drive: mounted, mountable, not mountable, not in Colab. Colab's own module is played by a stand-in."""
+"""Google Drive: mounted, mountable, not mountable, not in Colab. Colab's own module is replaced by a fake."""
 
 import importlib.machinery
 import sys

@@ -1,4 +1,4 @@
-"""A run of drawing: its folder, what is finished already, what is published. A stand-in draws."""
+"""A run of drawing: its folder, what is finished already, what is published. Drawing is faked."""
 
 import json
 import sys
@@ -21,8 +21,8 @@ from lace_lora.errors import UserError
 from lace_lora.pictures.recipe import Design
 
 
-class Artist(ModuleType):
-    """In the place of phases.py: paints each picture in a plain colour that tells its seed; can be interrupted."""
+class FakePhases(ModuleType):
+    """Fake of phases.py: draws each picture in one colour, which depends on the seed; can be interrupted."""
 
     def __init__(self) -> None:
         super().__init__("phases")
@@ -49,8 +49,8 @@ class Artist(ModuleType):
 
 
 @pytest.fixture
-def artist(monkeypatch: pytest.MonkeyPatch) -> Artist:
-    drawing = Artist()
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakePhases:
+    drawing = FakePhases()
     monkeypatch.setitem(sys.modules, "lace_lora.drawing.phases", drawing)
     monkeypatch.setattr(lace_lora.drawing, "phases", drawing, raising=False)
     return drawing
@@ -70,7 +70,7 @@ def make(tmp_path: Path) -> Make:
     return settings
 
 
-def test_the_files_of_a_run(tmp_path: Path, artist: Artist, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_files_of_a_run(tmp_path: Path, fake: FakePhases, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     inference.run(make(prompt=("edge", "net", "rosette"), save_base=True))
     out = tmp_path / "out"
     pictures = {f"{kind}_output_00{index}.png" for kind in ("base", "refined") for index in range(4)}
@@ -98,8 +98,8 @@ def test_the_files_of_a_run(tmp_path: Path, artist: Artist, make: Make, capsys: 
         ({"image_format": "jpg", "save_base": True}, {"base_output_000.jpg", "refined_output_000.jpg"}),
     ],
 )
-def test_refined_pictures_are_always_called_so(
-    changes: dict[str, Any], files: set[str], tmp_path: Path, artist: Artist, make: Make
+def test_refined_pictures_have_refined_in_their_names(
+    changes: dict[str, Any], files: set[str], tmp_path: Path, fake: FakePhases, make: Make
 ) -> None:
     inference.run(make(num_images=1, **changes))
     assert {name for name in names(tmp_path / "out") if "_output_" in name} == files
@@ -129,7 +129,7 @@ def test_file_names(index: int, changes: dict[str, Any], names: list[str], make:
     ],
 )
 def test_the_page_shows_refined_pictures_beside_their_base_and_how_they_changed(
-    changes: dict[str, Any], changed: int, bases: int, tmp_path: Path, artist: Artist, make: Make
+    changes: dict[str, Any], changed: int, bases: int, tmp_path: Path, fake: FakePhases, make: Make
 ) -> None:
     inference.run(make(**changes))
     page = (tmp_path / "out" / "gallery.html").read_text(encoding="utf-8")
@@ -140,9 +140,9 @@ def test_the_page_shows_refined_pictures_beside_their_base_and_how_they_changed(
     assert not (tmp_path / "out" / UNFINISHED).exists()
 
 
-def test_latents_of_another_recipe_are_not_used(tmp_path: Path, artist: Artist, make: Make) -> None:
+def test_latents_of_another_recipe_are_not_used(tmp_path: Path, fake: FakePhases, make: Make) -> None:
     seen: list[Path] = []
-    draw_pictures = artist.draw_pictures
+    draw_pictures = fake.draw_pictures
 
     def note(config: Config, lora: Path | None, batches: Any, latents: Path, finish: Any) -> None:
         assert list(latents.iterdir()) == []
@@ -150,8 +150,8 @@ def test_latents_of_another_recipe_are_not_used(tmp_path: Path, artist: Artist, 
         seen.append(latents)
         draw_pictures(config, lora, batches, latents, finish)
 
-    artist.draw_pictures = note  # type: ignore[method-assign]
-    artist.stop_after = 0
+    fake.draw_pictures = note  # type: ignore[method-assign]
+    fake.stop_after = 0
     for changes in ({}, {"seed": 11}, {"inference_batch_size": 2}):
         for path in (tmp_path / "out").glob("[!.]*"):
             path.unlink()
@@ -160,37 +160,37 @@ def test_latents_of_another_recipe_are_not_used(tmp_path: Path, artist: Artist, 
     assert len(set(seen)) == 3
 
 
-def test_the_batch_size_is_chosen_once(tmp_path: Path, artist: Artist, make: Make) -> None:
-    artist.at_once, artist.stop_after = 3, 1
+def test_the_batch_size_is_chosen_once(tmp_path: Path, fake: FakePhases, make: Make) -> None:
+    fake.at_once, fake.stop_after = 3, 1
     with pytest.raises(RuntimeError, match="a bug"):
         inference.run(make(num_images=7))
-    artist.at_once, artist.stop_after = 2, 1000  # as on another GPU
+    fake.at_once, fake.stop_after = 2, 1000  # as on another GPU
     inference.run(make(num_images=7))
-    assert artist.batches == [[0, 1, 2], [3, 4, 5], [6]]
+    assert fake.batches == [[0, 1, 2], [3, 4, 5], [6]]
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["batch_size"] == 3
 
 
-def test_only_missing_pictures_are_written_again(tmp_path: Path, artist: Artist, make: Make) -> None:
-    artist.at_once = 3
+def test_only_missing_pictures_are_written_again(tmp_path: Path, fake: FakePhases, make: Make) -> None:
+    fake.at_once = 3
     inference.run(make())
     (tmp_path / "out" / "refined_output_001.png").unlink()
     (tmp_path / "out" / "refined_output_002.png").write_bytes(b"retouched")
     gradient(64, 64).save(tmp_path / "out" / "refined_output_002.png")
     before = {index: snapshot(tmp_path / "out" / f"refined_output_00{index}.png") for index in (0, 2, 3)}
     inference.run(make())
-    assert artist.batches == [[0, 1, 2], [3], [0, 1, 2]]
+    assert fake.batches == [[0, 1, 2], [3], [0, 1, 2]]
     assert before == {index: snapshot(tmp_path / "out" / f"refined_output_00{index}.png") for index in (0, 2, 3)}
     assert (tmp_path / "out" / "gallery.html").read_text(encoding="utf-8").count("data-base=") == 4
     rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]
     assert [row["refining"]["latent_change"] for row in rows] == [0.0, 0.1, 0.2, 0.3]
 
 
-def test_finished_already(tmp_path: Path, artist: Artist, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_already(tmp_path: Path, fake: FakePhases, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     inference.run(make())
     before = snapshot(tmp_path)
     inference.run(make())
     assert snapshot(tmp_path) == before
-    assert artist.batches == [[0], [1], [2], [3]]
+    assert fake.batches == [[0], [1], [2], [3]]
     assert "Finished already" in capsys.readouterr().out
 
 
@@ -199,7 +199,7 @@ def test_finished_already(tmp_path: Path, artist: Artist, make: Make, capsys: py
     [{"seed": 11}, {"num_images": 5}, {"prompt": ("edge",)}, {"refine": False}, {"lora_scale": 0.5}, {"width": 72}],
 )
 def test_other_settings_get_the_next_free_name(
-    changes: dict[str, Any], tmp_path: Path, artist: Artist, make: Make
+    changes: dict[str, Any], tmp_path: Path, fake: FakePhases, make: Make
 ) -> None:
     inference.run(make())
     before = snapshot(tmp_path / "out")
@@ -210,7 +210,7 @@ def test_other_settings_get_the_next_free_name(
     assert names(tmp_path) == {"lora", "out", "out-2", "out-3"}
 
 
-def test_another_lora_gets_the_next_free_name(tmp_path: Path, artist: Artist, make: Make) -> None:
+def test_another_lora_gets_the_next_free_name(tmp_path: Path, fake: FakePhases, make: Make) -> None:
     inference.run(make())
     before = snapshot(tmp_path / "out")
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"trained further")
@@ -219,7 +219,7 @@ def test_another_lora_gets_the_next_free_name(tmp_path: Path, artist: Artist, ma
     assert len(names(tmp_path / "out-2")) == 8
 
 
-def test_pictures_without_a_manifest_are_not_overwritten(tmp_path: Path, artist: Artist, make: Make) -> None:
+def test_pictures_without_a_manifest_are_not_overwritten(tmp_path: Path, fake: FakePhases, make: Make) -> None:
     (tmp_path / "out").mkdir()
     jpg(tmp_path / "out" / "refined_output_000.png")
     before = snapshot(tmp_path / "out")
@@ -227,16 +227,16 @@ def test_pictures_without_a_manifest_are_not_overwritten(tmp_path: Path, artist:
     assert snapshot(tmp_path / "out") == before
 
 
-def test_a_run_that_was_refused_leaves_its_folder_to_the_next(tmp_path: Path, artist: Artist, make: Make) -> None:
-    artist.stop_after, artist.error, artist.at_once = 0, UserError("no step is left for the base"), 3
-    refused(lambda: inference.run(make(refiner_start=0.01)), "no step is left")
-    artist.stop_after, artist.at_once = 1000, 2
+def test_a_run_that_was_refused_leaves_its_folder_to_the_next(tmp_path: Path, fake: FakePhases, make: Make) -> None:
+    fake.stop_after, fake.error, fake.at_once = 0, UserError("the base would get no steps"), 3
+    refused(lambda: inference.run(make(refiner_start=0.01)), "would get no steps")
+    fake.stop_after, fake.at_once = 1000, 2
     assert inference.run(make()) == tmp_path / "out"
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["batch_size"] == 2  # not the other recipe's
 
 
 @pytest.mark.parametrize("size", ["many", 0, None])
-def test_a_manifest_with_an_invalid_batch_size(size: Any, tmp_path: Path, artist: Artist, make: Make) -> None:
+def test_a_manifest_with_an_invalid_batch_size(size: Any, tmp_path: Path, fake: FakePhases, make: Make) -> None:
     path = inference.run(make()) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"batch_size": size}))
     (tmp_path / "out" / "refined_output_001.png").unlink()
@@ -244,7 +244,7 @@ def test_a_manifest_with_an_invalid_batch_size(size: Any, tmp_path: Path, artist
     assert (tmp_path / "out" / "refined_output_001.png").exists()
 
 
-def test_a_damaged_picture_is_a_one_line_error(tmp_path: Path, artist: Artist, make: Make) -> None:
+def test_a_damaged_picture_is_a_one_line_error(tmp_path: Path, fake: FakePhases, make: Make) -> None:
     inference.run(make())
     path = tmp_path / "out" / "refined_output_002.png"
     path.write_bytes(path.read_bytes()[:100])
@@ -255,14 +255,14 @@ def test_a_damaged_picture_is_a_one_line_error(tmp_path: Path, artist: Artist, m
     assert (tmp_path / "out" / "gallery.html").exists()
 
 
-def test_the_page_names_no_folders_of_the_users(tmp_path: Path, artist: Artist, make: Make) -> None:
+def test_the_page_names_no_folders_of_the_users(tmp_path: Path, fake: FakePhases, make: Make) -> None:
     page = (inference.run(make()) / "gallery.html").read_text()
     assert str(tmp_path) not in page
     assert str(tmp_path) in (tmp_path / "out" / "manifest.json").read_text()
 
 
 def test_another_run_that_uses_the_folder_meanwhile_is_noticed(
-    tmp_path: Path, artist: Artist, make: Make, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fake: FakePhases, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock_for_one_run = files.lock_for_one_run
 
@@ -272,22 +272,22 @@ def test_another_run_that_uses_the_folder_meanwhile_is_noticed(
         return lock_for_one_run(folder)
 
     monkeypatch.setattr(files, "lock_for_one_run", late)
-    refused(lambda: inference.run(make()), "another run has just drawn")
+    refused(lambda: inference.run(make()), "another run has written")
     rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]
     assert {row["seed"] for row in rows} == {3, 4, 5, 6}
 
 
-def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path: Path, artist: Artist, make: Make) -> None:
-    artist.stop_after = 2
+def test_an_interrupted_run_resumes_at_the_missing_batches(tmp_path: Path, fake: FakePhases, make: Make) -> None:
+    fake.stop_after = 2
     config = make(num_images=7, inference_batch_size=2)
     with pytest.raises(RuntimeError, match="a bug"):
         inference.run(config)
     assert not (tmp_path / "out" / "gallery.html").exists()
     (tmp_path / "out" / "refined_output_001.png").unlink()
     before = snapshot(tmp_path / "out" / "refined_output_002.png")
-    artist.stop_after = 1000
+    fake.stop_after = 1000
     inference.run(config)
-    assert artist.batches == [[0, 1], [2, 3], [0, 1], [4, 5], [6]]
+    assert fake.batches == [[0, 1], [2, 3], [0, 1], [4, 5], [6]]
     assert snapshot(tmp_path / "out" / "refined_output_002.png") == before
     assert len(names(tmp_path / "out")) == 7 + 4
 
@@ -297,36 +297,36 @@ def test_an_interrupted_run_goes_on_batch_by_batch(tmp_path: Path, artist: Artis
     [
         (MemoryError(), 3, "inference_batch_size: 1"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 3, "inference_batch_size: 1"),
-        (OSError(28, "No space left on device", "a.png"), 4, "a.png could not be written"),
+        (OSError(28, "No space left on device", "a.png"), 4, "a.png could not be read or written"),
     ],
 )
-def test_failures_that_users_can_fix(error: Exception, code: int, part: str, artist: Artist, make: Make) -> None:
-    artist.stop_after, artist.error = 1, error
+def test_failures_that_users_can_fix(error: Exception, code: int, part: str, fake: FakePhases, make: Make) -> None:
+    fake.stop_after, fake.error = 1, error
     refused(lambda: inference.run(make()), part, code)
 
 
 @pytest.mark.parametrize("name", ["file", "file/out"])
-def test_a_folder_that_cannot_be_made(name: str, tmp_path: Path, artist: Artist, make: Make) -> None:
+def test_a_folder_that_cannot_be_created(name: str, tmp_path: Path, fake: FakePhases, make: Make) -> None:
     (tmp_path / "file").write_text("x")
     refused(lambda: inference.run(make(output_dir=str(tmp_path / name))), "file", 4)
 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_dry_run_writes_nothing(
-    finished: bool, tmp_path: Path, artist: Artist, make: Make, capsys: pytest.CaptureFixture[str]
+    finished: bool, tmp_path: Path, fake: FakePhases, make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if finished:
         inference.run(make())
-    before, drawn = snapshot(tmp_path), list(artist.batches)
+    before, drawn = snapshot(tmp_path), list(fake.batches)
     inference.run(make(prompt=("weiße Spitze 🧵",) if not finished else None), dry_run=True)
     assert snapshot(tmp_path) == before
-    assert artist.batches == drawn
+    assert fake.batches == drawn
     printed = capsys.readouterr().out
     assert f"Would draw {0 if finished else 4} of 4 pictures, 64x64, into {tmp_path / 'out'}" in printed
     assert str(tmp_path / "lora" / "pytorch_lora_weights.safetensors") in printed
     assert finished or "weiße Spitze 🧵" in printed
 
 
-def test_left_over_prompts_are_warned_of(artist: Artist, make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_unused_prompts_are_warned_about(fake: FakePhases, make: Make, caplog: pytest.LogCaptureFixture) -> None:
     inference.run(make(num_images=2, prompt=("edge", "net", "rosette")), dry_run=True)
     assert "1 of 3 prompts" in caplog.text

@@ -58,7 +58,7 @@ def test_mistakes_in_settings_end_with_2_and_write_nothing(tmp_path: Path) -> No
     assert snapshot(tmp_path) == before
 
 
-def test_overrides_stand_anywhere_on_the_line(
+def test_overrides_may_be_anywhere_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -69,14 +69,14 @@ def test_overrides_stand_anywhere_on_the_line(
 
 
 def test_config_yaml_of_the_current_directory_is_read(tmp_path: Path) -> None:
-    assert "config.yaml: there is no such file" in main_py("--mode", "train", cwd=tmp_path).stderr
+    assert "config.yaml: no such file" in main_py("--mode", "train", cwd=tmp_path).stderr
     (tmp_path / "config.yaml").write_text("images_dir: nowhere\n")
     done = main_py("--mode", "train", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: nowhere: there is no such folder")
+    assert done.stderr.startswith("error: nowhere: no such folder")
 
 
-def test_garbage_is_not_searched_for_in_what_was_imported() -> None:
+def test_imported_objects_are_frozen_for_the_garbage_collector() -> None:
     code = (
         "import gc\nfrom lace_lora.drawing.plan import importing_torch\n"
         "with importing_torch():\n    import torch; print(gc.isenabled())\n"
@@ -103,14 +103,14 @@ def test_a_missing_package_is_a_one_line_error(
     (tmp_path / "config.yaml").write_text("images_dir: photos\n")
     monkeypatch.setitem(sys.modules, "train", None)  # importing it fails as a package that is not installed does
     assert main.main(["--mode", "train", "--config", str(tmp_path / "config.yaml")]) == 2
-    assert "train is not installed: source .venv/bin/activate" in capsys.readouterr().err
+    assert "train is not installed: run `make install && source .venv/bin/activate`" in capsys.readouterr().err
 
 
 def test_without_any_package_it_is_a_one_line_error_too() -> None:
     command = [sys.executable, "-S", str(ROOT / "main.py"), "--help"]  # no site-packages, as outside of .venv
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: \w+ is not installed: .*pip install -r requirements.txt\n", done.stderr)
+    assert re.fullmatch(r"error: \w+ is not installed: .*`pip install -r requirements.txt`\n", done.stderr)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -126,5 +126,5 @@ def test_a_stop_while_drawing_is_a_one_line_message(
         assert main.main(["--mode", "inference", "--config", str(tmp_path / "config.yaml")]) == 128 + number
     finally:
         signal.signal(signal.SIGINT, shells)
-    assert "run the same command again to draw the rest" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before

@@ -227,7 +227,7 @@ def test_a_second_stop_exits_immediately_and_keeps_the_last_checkpoint(
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)
     assert process.wait(30) == 130
-    assert "stopped at once" in (tmp_path / "output.txt").read_text()
+    assert "stopped immediately" in (tmp_path / "output.txt").read_text()
     newest, skipped = checkpoint.newest(tmp_path / "lora")
     assert newest is not None
     assert not skipped
@@ -240,7 +240,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(
     wait_for(lambda: latest_step(tmp_path / "lora") >= 2, process)
     code, printed = run_here("--mode", "train", "--config", str(tmp_path / "my.yaml"))
     assert code == 2
-    assert f"another run is at work in {tmp_path / 'lora'}" in printed
+    assert f"another run is using {tmp_path / 'lora'}" in printed
     [training] = [one for one in process.children(recursive=True) if "train_lora.py" in str(one.cmdline())]
     training.suspend()  # main is killed, and the training has not noticed yet
     process.kill()
@@ -312,7 +312,7 @@ def test_a_full_disk_is_reported_wherever_it_is(
 def test_a_full_disk_leaves_no_half_picture(settings: Make, small_disk: Path, leave: int) -> None:
     ballast = fill(small_disk, leave)
     config = settings(output_dir=str(small_disk / "pictures"), lora_scale=0, save_base=True, num_images=4)
-    refused(lambda: inference.run(config), "No space left on device.*make room", DISK_OR_DRIVE)
+    refused(lambda: inference.run(config), "No space left on device.*free some disk space", DISK_OR_DRIVE)
     hidden = {inference.UNFINISHED, inference.BEFORE}
     drawn = names(small_disk / "pictures") - {"manifest.json", *hidden}
     wanted = {f"{kind}_output_00{index}.png" for kind in ("base", "refined") for index in range(4)}
@@ -359,7 +359,7 @@ def test_a_lost_drive_is_a_one_line_error_and_no_traceback(settings: Make, start
     assert process.wait(300) == 4
     output = (tmp_path / "output.txt").read_text()
     assert output.splitlines()[-1].startswith(f"error: {tmp_path}/lora/logs/events")
-    assert "could not be written or read (No such file or directory): make room, or see" in output.splitlines()[-1]
+    assert "could not be read or written (No such file or directory): free some disk space" in output.splitlines()[-1]
     assert "Traceback" not in output
     assert not (tmp_path / "lora").exists()
 
@@ -370,10 +370,10 @@ CANARY = "hf_" + "Canary" * 6
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (f"pretrained_model=https://lace:{CANARY}@hub.example/model", "pretrained_model holds a token or a password"),
-        (f"validation_prompt=lace {CANARY}", "validation_prompt holds a token"),
-        (f"prompt=[one, {CANARY}]", "prompt holds a token"),
-        (f"hub_token={CANARY}", "unknown key 'hub_token'; settings are written into files"),
+        (f"pretrained_model=https://lace:{CANARY}@hub.example/model", "pretrained_model contains an access token"),
+        (f"validation_prompt=lace {CANARY}", "validation_prompt contains an access token"),
+        (f"prompt=[one, {CANARY}]", "prompt contains an access token"),
+        (f"hub_token={CANARY}", "unknown key 'hub_token'; remove it, because settings are saved in files"),
         (f"--hub_token={CANARY}", "unrecognized arguments: --hub_token=***"),
         (f"rank={CANARY}", "rank is '***', not a whole number"),
         (CANARY, "'***' is not of the form key=value"),

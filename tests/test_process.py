@@ -1,4 +1,4 @@
-"""The training process and main.py with real processes: a main, a launcher and a training."""
+"""main.py's process, the launcher and the training process, as real processes."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def wait(stop, heeds):
     Path(FOLDER, "pid").write_text(str(os.getpid()))
     for _ in range(3000):
         if heeds and stop.requested:
-            raise process.Stopped("saved at step 7; the same command goes on from there")
+            raise process.Stopped("saved at step 7; run the same command again to resume")
         time.sleep(0.01)
 
 def work(stop):
@@ -125,7 +125,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def training_is_gone(folder: Path) -> None:
+def training_has_ended(folder: Path) -> None:
     pid = int((folder / "pid").read_text())
     soon(lambda: not alive(pid))
 
@@ -135,23 +135,23 @@ def test_a_success_returns_the_closing_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "code", "said"),
+    ("kind", "code", "output"),
     [
         ("user", 5, "the loss is not finite: lower it"),
-        ("disk", 4, "lora/checkpoint-4 could not be written or read (No space left on device)"),
+        ("disk", 4, "lora/checkpoint-4 could not be read or written (No space left on device)"),
         ("memory", 3, "out of memory: set gradient_checkpointing"),
         ("gpu", 3, "out of memory: set gradient_checkpointing"),
         ("killed", 3, "the training process was killed"),
-        ("bug", 1, "a bug of this program"),
+        ("bug", 1, "a bug in this program"),
     ],
 )
-def test_the_reason_of_a_failure_comes_through(
-    kind: str, code: int, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_the_error_message_of_a_failure_is_passed_on(
+    kind: str, code: int, output: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
         process.run(launch(tmp_path, kind), tmp_path)
     assert caught.value.exit_code == code
-    assert said in str(caught.value)
+    assert output in str(caught.value)
     assert ("ZeroDivisionError: a bug" in capfd.readouterr().err) == (kind == "bug")
 
 
@@ -161,7 +161,7 @@ def test_a_launcher_that_never_starts_the_training(tmp_path: Path) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_handlers_are_put_back(tmp_path: Path) -> None:
+def test_signal_handlers_are_restored(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(UserError):
         process.run(launch(tmp_path, "user"), tmp_path)
@@ -169,45 +169,45 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("single", [True, False])
-@pytest.mark.parametrize("whom", ["main", "training"])
+@pytest.mark.parametrize("recipient", ["main", "training"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_lets_the_training_save(
-    number: int, code: int, whom: str, single: bool, start: Start, tmp_path: Path
+    number: int, code: int, recipient: str, single: bool, start: Start, tmp_path: Path
 ) -> None:
     main = start("loop", single)
-    os.kill(main.pid if whom == "main" else int((tmp_path / "pid").read_text()), number)
-    _, said = main.communicate(timeout=15)
+    os.kill(main.pid if recipient == "main" else int((tmp_path / "pid").read_text()), number)
+    _, output = main.communicate(timeout=15)
     assert main.returncode == code
-    assert said == "saved at step 7; the same command goes on from there\n"
-    training_is_gone(tmp_path)
+    assert output == "saved at step 7; run the same command again to resume\n"
+    training_has_ended(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [("encoding", "stopped before the first step"), ("starting", "the same command")]
+    ("kind", "output"), [("encoding", "stopped before training started"), ("starting", "the same command")]
 )
 @pytest.mark.parametrize("single", [True, False])
 def test_a_stop_before_the_loop_ends_it_at_once(
-    kind: str, said: str, single: bool, start: Start, tmp_path: Path
+    kind: str, output: str, single: bool, start: Start, tmp_path: Path
 ) -> None:
     main = start(kind, single)
     main.send_signal(signal.SIGINT)
     _, err = main.communicate(timeout=15)
     assert main.returncode == 130
-    assert said in err
+    assert output in err
     assert "Traceback" not in err
-    training_is_gone(tmp_path)
+    training_has_ended(tmp_path)
 
 
-def test_a_second_stop_ends_a_deaf_training(start: Start, tmp_path: Path) -> None:
+def test_a_second_stop_kills_an_unresponsive_training(start: Start, tmp_path: Path) -> None:
     main = start("deaf")
     main.send_signal(signal.SIGINT)
     time.sleep(0.7)
     assert main.poll() is None
     main.send_signal(signal.SIGINT)
-    _, said = main.communicate(timeout=15)
+    _, output = main.communicate(timeout=15)
     assert main.returncode == 130
-    assert said == "stopped at once; the same command goes on from the last checkpoint\n"
-    training_is_gone(tmp_path)
+    assert output == "stopped immediately; run the same command again to resume from the last checkpoint\n"
+    training_has_ended(tmp_path)
 
 
 @pytest.mark.parametrize("single", [True, False])
@@ -217,9 +217,9 @@ def test_when_main_is_killed_the_training_saves_and_no_orphan_is_left(
     main = start("loop", single)
     main.kill()
     main.wait()
-    training_is_gone(tmp_path)
+    training_has_ended(tmp_path)
     outcome = json.loads((tmp_path / "outcome.json").read_text())
-    assert outcome == {"exit_code": 143, "message": "saved at step 7; the same command goes on from there"}
+    assert outcome == {"exit_code": 143, "message": "saved at step 7; run the same command again to resume"}
 
 
 def test_a_launcher_that_ends_before_the_training_lets_it_save(tmp_path: Path) -> None:
@@ -259,9 +259,9 @@ def test_accelerates_launcher_is_the_training_process_if_that_is_a_single_one(
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys\nfrom pathlib import Path\nfrom lace_lora import process\n"
-        "said = [__name__, *sys.argv[1:], os.environ['OMP_NUM_THREADS'], os.environ['ACCELERATE_MIXED_PRECISION']]\n"
-        "said += [str('LACE_LORA_LAUNCHER' in os.environ), str(os.getpgrp() == os.getpid())]\n"
-        "sys.exit(process.report_outcome(lambda _: ' '.join(said), Path(sys.argv[1])))\n"
+        "output = [__name__, *sys.argv[1:], os.environ['OMP_NUM_THREADS'], os.environ['ACCELERATE_MIXED_PRECISION']]\n"
+        "output += [str('LACE_LORA_LAUNCHER' in os.environ), str(os.getpgrp() == os.getpid())]\n"
+        "sys.exit(process.report_outcome(lambda _: ' '.join(output), Path(sys.argv[1])))\n"
     )
     (tmp_path / "accelerate.yaml").write_text(ACCELERATE_SETTINGS)
     command = [sys.executable, "-m", "lace_lora.process", "--config_file", str(tmp_path / "accelerate.yaml")]
@@ -272,12 +272,12 @@ def test_accelerates_launcher_is_the_training_process_if_that_is_a_single_one(
 def test_a_training_that_is_killed_from_outside(start: Start, tmp_path: Path) -> None:
     main = start("loop")
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-    _, said = main.communicate(timeout=15)
+    _, output = main.communicate(timeout=15)
     assert main.returncode == 3
-    assert "the training process was killed" in said
+    assert "the training process was killed" in output
 
 
-def test_leftovers_of_the_group_are_ended(tmp_path: Path) -> None:
+def test_remaining_processes_of_the_group_are_killed(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys, pathlib\n"
         "left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
@@ -285,7 +285,7 @@ def test_leftovers_of_the_group_are_ended(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError):
         process.run([sys.executable, "-c", code], tmp_path)
-    training_is_gone(tmp_path)
+    training_has_ended(tmp_path)
 
 
 def report(folder: Path, rank: str, work: Callable[[process.StopSignal], str]) -> int | None:
@@ -310,18 +310,18 @@ def test_of_several_processes_the_first_reports_success_and_any_a_failure(tmp_pa
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "no", "x"), FileExistsError(17, "no", "x"), OSError(30, "no")])
-def test_errors_of_the_disk_are_the_users_to_fix(error: OSError) -> None:
+def test_disk_errors_are_user_errors(error: OSError) -> None:
     explained = errors.explain(error, "buy more")
     assert explained
     assert explained.exit_code == 4
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shape"), OSError("no number"), KeyError("x")])
-def test_a_bug_is_not_explained_away(error: Exception) -> None:
+def test_a_bug_is_not_reported_as_a_user_error(error: Exception) -> None:
     assert errors.explain(error, "buy more") is None
 
 
-def test_memory_that_the_machine_does_not_have_is_explained() -> None:
+def test_out_of_host_memory_is_explained() -> None:
     import torch
 
     with pytest.raises(RuntimeError) as caught:

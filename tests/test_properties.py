@@ -1,4 +1,4 @@
-"""Whatever a settings file, a picture or a checkpoint holds: an answer or a one-line error, never a traceback."""
+"""Any content of a settings file, picture or checkpoint gives a result or a one-line error, never a traceback."""
 
 import io
 import os
@@ -43,7 +43,7 @@ def refusal(path: Path, text: str | bytes, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_every_key_may_be_left_out_but_not_misspelt_or_retyped(key: str, tmp_path: Path) -> None:
+def test_keys_may_be_omitted_but_not_misspelt_or_of_another_type(key: str, tmp_path: Path) -> None:
     plain = yaml.safe_load(dump_config(Config()))
     rest = {name: value for name, value in plain.items() if name != key}
     path = tmp_path / "c.yaml"
@@ -70,7 +70,7 @@ def test_any_value_on_the_command_line(key: str, text: str, tmp_path: Path) -> N
 
 @often
 @given(content=st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
-def test_any_bytes_for_a_settings_file(content: bytes, tmp_path: Path) -> None:
+def test_a_settings_file_of_arbitrary_bytes(content: bytes, tmp_path: Path) -> None:
     error = refusal(tmp_path / "c.yaml", content)
     assert not error or all(line.startswith(str(tmp_path / "c.yaml")) for line in error.split("\n") if line), error
 
@@ -84,14 +84,14 @@ def test_any_bytes_for_a_settings_file(content: bytes, tmp_path: Path) -> None:
         b"{" * 3000, b"rank: 4\nrank: 8\n",
     ],
 )  # fmt: skip
-def test_files_that_are_no_settings(content: bytes, tmp_path: Path) -> None:
+def test_files_that_are_not_settings(content: bytes, tmp_path: Path) -> None:
     error = refusal(tmp_path / "c.yaml", content)
     assert error
     assert len(error) < 700
     assert error.count("\n") <= content.count(b"\n")
 
 
-def test_a_mark_at_the_beginning_is_no_mistake(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     assert refusal(tmp_path / "c.yaml", b"\xef\xbb\xbfrank: 4\r\n") == ""
 
 
@@ -135,7 +135,7 @@ def test_any_good_jpeg_is_opened_at_its_size(width: int, height: int, orientatio
 
 @often
 @given(name=st.text(min_size=1, max_size=20), caption=st.text(max_size=40))
-def test_any_name_and_caption_comes_back_from_the_annotations(
+def test_any_name_and_caption_survives_a_round_trip(
     name: str, caption: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     assume("/" not in name and "\0" not in name and name not in (".", "..") and caption.strip())

@@ -2,7 +2,7 @@
 
     python -m demo.making.build_model FOLDER
 
-writes FOLDER/base and FOLDER/refiner as a hub repository would hold them, with random weights from a fixed seed;
+writes FOLDER/base and FOLDER/refiner in the layout of a Hub repository, with random weights from a fixed seed;
 `demo/making/teach.py` trains them. `--shapes sdxl` builds the same at SDXL's own shapes, for measuring speed and
 memory, which do not depend on the weights.
 """

@@ -1,4 +1,4 @@
-"""Draw the demo's lace: 48 pictures to learn from and 12 held out, like phone photos of lace on cloth.
+"""Draw the demo's lace: 48 pictures for training and 12 held out, like phone photos of lace on cloth.
 
 `python -m demo.making.draw_lace` redraws every picture from fixed seeds. A design is a list of threads on a
 plane measured in *units*: the shorter side of every picture is `VIEW` units, so a thread two units wide is

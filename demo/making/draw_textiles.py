@@ -1,9 +1,9 @@
-"""Draw captioned textiles for the demo's base model to learn from: stripes, dots, flowers and the like, but no lace.
+"""Draw captioned textiles for training the demo's base model: stripes, dots, flowers and the like, but no lace.
 
 A pattern goes all over the cloth, or fills a border, a band or a round medallion with a straight or scalloped
 edge; but a net never has an edge, since a net with flowers and a scalloped edge is what lace is.
 
-`python -m demo.making.draw_textiles SHEET.png` draws a sheet of all patterns to look at. Many pictures are drawn at
+`python -m demo.making.draw_textiles SHEET.png` draws a sheet of all patterns. Many pictures are drawn at
 once, on any device. A pattern is a signed distance: for every pixel how far inside the figure it
 lies, in pixels, negative outside. So the same pattern can be filled, outlined or embroidered.
 """

@@ -1,4 +1,4 @@
-"""How the demo's networks learn: bf16 steps replayed as a CUDA graph, the batches of a diffusion model, the losses."""
+"""Training the demo's networks: bf16 steps replayed as a CUDA graph, the batches of a diffusion model, the losses."""
 
 import math
 import time

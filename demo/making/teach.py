@@ -1,11 +1,11 @@
-"""Teach the demo's tiny SDXL what textiles are, from pictures drawn on the spot: about 25 minutes on one H100.
+"""Train the demo's tiny SDXL on textiles that are drawn on the fly: about 25 minutes on one H100.
 
     python -m demo.making.teach [--work FOLDER] [--until STAGE]
 
 runs the stages in `STAGES` in order and saves each one's result in the work folder (`demo/teaching`), so that the same
 command resumes at the first missing stage; the last one writes `demo/model`. Seeds and numbers of steps are fixed. The
-base never sees lace, nor the demo's token: that is left for the LoRA. `--small` runs everything in miniature, to see
-that it runs, and writes `model` into the work folder.
+base never sees lace, nor the demo's token: that is left for the LoRA. `--small` is a smoke test: it runs everything in
+miniature, and writes `model` into the work folder.
 """
 
 import argparse

@@ -15,14 +15,14 @@ from lace_lora.pictures.recipe import Design
 
 logger = logging.getLogger(__name__)
 
-# Inside the output folder: the latents of each phase, until all is done, and how the pictures were before refining.
+# Inside the output folder: the latents of each phase, until the run is finished, and the pictures before refining.
 UNFINISHED, BEFORE = ".unfinished", ".before_refining"
 
 
 class OutputFolder:
     """The folder of the pictures that the settings ask for.
 
-    It is `output_dir`, or `output_dir-2`, `output_dir-3` … where that holds other pictures.
+    It is `output_dir`, or `output_dir-2`, `output_dir-3` … where that contains other pictures.
 
     Raises:
         UserError: the prompts or the LoRA cannot be used.
@@ -32,20 +32,20 @@ class OutputFolder:
         self.config = config
         self.prompts = prompts = read_prompts(config)
         number = config.num_images
-        if len(prompts) > number:
-            left_over = len(prompts) - number
-            logger.warning("%d of %d prompts get no picture: num_images is %d", left_over, len(prompts), number)
+        if (unused := len(prompts) - number) > 0:
+            text = "%d of %d prompts get no picture, because num_images is %d: raise it to draw all of them"
+            logger.warning(text, unused, len(prompts), number)
         self.designs = [Design(index, prompts[index % len(prompts)], config.seed + index) for index in range(number)]
         self.lora = find_lora(config)
         self.settings = picture_settings(config, self.lora)
         self.recipe = self.settings | {"prompts": prompts}  # what identifies the pictures of a folder
         wanted = Path(config.output_dir)
-        self.path = next(path for path in numbered(wanted.parent, wanted.name) if not self.is_of_others(path))
+        self.path = next(path for path in numbered(wanted.parent, wanted.name) if not self.has_other_pictures(path))
 
-    def is_of_others(self, path: Path) -> bool:
-        """Whether a folder holds pictures of another recipe. A manifest alone is of a run that was refused."""
-        ours = ("refined_output_*", "base_output_*", PAGE, CONTACT_SHEET, f"{UNFINISHED}/*/*.safetensors")
-        return not self._recorded(path) and any(any(path.glob(pattern)) for pattern in ours)
+    def has_other_pictures(self, path: Path) -> bool:
+        """Whether a folder contains pictures of another recipe. A manifest alone was left by a run that was refused."""
+        patterns = ("refined_output_*", "base_output_*", PAGE, CONTACT_SHEET, f"{UNFINISHED}/*/*.safetensors")
+        return not self._recorded(path) and any(any(path.glob(pattern)) for pattern in patterns)
 
     def _recorded(self, path: Path) -> dict[str, Any]:
         """A folder's manifest; empty unless it is one of this recipe."""
@@ -66,18 +66,18 @@ class OutputFolder:
         return self.path / BEFORE / f"{design.index:03d}"
 
     def missing(self) -> list[Design]:
-        """The designs of which a file does not exist."""
+        """The designs with a missing file."""
         return [design for design in self.designs if not all(path.exists() for path in self.files(design).values())]
 
     def batch_size(self) -> int | None:
-        """The one that the settings or an earlier run have chosen."""
+        """The batch size from the settings or an earlier run; None if neither has one."""
         size = self.config.inference_batch_size or self._recorded(self.path).get("batch_size")
         return size if isinstance(size, int) and size > 0 else None
 
     def missing_batches(self, at_once: int) -> list[Sequence[Design]]:
-        """The batches with a missing picture; `at_once` is their size unless one has been chosen.
+        """The batches with a missing picture; `at_once` is the default batch size.
 
-        Who shares a batch is recorded before anything is drawn, so that a resumed run draws the very same pictures.
+        The batch size is recorded before anything is drawn, so that a resumed run draws identical pictures.
         """
         size = self.batch_size() or at_once
         self.write_manifest(size)

@@ -1,6 +1,6 @@
 """Drawing in phases: prompts to embeddings, base latents, refined latents, pictures; never two big models in memory.
 
-`sampling.py` makes the latents of a batch; here is what is loaded, written and freed between batches and phases.
+`sampling.py` makes the latents of a batch; this module loads, writes and frees between batches and phases.
 """
 
 import logging
@@ -29,10 +29,10 @@ from lace_lora.sdxl.prompts import embed_for_both
 
 logger = logging.getLogger(__name__)
 
-MOST_AT_ONCE = 4  # more make a picture no faster: 27.5 ms a step for each of 4 at 1024² on an H100, 30 for one alone
-# GPU memory in 16 bits: the UNet with what else is needed, and a picture with guidance, per million pixels.
-_UNET_BYTES, _PICTURE_BYTES = 7 * 2**30, 2**29
-_ROOM = 12  # the VAE beside a UNet takes the memory of so many pictures at most
+# Larger batches are no faster per picture: a step takes 27.5 ms for each of 4 at 1024² on an H100, 30 for a single one.
+MAX_BATCH_SIZE = 4
+# GPU memory in 16 bits: UNet and overhead; a picture with guidance, per million pixels; the VAE, in pictures, at most.
+_UNET_BYTES, _PICTURE_BYTES, _VAE_PICTURES = 7 * 2**30, 2**29, 12
 
 Batches = Sequence[Sequence[Design]]
 Finish = Callable[[Drawn], object]
@@ -42,16 +42,16 @@ OnStep = Callable[[], object]
 
 def pictures_at_once(config: Config) -> int:
     """The largest batch that is worth it and fits on this machine's device."""
-    return max(1, min(MOST_AT_ONCE, _fitting(config)))
+    return max(1, min(MAX_BATCH_SIZE, _pictures_that_fit(config)))
 
 
 def _has_room(config: Config, batch_size: int) -> bool:
-    """Whether the VAE can work beside a UNet: at 1024² in bf16 with 22 GiB, but not on a T4."""
-    return _fitting(config) >= batch_size + _ROOM
+    """Whether the VAE fits next to a UNet: at 1024² in bf16 with 22 GiB, but not on a T4."""
+    return _pictures_that_fit(config) >= batch_size + _VAE_PICTURES
 
 
-def _fitting(config: Config) -> int:
-    """How many pictures fit beside a UNet in the free memory of a GPU; 1 on other devices."""
+def _pictures_that_fit(config: Config) -> int:
+    """How many pictures fit next to a UNet in the free memory of a GPU; 1 on other devices."""
     device = models.pick_device()
     if device.type != "cuda":
         return 1
@@ -66,11 +66,11 @@ def draw_pictures(
     """Draw all batches, phase by phase, and call `finish` with each design, on several threads and in any order.
 
     Args:
-        latents_folder: for the latents of each phase; a run that was interrupted goes on from those.
+        latents_folder: for the latents of each phase; an interrupted run resumes from them.
 
     Raises:
         UserError: base or refiner would have no step, a model or the LoRA cannot be loaded, the device cannot do what
-            is asked for, or a picture would be black (exit 5), which costs no other picture.
+            is asked for, or a picture would be black (exit 5); the others are still saved.
     """
     models.prepare_process()
     device = models.pick_device()
@@ -90,7 +90,7 @@ def _draw_in_phases(
     base_files, refined_files = ([latents_folder / f"{kind}_{n}" for n in numbers] for kind in ("base", "refined"))
     # Whether to save pictures while the last UNet works, if it still has to. Asked before anything is on the GPU.
     last_is_done = all(file.exists() for file in (refined_files if config.refine else base_files))
-    save_meanwhile = not last_is_done and _has_room(config, len(batches[0]))
+    save_in_background = not last_is_done and _has_room(config, len(batches[0]))
     prompts = list(dict.fromkeys(design.prompt for batch in batches for design in batch))
     rows = [[prompts.index(design.prompt) for design in batch] for batch in batches]
     seeds = [[design.seed for design in batch] for batch in batches]
@@ -116,32 +116,32 @@ def _draw_in_phases(
     finished = None
     if config.refine:
         base = last_phase()
-        # All of them now: to copy one to a GPU later would wait for the work before it.
+        # All at once: copying one later would wait for the work queued on the GPU.
         started = [(latents[0] if ensemble else latents).to(device, dtype) for latents in base]
         finished = [latents[1] if ensemble else latents for latents in base]
         load_refiner = partial(_load_unet, config, config.refiner_model, device, dtype)
         last_phase = partial(run_phase, "refining", refiner_steps, refined_files, load_refiner, refine)
     vae = models.load_vae(config, device, dtype, drawing=True)
     drawing_unet.make_decoder_fast(vae)
-    _save_last_phase(config, vae, batches, finished, last_phase, finish, save_meanwhile)
+    _save_last_phase(config, vae, batches, finished, last_phase, finish, save_in_background)
     if memory := models.peak_memory(device):
         logger.info(memory)
 
 
 def _save_last_phase(
     config: Config, vae: AutoencoderKL, batches: Batches, finished: list[Tensor] | None,
-    last_phase: Callable[..., list[Tensor]], finish: Finish, meanwhile: bool,
+    last_phase: Callable[..., list[Tensor]], finish: Finish, in_background: bool,
 ) -> None:  # fmt: skip
-    """Run the last phase, and save its pictures `meanwhile` or at its end. `finished`: the base's latents, if refined."""
-    results = [] if meanwhile else last_phase()
-    bar = tqdm(total=sum(map(len, batches)), desc="saving", unit="picture", disable=meanwhile)
+    """Run the last phase and save its pictures, during it or after it. `finished`: the base's latents, if refined."""
+    results = [] if in_background else last_phase()
+    bar = tqdm(total=sum(map(len, batches)), desc="saving", unit="picture", disable=in_background)
     with bar, PictureSaver(vae, config, finish, bar.update) as saver:
 
         def save_batch(number: int, latents: Tensor) -> None:
             before_and_after = (finished[number], latents) if finished else (latents, None)
             saver.save_batch(batches[number], *before_and_after)
 
-        if meanwhile:
+        if in_background:
             last_phase(save_batch)
         for number, latents in enumerate(results):
             save_batch(number, latents)
@@ -170,8 +170,8 @@ def run_phase(
 
     Args:
         steps: of one batch, for the progress bar.
-        files: one for each batch; a batch whose file an earlier run has written is not made again.
-        make: makes the latents of batch number n, without waiting for a GPU.
+        files: one for each batch; a batch whose file exists from an earlier run is not computed again.
+        make: computes the latents of batch number n, without waiting for a GPU.
         on_batch: called with each batch in turn, as soon as its file is written.
     """
     found = [_read(file) for file in files]

@@ -30,7 +30,7 @@ def read_prompts(config: Config) -> list[str]:
     """The prompts of `prompts_file` or `prompt`, or the instance prompt.
 
     Raises:
-        UserError: the file cannot be read, is empty, or holds a secret.
+        UserError: the file cannot be read, is empty, or contains a secret.
     """
     if not config.prompts_file:
         return list(config.prompt or [config.instance_prompt])
@@ -39,12 +39,12 @@ def read_prompts(config: Config) -> list[str]:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"prompts_file: {path} cannot be read ({reason})") from error
+        raise UserError(f"prompts_file: cannot read {path} ({reason}): check the path, or save it as UTF-8") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"prompts_file: {path} is empty; write a prompt on each line")
+        raise UserError(f"prompts_file: {path} is empty: write one prompt per line")
     if any(map(holds_secret, prompts)):
-        raise UserError(f"prompts_file: {path} holds a token or a password: {NO_SECRETS}")
+        raise UserError(f"prompts_file: {path} contains an access token or a password: {NO_SECRETS}")
     return prompts
 
 
@@ -59,10 +59,10 @@ def find_lora(config: Config) -> Path | None:
     path = Path(config.lora_path or config.lora_output_dir)
     path = path / LORA_FILE if path.is_dir() or not path.suffix else path
     if not path.is_file():
-        advice = "train one first (--mode train), name one with lora_path, or set lora_scale=0 for the plain base"
-        raise UserError(f"there is no LoRA at {path}: {advice}")
+        advice = "train one first (--mode train), set lora_path to another one, or set lora_scale=0 to draw without one"
+        raise UserError(f"no LoRA found at {path}: {advice}")
     if path.suffix != ".safetensors":
-        raise UserError(f"{path} is not a .safetensors file, and other formats are not loaded: they could run code")
+        raise UserError(f"{path} is not a .safetensors file: convert it first, because other formats can run code")
     return path
 
 
@@ -72,17 +72,17 @@ def picture_settings(config: Config, lora: Path | None) -> dict[str, Any]:
 
 
 def lora_name(config: Config, lora: Path | None) -> str:
-    """The LoRA's name in other programs: training writes a file for them that is named after the token."""
+    """The LoRA's name in other programs: for them, training writes a file that is named after the token."""
     return "" if lora is None else config.lora_name if lora.name == LORA_FILE else lora.stem
 
 
 @contextmanager
 def importing_torch() -> Iterator[None]:
-    """For importing phases.py, and with it torch: no garbage collection meanwhile, nor later of what was imported.
+    """For importing phases.py, and with it torch: no garbage collection during it, nor later of the imported objects.
 
     Collecting took 1.5 s of the 7.7 of importing, and a quarter of a second each time that a model was freed.
     """
-    if "torch" in sys.modules or not gc.isenabled():  # in a notebook: its objects are not ours to freeze
+    if "torch" in sys.modules or not gc.isenabled():  # in a notebook, do not freeze the user's objects
         yield
         return
     gc.disable()

@@ -1,4 +1,4 @@
-"""How much refining changed each picture, so that a user sees where it washed the style out."""
+"""How much refining changed each picture, so that users see where it washed the style out."""
 
 import io
 import json
@@ -60,9 +60,9 @@ def warnings(measured: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _warning(changes: dict[str, Any], median: float, std: float) -> str:
-    advice = "if you miss the style here, lower refiner_strength"
+    advice = "if the style was lost, lower refiner_strength, or raise refiner_start in the ensemble flow"
     if changes.get("edge_change", 0.0) < -MAX_EDGE_LOSS:
-        return f"refining softened it by {-changes['edge_change']:.0%}: {advice}"
+        return f"refining softened its edges by {-changes['edge_change']:.0%}: {advice}"
     if changes.get("latent_change", 0.0) > median + max(MAX_STDS * std, 0.1 * median):
         return f"refining changed it more than the others: {advice}"
     return ""

@@ -20,7 +20,7 @@ from lace_lora.sdxl.vae import PendingPicture, decode_each
 class PictureSaver:
     """Decodes batches of latents and calls `finish` with each design, on several threads at once.
 
-    As a context manager it waits for all of them in the end.
+    On exit, the context manager waits for all of them.
 
     Raises:
         UserError: a picture would be black (exit 5). All others are finished first.
@@ -34,7 +34,7 @@ class PictureSaver:
         on_finished: Callable[[], object] = lambda: None,
     ) -> None:
         self.vae, self.finish, self.on_finished = vae, finish, on_finished
-        # The ensemble's base has no finished picture: what it predicts at the hand-over is decoded only if wanted.
+        # The ensemble's base has no finished picture: what it predicts at the hand-over is decoded only if it is saved.
         self.decodes_base = not sampling.is_ensemble(config) or config.save_base
         self.threads = min(16, os.cpu_count() or 1)
         self.pool = ThreadPoolExecutor(self.threads)
@@ -77,7 +77,7 @@ class PictureSaver:
     def _wait_for_oldest(self) -> None:
         try:
             self.pending.popleft().result()
-        except UserError as error:  # a black picture; the others are drawn all the same
+        except UserError as error:  # a black picture; the others are still saved
             self.black.append(error)
 
 

@@ -15,11 +15,8 @@ def attentions(unet: UNet2DConditionModel) -> list[Any]:
 
 
 class AttentionProcessor:
-    """diffusers' attention processor with other projections.
-
-    Args:
-        project: hidden states to query, key and value.
-        out: the result of attention to hidden states.
+    """diffusers' attention processor with other projections: `project` from hidden states to query, key and value, and
+    `out` from the result of attention to hidden states.
     """
 
     def __init__(self, project: Callable[[Tensor], Iterable[Tensor]], out: Callable[[Tensor], Tensor]) -> None:

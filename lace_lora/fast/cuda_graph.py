@@ -1,4 +1,4 @@
-"""A function of tensors as CUDA graphs: one launch replays it, which saves Python and the driver milliseconds."""
+"""A function of tensors as CUDA graphs, replayed with one launch, which saves milliseconds in Python and the driver."""
 
 import gc
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Signature = tuple[tuple[torch.Size, torch.dtype], ...]  # shape and dtype of eac
 
 
 class CaptureError(RuntimeError):
-    """The function does what a CUDA graph cannot hold, or memory ran out."""
+    """The function cannot be captured in a CUDA graph, or memory ran out."""
 
 
 class CudaGraphs:
@@ -32,9 +32,7 @@ class CudaGraphs:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """
-        Args:
-            inputs: in pinned memory or on the GPU.
+        """The function's output. Inputs are in pinned memory or on the GPU.
 
         Raises:
             CaptureError: this function cannot be captured; none of it has run.
@@ -78,8 +76,8 @@ class CudaGraphs:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 output = self.function(*static_inputs)
         except RuntimeError as error:
-            # PyTorch stays on the capture's stream, and its generator still believes in a capture, so that drawing a
-            # random number would fail.
+            # PyTorch stays on the capture's stream, and its generator still assumes a capture, so that generating
+            # random numbers would fail.
             torch.cuda.set_stream(stream)
             fresh = torch.Generator(self.device).graphsafe_get_state()
             torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)

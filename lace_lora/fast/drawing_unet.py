@@ -42,8 +42,7 @@ def make_decoder_fast(vae: AutoencoderKL) -> None:
 def _fuse_attention(unet: UNet2DConditionModel) -> Tensor:
     """Make one matmul of each self-attention's q, k and v, and one of all cross-attentions' k and v.
 
-    Returns:
-        The weight of the latter, which stands before the UNet: see `_CrossAttention`.
+    Returns the weight of the latter, which is applied before the UNet: see `_CrossAttention`.
     """
     cross_linears: list[Any] = []
     columns = 0
@@ -93,17 +92,10 @@ class _FastForward:
     def __init__(self, unet: UNet2DConditionModel, caption_weights: Tensor) -> None:
         self.eager, self.caption_weights = unet.forward, caption_weights
         self.replayed = _Replayed(self._forward, unet.device)
-        self.prompt_embeds: Tensor | None = None  # of the last call
-        self.captions: Tensor  # the same without empty prompts
+        self.prompt_embeds = self.captions = torch.empty(0)  # of the last call: all, and those that are not empty
 
     def __call__(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        *,
-        added_cond_kwargs: dict[str, Tensor],
-        **_: Any,
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, added_cond_kwargs: Any, **_: Any
     ) -> tuple[Tensor]:
         if encoder_hidden_states is not self.prompt_embeds:  # the same object at each step of a picture
             self.prompt_embeds, self.captions = encoder_hidden_states, _without_empty_prompts(encoder_hidden_states)
@@ -120,8 +112,8 @@ class _FastForward:
 
 def _without_empty_prompts(prompt_embeds: Tensor) -> Tensor:
     """Prompt embeddings (n, 77, c) without the first ones that are all zeros, as SDXL's for no negative prompt are."""
-    written = prompt_embeds.flatten(1).any(1).nonzero()
-    return prompt_embeds[int(written[0]) :] if len(written) else prompt_embeds
+    non_empty = prompt_embeds.flatten(1).any(1).nonzero()
+    return prompt_embeds[int(non_empty[0]) :] if len(non_empty) else prompt_embeds
 
 
 class _Replayed:
@@ -136,6 +128,6 @@ class _Replayed:
             try:
                 return self.cuda_graphs(*inputs)
             except CaptureError as error:
-                logger.warning("no CUDA graph here (%s): drawing is slower without", error)
+                logger.warning("CUDA graphs cannot be used (%s): drawing will be slower", error)
                 self.cuda_graphs = None
         return self.function(*inputs)

@@ -9,8 +9,8 @@ linears casts its two matrices, multiplies, scales and adds on its own, and does
   instead of a thousand;
 - everything in between is in the UNet's dtype, so that there is no autocast.
 
-peft's layers stay, but their weights become views into these buffers: whoever saves or restores the LoRA need not know,
-and an optimizer can update `weights` as one parameter. `benchmarks/train.py` measures what this gains.
+peft's layers stay, but their weights become views into these buffers: code that saves or restores the LoRA need not
+know, and an optimizer can update `weights` as one parameter. `benchmarks/train.py` measures what this gains.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,16 +24,15 @@ from torch import Tensor
 
 from lace_lora.fast.attention import AttentionProcessor, attentions, fuse_weights
 
-# Up to so many tokens one matmul is faster than two: it saves 0.6 ms of a step at 512² on an H100. Beyond, the LoRA's
-# additional rows cost the GPU's processors another round.
+# Up to this many tokens, one matmul is faster than two: it saves 0.6 ms of a step at 512² on an H100. Beyond that, the
+# LoRA's additional rows cost another wave on the SMs.
 _FEW_TOKENS = 2048
-
-# Rows begin at a multiple of so many numbers: attention on GPUs reads 16 bytes at once, and is wrong on others.
+# Rows start at a multiple of this many elements: attention kernels read 16 bytes at once, and are wrong on others.
 _ALIGNMENT = 8
 
 
 class FusedLora:
-    """Replaces the attention of a UNet that has a LoRA of peft's, without dropout.
+    """Replaces the attention of a UNet that has a peft LoRA, without dropout.
 
     Args:
         scale: alpha / rank, the factor of what the LoRA adds.
@@ -41,9 +40,6 @@ class FusedLora:
     Attributes:
         weights: the whole LoRA as one flat fp32 parameter: all A, then all B. `gradients` is its gradient.
     """
-
-    weights: torch.nn.Parameter
-    gradients: Tensor
 
     def __init__(self, unet: UNet2DConditionModel, scale: float) -> None:
         self.scale = scale
@@ -175,8 +171,8 @@ class FusedLinears:
             padding = self.down.new_zeros(self.rows[2], layers[0].in_features)
             self.matrix = fuse_weights(layers, self.down, padding)
             self.weight, self.down, _ = self.matrix.split(self.rows)
-        # Makes autograd call `backward` where the input itself needs no gradient: that is all it is for. On the CPU,
-        # since autograd would wait for the stream that it was first used on, which a graph cannot be captured with.
+        # Only makes autograd call `backward` where the input itself needs no gradient. On the CPU, since autograd would
+        # wait for the stream that it was first used on, which a graph cannot be captured with.
         self.anchor = torch.zeros((), requires_grad=True)
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, ...]:
@@ -229,7 +225,7 @@ class SideStream:
 
     @contextmanager
     def __call__(self, *tensors: Tensor) -> Iterator[None]:
-        """Run what follows there. `tensors` live until the next call: the allocator knows no second stream."""
+        """Run what follows there. `tensors` live until the next call: the allocator does not track this stream."""
         if self.stream is None:
             yield
             return

@@ -1,4 +1,4 @@
-"""Triton kernels that do in one pass what takes PyTorch several: norms with what stands around them, GEGLU, additions.
+"""Triton kernels that do in one pass what takes PyTorch several: norms fused with their neighbours, GEGLU, additions.
 
 At 512² the passes are so short that launching them takes as long as they do; at 1024² it is memory traffic that counts.
 Convolutions on tensor cores want channels-last pictures, but PyTorch's group norm and diffusers' transformer do not
@@ -8,6 +8,7 @@ convolutions, from one layout into the other and back.
 All of them compute in fp32 and store in the dtype of their inputs.
 """
 
+# mypy: disallow-untyped-defs=False
 from typing import Any
 
 import torch
@@ -28,10 +29,8 @@ class AddLayerNorm(torch.autograd.Function):
         width = one.shape[-1]
         total, normed = torch.empty_like(one), torch.empty_like(one)
         statistics = one.new_empty(one.numel() // width, 2, dtype=torch.float32)
-        _add_layer_norm[(len(statistics),)](
-            one, other, norm.weight, norm.bias, total, normed, statistics, width, norm.eps,
-            BLOCK=triton.next_power_of_2(width),
-        )  # fmt: skip
+        tensors = one, other, norm.weight, norm.bias, total, normed, statistics
+        _add_layer_norm[(len(statistics),)](*tensors, width, norm.eps, BLOCK=triton.next_power_of_2(width))
         ctx.save_for_backward(total, statistics)
         ctx.weight = norm.weight
         return total, normed
@@ -40,15 +39,13 @@ class AddLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, grad_normed: Tensor) -> tuple[Tensor, Tensor, None]:
         total, statistics = ctx.saved_tensors
         width, grad_input = total.shape[-1], torch.empty_like(total)
-        _add_layer_norm_backward[(len(statistics),)](
-            total, ctx.weight, statistics, grad_total.contiguous(), grad_normed.contiguous(), grad_input, width,
-            BLOCK=triton.next_power_of_2(width),
-        )  # fmt: skip
+        tensors = total, ctx.weight, statistics, grad_total.contiguous(), grad_normed.contiguous(), grad_input
+        _add_layer_norm_backward[(len(statistics),)](*tensors, width, BLOCK=triton.next_power_of_2(width))
         return grad_input, grad_input, None
 
 
 @triton.jit
-def _add_layer_norm(one, other, weight, bias, total, normed, statistics, width, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_layer_norm(one, other, weight, bias, total, normed, statistics, width, eps, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask, offset = column < width, row * width + column
     value = tl.load(one + offset, mask=mask, other=0.0).to(tl.float32)
@@ -67,7 +64,7 @@ def _add_layer_norm(one, other, weight, bias, total, normed, statistics, width, 
 
 
 @triton.jit
-def _add_layer_norm_backward(  # type: ignore[no-untyped-def]
+def _add_layer_norm_backward(
     total, weight, statistics, grad_total, grad_normed, grad_input, width, BLOCK: tl.constexpr
 ):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -103,7 +100,7 @@ class Geglu(torch.autograd.Function):
 
 
 @triton.jit
-def _halves(both, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _halves(both, width, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     offset = row * 2 * width + column
@@ -113,13 +110,13 @@ def _halves(both, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _geglu(both, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _geglu(both, out, width, BLOCK: tl.constexpr):
     hidden, gate, cdf, _, offset, mask = _halves(both, width, BLOCK)
     tl.store(out + offset, hidden * gate * cdf, mask=mask)
 
 
 @triton.jit
-def _geglu_backward(both, grad_out, grad_both, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _geglu_backward(both, grad_out, grad_both, width, BLOCK: tl.constexpr):
     hidden, gate, cdf, offset, out_offset, mask = _halves(both, width, BLOCK)
     grad = tl.load(grad_out + out_offset, mask=mask, other=0.0).to(tl.float32)
     derivative = cdf + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
@@ -143,7 +140,7 @@ class AddWithBias(torch.autograd.Function):
 
 
 @triton.jit
-def _add_with_bias(one, other, bias, out, size, channels, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_with_bias(one, other, bias, out, size, channels, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
     value = tl.load(one + index, mask=mask, other=0.0).to(tl.float32)
@@ -195,7 +192,7 @@ def _sum_partials(partials: Tensor, groups: int) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def _sum_pairs(partials, sums, pairs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum_pairs(partials, sums, pairs, BLOCK: tl.constexpr):
     group = tl.program_id(0).to(tl.int64)
     one = tl.zeros([BLOCK], tl.float32)
     other = tl.zeros([BLOCK], tl.float32)
@@ -209,7 +206,7 @@ def _sum_pairs(partials, sums, pairs, BLOCK: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
-def _tile(pixels, channels, groups, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile(pixels, channels, groups, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """Of this program: channels and their mask, rows and groups of them, offsets (pixels, channels) and their mask."""
     picture = tl.program_id(2).to(tl.int64)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
@@ -222,7 +219,7 @@ def _tile(pixels, channels, groups, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
 
 
 @triton.jit
-def _load(x, shift, row, channel_mask, offset, mask):  # type: ignore[no-untyped-def]
+def _load(x, shift, row, channel_mask, offset, mask):
     value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
     if shift is not None:
         value += tl.load(shift + row, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
@@ -230,7 +227,7 @@ def _load(x, shift, row, channel_mask, offset, mask):  # type: ignore[no-untyped
 
 
 @triton.jit
-def _store_partials(partials, row, channel_mask, one, other):  # type: ignore[no-untyped-def]
+def _store_partials(partials, row, channel_mask, one, other):
     """The sums of a tile's columns, where `_sum_pairs` reads them."""
     pair = partials + (row * tl.num_programs(0) + tl.program_id(0)) * 2
     tl.store(pair, tl.sum(one, axis=0), mask=channel_mask)
@@ -238,7 +235,7 @@ def _store_partials(partials, row, channel_mask, one, other):  # type: ignore[no
 
 
 @triton.jit
-def _mean_and_rstd(sums, group, channel_mask, size, eps):  # type: ignore[no-untyped-def]
+def _mean_and_rstd(sums, group, channel_mask, size, eps):
     """Of each channel's group, as rows."""
     mean = tl.load(sums + group * 2, mask=channel_mask, other=0.0) / size
     variance = tl.load(sums + group * 2 + 1, mask=channel_mask, other=0.0) / size - mean * mean
@@ -246,14 +243,14 @@ def _mean_and_rstd(sums, group, channel_mask, size, eps):  # type: ignore[no-unt
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def _moments(x, shift, partials, pixels, channels, groups, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _moments(x, shift, partials, pixels, channels, groups, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     _, channel_mask, row, _, offset, mask = _tile(pixels, channels, groups, PIXELS, CHANNELS)
     value = _load(x, shift, row, channel_mask, offset, mask)
     _store_partials(partials, row, channel_mask, value, value * value)
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def _normalize(  # type: ignore[no-untyped-def]
+def _normalize(
     x, shift, sums, weight, bias, out, pixels, channels, groups, eps,
     SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -267,12 +264,12 @@ def _normalize(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_channels(values, channel, channel_mask):  # type: ignore[no-untyped-def]
+def _load_channels(values, channel, channel_mask):
     return tl.load(values + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def _grad_normalized(value, grad_out, weight, bias, channel, channel_mask, offset, mask, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+def _grad_normalized(value, grad_out, weight, bias, channel, channel_mask, offset, mask, SILU: tl.constexpr):
     """The gradient of a normalized value."""
     scale = _load_channels(weight, channel, channel_mask)
     grad = tl.load(grad_out + offset, mask=mask, other=0.0).to(tl.float32)
@@ -284,7 +281,7 @@ def _grad_normalized(value, grad_out, weight, bias, channel, channel_mask, offse
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def _backward_moments(  # type: ignore[no-untyped-def]
+def _backward_moments(
     x, shift, sums, weight, bias, grad_out, partials, pixels, channels, groups, eps,
     SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -296,7 +293,7 @@ def _backward_moments(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def _backward_normalize(  # type: ignore[no-untyped-def]
+def _backward_normalize(
     x, shift, sums, weight, bias, grad_out, grad_sums, grad_x, pixels, channels, groups, eps,
     SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip

@@ -1,6 +1,5 @@
 """Replaces forwards of diffusers' modules, so that a frozen UNet or VAE runs on the Triton kernels. Needs Triton."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,42 +24,30 @@ def use_kernels(model: UNet2DConditionModel | AutoencoderKL) -> None:
     From then on the model must keep its device and dtype.
     """
     model.to(memory_format=torch.channels_last)
-    for module in list(model.modules()):
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         plain = isinstance(module, ResnetBlock2D) and _is_plain(module)
         for child in module.children():
             if isinstance(child, nn.GroupNorm) and not isinstance(module, Attention):  # there it is of tokens
-                _replace_forward(child, _group_norm, plain)
+                child.forward = partial(_group_norm, child, plain)  # type: ignore[method-assign]
         if plain:
             first = _move_bias(module.conv1, module.time_emb_proj)
             second = _move_bias(module.conv2, module.conv_shortcut)
-            _replace_forward(module, _resnet, first, second)
+            module.forward = partial(_resnet, module, first, second)
         elif isinstance(module, Upsample2D) and _only_doubles(module):
-            _replace_forward(module, _upsample, module.forward)
+            module.forward = partial(_upsample, module, module.forward)
         elif isinstance(module, Transformer2DModel) and module.use_linear_projection:
-            _replace_forward(module, _transformer)
+            module.forward = partial(_transformer, module)
         elif isinstance(module, BasicTransformerBlock) and module.norm_type == "layer_norm":
-            _replace_forward(module, _transformer_block)
+            module.forward = partial(_transformer_block, module)
         elif isinstance(module, GEGLU):
-            _replace_forward(module, _geglu)
-
-
-def try_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Build and run one of the kernels.
-
-    Raises:
-        OSError, RuntimeError, CalledProcessError: Triton finds no C compiler or no Python.h, or cannot write its cache.
-    """
-    kernels.Geglu.apply(torch.zeros(1, 2048, device=device, dtype=dtype))
-
-
-def _replace_forward(module: Any, forward: Callable[..., Any], *first: Any) -> None:
-    module.forward = partial(forward, module, *first)
+            module.forward = partial(_geglu, module)
 
 
 def _is_plain(block: Any) -> bool:
     """Whether `_resnet` does all that a block does."""
     extras = (block.upsample, block.downsample, block.dropout.p)
-    # "group" is what a VAE's decoder calls a norm that knows no timestep.
+    # "group" is what a VAE's decoder calls a norm without a time embedding.
     return not any(extras) and block.time_embedding_norm in ("default", "group") and block.output_scale_factor == 1
 
 

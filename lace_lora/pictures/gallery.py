@@ -44,7 +44,7 @@ class Preview:
 
 
 def make_preview(path: Path, picture: Image.Image | None = None) -> Preview:
-    """The preview of a finished picture; `picture` is what the file holds, if that is in memory."""
+    """The preview of a finished picture; `picture` is the file's content, if it is in memory."""
     picture = picture or open_finished(path)
     return Preview(embed(path, picture), _shrink(picture, SMALL))
 
@@ -70,7 +70,7 @@ def page(
     """One HTML file that needs no other: every picture inside it, with its prompt and seed.
 
     Pictures link to their files by name alone, so the page belongs in the folder of `Card.file`. `embedded` is what
-    `embed` has returned for some of them already.
+    `embed` already returned for some of them.
 
     Raises:
         OSError: a picture cannot be read.

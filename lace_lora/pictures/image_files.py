@@ -62,10 +62,11 @@ def visible_entries(image_dir: str | Path) -> list[Path]:
         with os.scandir(image_dir) as entries:
             return sorted(Path(entry.path) for entry in entries if entry.name[0] != ".")
     except (FileNotFoundError, NotADirectoryError) as error:
-        what = "is a file" if isinstance(error, NotADirectoryError) else "there is no such folder"
-        raise UserError(f"{image_dir}: {what}; set images_dir to the folder of your pictures") from None
+        what = "not a folder" if isinstance(error, NotADirectoryError) else "no such folder"
+        raise UserError(f"{image_dir}: {what}; set images_dir to the folder with your pictures") from None
     except OSError as error:
-        raise UserError(f"{image_dir}: cannot be read ({error.strerror})", DISK_OR_DRIVE) from error
+        advice = "check disk and permissions"
+        raise UserError(f"{image_dir} cannot be read ({error.strerror}): {advice}", DISK_OR_DRIVE) from error
 
 
 def check_pictures(paths: Sequence[Path], min_image_size: int, formats: Sequence[str] = ("JPEG",)) -> list[Picture]:
@@ -81,7 +82,7 @@ def check_pictures(paths: Sequence[Path], min_image_size: int, formats: Sequence
                 try:
                     found[path] = pool.submit(check, path).result()
                 except BrokenProcessPool:
-                    found[path] = Picture(path, reason="unreadable: the decoder crashes on it, or runs out of memory")
+                    found[path] = Picture(path, reason="unreadable: it crashes the decoder, or exhausts memory")
                     break
     return [found[path] for path in paths]
 
@@ -94,7 +95,7 @@ def _processes(count: int) -> ProcessPoolExecutor:
 
 
 def _exit_with_the_main_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     main_process = multiprocessing.parent_process()
 
     def wait_and_exit() -> None:
@@ -112,9 +113,9 @@ def _check(path: Path, min_image_size: int, formats: Sequence[str]) -> Picture:
         content = path.read_bytes()
         _, (width, height) = open_picture(io.BytesIO(content), at_least=64, formats=formats)
     except Image.UnidentifiedImageError:
-        return Picture(path, reason=f"unreadable: not a {' or '.join(formats)} that can be opened")
+        return Picture(path, reason=f"unreadable: not a valid {' or '.join(formats)} file")
     except FileNotFoundError:
-        return Picture(path, reason="unreadable: a broken link" if path.is_symlink() else "unreadable: it is gone")
+        return Picture(path, reason="unreadable: a broken link" if path.is_symlink() else "unreadable: it was deleted")
     except (*BROKEN, MemoryError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         return Picture(path, reason=f"unreadable: {reason}")
@@ -124,7 +125,7 @@ def _check(path: Path, min_image_size: int, formats: Sequence[str]) -> Picture:
 
 
 def formats_of(extensions: Collection[str]) -> tuple[str, ...]:
-    """Pillow's names for the formats of extensions: no other decoder sees a picture's bytes."""
+    """Pillow's names for the formats of extensions: no other decoder gets to read the file."""
     return tuple(dict.fromkeys(_FORMATS[extension.lower()] for extension in extensions))
 
 
@@ -137,7 +138,7 @@ def open_picture(
         source: a file or its bytes; opened for reading only.
         at_least: a JPEG may be decoded at a half, quarter or eighth, as long as its shorter side keeps this many
             pixels: that is several times faster on a phone's photos.
-        formats: which decoders may see it, see `formats_of`; its name says nothing.
+        formats: which decoders to allow, see `formats_of`; the file's extension is not used.
 
     Returns:
         The RGB picture, and the (width, height) of the original.
@@ -156,7 +157,7 @@ def open_picture(
 
 
 def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The picture turned as its EXIF says, and whether width and height changed places."""
+    """The picture turned as its EXIF says, and whether width and height were swapped."""
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return ImageOps.exif_transpose(image), turned
@@ -209,7 +210,7 @@ PNG_OPTIONS = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 
 
 def open_finished(path: Path) -> Image.Image:
-    """A picture that this program has written, in RGB.
+    """A picture written by this program, in RGB.
 
     Raises:
         UserError: it exists, but is truncated or damaged.
@@ -220,5 +221,4 @@ def open_finished(path: Path) -> Image.Image:
     except BROKEN as error:
         if isinstance(error, OSError) and error.errno:
             raise  # an error of the disk
-        advice = "delete it, and run the command that drew it again"
-        raise UserError(f"{path} is truncated or damaged: {advice}") from error
+        raise UserError(f"{path} is truncated or damaged: delete it, then rerun the command that drew it") from error

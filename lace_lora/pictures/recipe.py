@@ -1,4 +1,4 @@
-"""The recipe inside a picture file: ours, to draw it again from, and A1111's text, which viewers read."""
+"""The recipe inside a picture file: our JSON, for redrawing it, and A1111's text, which image viewers show."""
 
 import io
 import json
@@ -14,8 +14,8 @@ from lace_lora.files import write_atomically
 from lace_lora.pictures.image_files import BROKEN, PNG_OPTIONS
 
 TEXT = "lace-lora"  # the name of our text chunk in a PNG
-MODELS = ("pretrained_model", "pretrained_vae", "refiner_model")  # settings that may be folders of the user's
-_MAX_BYTES = 65_000  # a JPEG segment has room for
+MODELS = ("pretrained_model", "pretrained_vae", "refiner_model")  # settings that may be local folders
+_MAX_BYTES = 65_000  # that fit into a JPEG segment
 # A1111's names of schedulers; any other keeps diffusers' name.
 _SAMPLERS = {
     "EulerDiscreteScheduler": "Euler", "EulerAncestralDiscreteScheduler": "Euler a", "DDIMScheduler": "DDIM",
@@ -46,8 +46,8 @@ class Recipe:
 def save_picture(path: Path, picture: Image.Image, recipe: Recipe) -> None:
     """Write a PNG or JPEG atomically, with its recipe inside.
 
-    A PNG holds our JSON and A1111's `parameters` as text chunks; a JPEG holds ours as a comment and A1111's in EXIF, as
-    far as there is room.
+    A PNG contains our JSON and A1111's `parameters` as text chunks; a JPEG has ours as a comment and A1111's in EXIF,
+    if they fit.
     """
     content, a1111 = io.BytesIO(), parameters(recipe)
     if path.suffix == ".png":
@@ -121,7 +121,7 @@ def read(path: Path) -> Recipe:
     """The recipe that `save_picture` wrote into a file.
 
     Raises:
-        UserError: the file is not a picture of this program's, or its recipe is not valid.
+        UserError: the file was not drawn by this program, or its recipe is not valid.
     """
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as picture:
@@ -129,10 +129,10 @@ def read(path: Path) -> Recipe:
             content = json.loads(picture.info["comment" if picture.format == "JPEG" else TEXT])
         json.dumps(content, ensure_ascii=False).encode()  # refuses lone surrogates
         if not all(0 <= index < 100_000 and 0 <= seed < 2**63 for index, _, seed in content["batch"]):
-            raise ValueError("a number is out of range")
+            raise ValueError("an index or a seed is out of range")
         batch = [Design(int(index), content["prompts"][prompt], int(seed)) for index, prompt, seed in content["batch"]]
         own = next(one for one in batch if (one.prompt, one.seed) == (content["prompt"], content["seed"]))
         return Recipe(own, bool(content["refined"]), batch, dict(content["settings"]))
     except (*BROKEN, KeyError, IndexError, TypeError, StopIteration, RecursionError, OverflowError) as error:
-        advice = "name a PNG or JPEG that `--mode inference` has written"
-        raise UserError(f"rebuild: {path} holds no recipe ({first_line(error)}): {advice}") from error
+        advice = "name a PNG or JPEG that `--mode inference` wrote"
+        raise UserError(f"rebuild: no valid recipe in {path} ({first_line(error)}): {advice}") from error

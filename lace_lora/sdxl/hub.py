@@ -1,6 +1,6 @@
-"""Models by name: on the hub, in a folder, or in one file. Only what is needed of a model is downloaded, once.
+"""Models by name: on the Hub, in a folder, or in one file. Only what is needed of a model is downloaded, once.
 
-Nothing here imports torch, so that a wrong name or a dead connection is reported before anything heavy starts.
+Nothing here imports torch, so that a wrong name or a lost connection is reported before anything slow starts.
 """
 
 import threading
@@ -31,7 +31,7 @@ _CONNECTION_LOST: tuple[type[Exception], ...] = (
 
 
 def fetch_models(config: Config) -> dict[str, Any]:
-    """Download what is missing of the models of `config`; returns their places on this machine by setting.
+    """Download what is missing of the models in `config`; returns their local paths by setting.
 
     Everything that is used of the base, and the refiner's UNet: its VAE and text encoder are the base's.
 
@@ -48,27 +48,25 @@ def fetch_models(config: Config) -> dict[str, Any]:
 def fetch(source: str, parts: Sequence[str], variant: str | None = None, revision: str | None = None) -> Path:
     """The folder or file of a model; `parts` are the subfolders that are needed, "" for the folder itself.
 
-    Weights are downloaded in the variant where there are such, else plain ones; safetensors only.
+    Weights are downloaded in the variant if it exists, otherwise the default ones; safetensors only.
     """
     path = Path(source)
     if path.is_file():
         layout(path)
-        return path
-    if path.is_dir():
+    if path.exists():
         return path
     if path.suffix == ".safetensors" or source.startswith((".", "/")) or source.count("/") > 1:
-        raise UserError(f"there is no model at {source}: check the path")
+        raise UserError(f"no model found at {source}: check the path")
     small = ["model_index.json", *_in(parts, ["*.json", "*.txt"])]
     heavy = [part for part in parts if part not in WITHOUT_WEIGHTS]
     folder = _download(source, revision, [*small, *_in(heavy, _weight_names(variant))])
-    plain = [part for part in heavy if not has_weights(folder / part, variant)]
+    plain = [part for part in heavy if not weight_files(folder / part, variant)]
     if plain and variant:
         folder = _download(source, revision, [*small, *_in(plain, _weight_names(None))])
     for part in heavy:
-        if not (has_weights(folder / part, variant) or has_weights(folder / part, None)):
-            raise UserError(
-                f"{source} has no safetensors weights in {part or 'it'}: is it an SDXL model for diffusers?"
-            )
+        if not (weight_files(folder / part, variant) or weight_files(folder / part, None)):
+            where = part or "it"
+            raise UserError(f"{source} has no safetensors weights in {where}: choose an SDXL model in diffusers format")
     return folder
 
 
@@ -82,11 +80,10 @@ def layout(file: Path) -> Path:
         with safe_open(file, framework="numpy") as content:
             names = list(content.keys())
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{file} is not a safetensors file, and no other kind is loaded ({first_line(error)})"
-        ) from error
+        reason = f"{file} cannot be read as a safetensors file ({first_line(error)})"
+        raise UserError(f"{reason}: use a .safetensors checkpoint of SDXL") from error
     if "v_pred" in names:
-        advice = "use it as a folder in diffusers' layout, whose scheduler config has the prediction type"
+        advice = "convert it to a folder in diffusers format, whose scheduler config contains the prediction type"
         raise UserError(f"{file} is a v-prediction model, which is not supported as a single file: {advice}")
     # SDXL's base has two text encoders, its refiner the larger one alone.
     is_refiner = any(name.startswith("conditioner.embedders.0.model.") for name in names)
@@ -94,12 +91,8 @@ def layout(file: Path) -> Path:
     return _download(REFINER_LAYOUT if is_refiner else BASE_LAYOUT, None, ["model_index.json", *small])
 
 
-def has_weights(folder: Path, variant: str | None) -> bool:
-    """Whether there are weights in that variant, in one file or in shards; None means plain ones."""
-    return bool(weight_files(folder, variant))
-
-
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The weights in that variant, in one file or in shards; None means plain ones."""
     names = [name for name in _weight_names(variant) if name.endswith(".safetensors")]
     return sorted(path for name in names for path in folder.glob(name))
 
@@ -111,7 +104,7 @@ def read_ahead(source: str, parts: Sequence[str], variant: str | None) -> None:
     """
     files = [Path(source)] if Path(source).is_file() else []
     for folder in (Path(source, part) for part in parts):
-        files += weight_files(folder, variant if has_weights(folder, variant) else None)
+        files += weight_files(folder, variant) or weight_files(folder, None)
 
     def read() -> None:
         buffer = bytearray(2**24)
@@ -143,23 +136,22 @@ def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:
-        how = "accept its terms on its page on the hub, then log in with `hf auth login` or set HF_TOKEN"
-        raise UserError(f"{name} is only for those who accepted its terms: {how}") from error
+        how = "accept its terms on its page on the Hub, then log in with `hf auth login`, or set HF_TOKEN"
+        raise UserError(f"{name} is a gated model: {how}") from error
     except errors.RepositoryNotFoundError as error:
-        how = "check the name; if it is private, log in with `hf auth login` or set HF_TOKEN"
-        raise UserError(f"there is no model {name} on the hub, nor a folder of that name: {how}") from error
+        how = "check the name; if it is private, log in with `hf auth login`, or set HF_TOKEN"
+        raise UserError(f"{name} is neither a model on the Hub nor a local folder: {how}") from error
     except (errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        how = "check name and revision"
-        raise UserError(f"{name} is not a model on the hub, nor a folder ({first_line(error)}): {how}") from error
+        how = f"({first_line(error)}): check the name and the revision"
+        raise UserError(f"{name} is neither a model on the Hub nor a local folder {how}") from error
     except _CONNECTION_LOST as error:  # among them HfHubHTTPError and LocalEntryNotFoundError
         refused = {getattr(getattr(each, "response", None), "status_code", 0) for each in (error, error.__cause__)}
         if refused & {401, 403}:
             how = "it may have expired: log in again with `hf auth login`, or set HF_TOKEN"
-            raise UserError(f"the hub refuses your token for {name}: {how}") from error
+            raise UserError(f"the Hub rejected your access token for {name}: {how}") from error
         if isinstance(error, errors.LocalEntryNotFoundError):
-            how = "connect (and unset HF_HUB_OFFLINE), then run the same command again"
-            raise UserError(
-                f"{name} is incomplete on this machine, and the hub is not reached: {how}", DISK_OR_DRIVE
-            ) from error
-        how = "run the same command again, it downloads what is missing; is the disk full?"
-        raise UserError(f"{name} is incomplete ({first_line(error)}): {how}", DISK_OR_DRIVE) from error
+            how = "connect to the internet (and unset HF_HUB_OFFLINE), then run the same command again"
+            what = f"{name} is not completely downloaded, and the Hub cannot be reached"
+            raise UserError(f"{what}: {how}", DISK_OR_DRIVE) from error
+        how = "check that the disk is not full, then run the same command again to download the rest"
+        raise UserError(f"the download of {name} failed ({first_line(error)}): {how}", DISK_OR_DRIVE) from error

@@ -7,9 +7,8 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
@@ -26,7 +25,6 @@ from lace_lora.files import write_atomically
 # Every attention of each network.
 _UNET_TARGETS, _TEXT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0"), ("q_proj", "k_proj", "v_proj", "out_proj")
 _KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-_LAYERS_PER_BLOCK = 2  # of SDXL's UNet; the demo's has 1
 # The UNet's layers outside of attention, by diffusers' name and by that of SDXL's own code, which kohya's programs use.
 _ORIGINAL_NAMES = {
     "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
@@ -36,9 +34,9 @@ _ORIGINAL_NAMES = {
     ".conv1": ".in_layers.2", ".time_emb_proj": ".emb_layers.1", ".conv2": ".out_layers.3",
     ".conv_shortcut": ".skip_connection",
 }  # fmt: skip
-# How a name in a LoRA file begins, by network, and how it ends, by what it is of its layer.
+# The prefixes of names in a LoRA file, by network, and their suffixes, by role in the layer.
 _PREFIXES = {network: (f"{network}.", f"{prefix}_") for network, prefix in _KOHYA_PREFIX.items()}
-_ENDS = {
+_SUFFIXES = {
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
     ".alpha": "alpha", ".lora_magnitude_vector": "magnitude",
 }  # fmt: skip
@@ -54,16 +52,11 @@ def add_lora(networks: Networks, config: Config) -> dict[str, torch.nn.Parameter
         updates of bf16 weights would round to nothing.
     """
     weights: dict[str, torch.nn.Parameter] = {}
+    size = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.lora_dropout}
     for name, network in networks.items():
-        network.add_adapter(  # type: ignore[operator]
-            LoraConfig(
-                r=config.rank,
-                lora_alpha=config.alpha,
-                lora_dropout=config.lora_dropout,
-                init_lora_weights="gaussian",
-                target_modules=list(_UNET_TARGETS if name == "unet" else _TEXT_TARGETS),
-            )
-        )
+        targets = list(_UNET_TARGETS if name == "unet" else _TEXT_TARGETS)
+        adapter = LoraConfig(init_lora_weights="gaussian", target_modules=targets, **size)
+        network.add_adapter(adapter)  # type: ignore[operator]
         weights |= {f"{name}.{part}": weight for part, weight in network.named_parameters() if weight.requires_grad}
     for weight in weights.values():
         weight.data = weight.data.float()
@@ -71,10 +64,9 @@ def add_lora(networks: Networks, config: Config) -> dict[str, torch.nn.Parameter
 
 
 def lora_state(networks: Networks, scale: float = 1.0) -> dict[str, Tensor]:
-    """The LoRA under diffusers' names, on the CPU, in fp32.
+    """The LoRA under diffusers' names, on the CPU, in fp32, with `scale` folded into its weights.
 
-    Args:
-        scale: folded into the weights; alpha / rank for a file, since plain loaders assume that alpha is the rank.
+    That is alpha / rank for a file, since plain loaders assume that alpha is the rank.
     """
     state = {}
     for name, network in networks.items():
@@ -96,8 +88,8 @@ def kohya_state(state: dict[str, Tensor], alpha: float, layers_per_block: int) -
     return named
 
 
-def kohya_name(module: str, layers_per_block: int = _LAYERS_PER_BLOCK) -> str:
-    """kohya's name for a layer: `lora_unet_input_blocks_4_1_proj` for `unet.down_blocks.1.attentions.0.proj`."""
+def kohya_name(module: str, layers_per_block: int) -> str:
+    """kohya's name for a layer: `lora_unet_input_blocks_4_1_proj` for SDXL's `unet.down_blocks.1.attentions.0.proj`."""
     network, _, path = module.partition(".")
     if network == "unet":
         path = _original_path(path, layers_per_block)
@@ -113,19 +105,18 @@ def _original_path(path: str, layers_per_block: int) -> str:
         within = {"resnet": 0, "attention": 1, "downsampler": 0, "upsampler": 2}[kind]
         rest = "op" if kind == "downsampler" else rest
         path = f"{'input' if side == 'down' else 'output'}_blocks.{number}.{within}.{rest}"
-    for ours, original in _ORIGINAL_NAMES.items():
-        path = path.replace(ours, original)
+    for diffusers_name, original in _ORIGINAL_NAMES.items():
+        path = path.replace(diffusers_name, original)
     return path
 
 
 def save_lora(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a LoRA file; its name never stands for half of it."""
+    """Write a LoRA file atomically."""
     # Not save_file: it has temporary names and errors of its own, which hide a full disk.
     write_atomically(path, save(state, metadata={"format": "pt", **metadata}))
 
 
-@dataclass(frozen=True)
-class LoraLayer:
+class LoraLayer(NamedTuple):
     """What a LoRA file has for one layer, to whose weights it adds alpha / rank * up @ down."""
 
     down: Tensor  # (rank, in, …)
@@ -134,8 +125,7 @@ class LoraLayer:
     magnitude: Tensor | None  # (out) values, with DoRA
 
 
-@dataclass(frozen=True)
-class Lora:
+class Lora(NamedTuple):
     """A LoRA file in memory, its layers by the name that it has for each: diffusers' or one of kohya's."""
 
     path: Path
@@ -146,15 +136,15 @@ def read_lora(path: Path) -> Lora:
     """A LoRA file of diffusers, peft or kohya's programs, once; for `merge_lora(networks, read_lora(path), scale)`.
 
     Raises:
-        UserError: not safetensors, or not a LoRA for SDXL. Errors of the disk and of memory are passed on.
+        UserError: not safetensors, or not a LoRA for SDXL. Disk and out-of-memory errors are passed on.
     """
     with _not_for_this_model(path):
         state, adapter = _read_file(path)
         layers: dict[str, dict[str, Tensor]] = {}
         unknown = []
         for key, value in state.items():
-            end = next((end for end in _ENDS if key.endswith(end)), "")
-            layer, part = key.removesuffix(end), _ENDS.get(end)
+            end = next((end for end in _SUFFIXES if key.endswith(end)), "")
+            layer, part = key.removesuffix(end), _SUFFIXES.get(end)
             if part and key.startswith(sum(_PREFIXES.values(), ())) and part not in layers.get(layer, {}):
                 layers.setdefault(layer, {})[part] = value
             else:
@@ -172,7 +162,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors under the names of `lora_state` where they had other ones of diffusers', and peft's settings if noted."""
+    """Tensors, other diffusers names changed to those of `lora_state`, and peft's settings if the file has them."""
     with safe_open(path, framework="pt") as file:
         adapter = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
         # Copied: a tensor that is still mapped when its disk is lost would end the process.
@@ -203,10 +193,10 @@ def _layer(name: str, own: dict[str, Tensor], adapter: dict[str, Any]) -> LoraLa
 def merge_lora(networks: Networks, lora: Lora, scale: float) -> None:
     """Add `scale` times a LoRA to the networks' weights: no cost per step after that.
 
-    A network that it has nothing for is left alone. Of each, all layers are found before any is merged.
+    A network without weights in the LoRA is left unchanged. All layers of each are matched before any is merged.
 
     Raises:
-        UserError: the LoRA has other layers than the network, or of other shapes. Errors of memory are passed on.
+        UserError: the LoRA's layers or shapes do not match the network's. Out-of-memory errors are passed on.
     """
     if scale == 0:
         return
@@ -221,15 +211,15 @@ def merge_lora(networks: Networks, lora: Lora, scale: float) -> None:
 
 def _by_name(network: Any, name: str) -> dict[str, Any]:
     """Each linear layer and convolution of a network, under every name that a LoRA file can have for it."""
-    layers_per_block = getattr(network.config, "layers_per_block", _LAYERS_PER_BLOCK)
+    layers_per_block = network.config.layers_per_block if name == "unet" else 0
     modules: dict[str, Any] = {}
     for path, module in network.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             in_file = path if name == "unet" or re.match("text_model|text_projection", path) else f"text_model.{path}"
-            ours = f"{name}.{in_file}"
-            modules.setdefault(ours, module)
-            modules.setdefault(kohya_name(ours, layers_per_block), module)
-            modules.setdefault(f"{_KOHYA_PREFIX[name]}_{in_file.replace('.', '_')}", module)  # some name the UNet so
+            diffusers_name = f"{name}.{in_file}"
+            modules.setdefault(diffusers_name, module)
+            modules.setdefault(kohya_name(diffusers_name, layers_per_block), module)
+            modules.setdefault(f"{_KOHYA_PREFIX[name]}_{in_file.replace('.', '_')}", module)  # some files do
     return modules
 
 
@@ -248,12 +238,12 @@ def _add(weight: Tensor, layer: LoraLayer, scale: float) -> None:
 
 def _refuse(unknown: Collection[str]) -> None:
     if unknown:
-        raise ValueError(f"it has weights of another model, or of another kind than LoRA, such as {min(unknown)}")
+        raise ValueError(f"it contains weights of another model, or not of a LoRA, such as {min(unknown)}")
 
 
 @contextmanager
 def _not_for_this_model(path: Path) -> Iterator[None]:
-    """What is wrong with a LoRA file as a UserError; errors of the disk and of memory are passed on."""
+    """Turn errors of a LoRA file into a UserError; disk and out-of-memory errors are passed on."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -78,7 +78,7 @@ def warn_of_long(texts: Iterable[str], tokenizer: CLIPTokenizer) -> None:
     """Warn of each text that has more tokens than the text encoders read."""
     for text in texts:
         if len(tokenizer(text).input_ids) > tokenizer.model_max_length:  # start and end included
-            logger.warning("SDXL reads the first 77 tokens of a text only; this one is longer: %.60s…", text)
+            logger.warning("SDXL reads only the first 77 tokens (about 50 words) and ignores the rest of: %.60s…", text)
 
 
 def zeros_for_empty_prompt(source: str, default: bool) -> bool:
@@ -117,12 +117,8 @@ def encode_prompts(
 
 def tokenize(prompts: list[str], tokenizers: list[CLIPTokenizer]) -> list[Tensor]:
     """Token ids (n, 77) for each tokenizer."""
-    return [
-        tokenizer(
-            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).input_ids
-        for tokenizer in tokenizers
-    ]
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return [each(prompts, max_length=each.model_max_length, **options).input_ids for each in tokenizers]
 
 
 def encode_tokens(tokens: list[Tensor], text_encoders: list[torch.nn.Module]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The latents of one batch, by the base and by the refiner: schedulers, steps, seeds.
 
-diffusers' own pipelines denoise; each is given the one model it needs and embeddings made beforehand.
+diffusers' own pipelines denoise; each is given the one model it needs and precomputed embeddings.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ def is_ensemble(config: Config) -> bool:
 
 
 def planned_steps(config: Config, scheduler: Any) -> tuple[int, int]:
-    """How many steps base and refiner make. The ensemble hands over at a timestep, wherever among the steps that is.
+    """How many steps base and refiner do. The ensemble hands over at a timestep, not after a number of steps.
 
     Raises:
         UserError: one of them would have no step.
@@ -48,7 +48,7 @@ def planned_steps(config: Config, scheduler: Any) -> tuple[int, int]:
     base = int((scheduler.timesteps >= round(of_all - config.refiner_start * of_all)).sum())
     if base in (0, steps):
         left_out, where = ("refiner", "lower") if base else ("base", "higher")
-        raise UserError(f"no step is left for the {left_out}: set refiner_start {where}, or num_inference_steps higher")
+        raise UserError(f"the {left_out} would get no steps: set refiner_start {where}, or raise num_inference_steps")
     return base, steps - base
 
 
@@ -73,18 +73,18 @@ def base_latents(
     arguments = embeddings | _arguments(config, seeds, on_step) | {"width": config.width, "height": config.height}
     if not is_ensemble(config):
         return pipeline(**arguments).images
-    with _noting_x0(scheduler) as predicted:
+    with _recording_x0(scheduler) as predicted:
         latents = pipeline(**arguments, denoising_end=config.refiner_start).images
     return torch.stack([latents, predicted[0].to(latents)])
 
 
 @contextmanager
-def _noting_x0(scheduler: Any) -> Iterator[list[Tensor]]:
-    """A list with the finished latents that the scheduler's last step has predicted."""
+def _recording_x0(scheduler: Any) -> Iterator[list[Tensor]]:
+    """A list with the finished latents (x0) that the scheduler's last step predicted."""
     step, predicted = scheduler.step, list[Tensor]()
 
     @wraps(step)  # pipelines look at its signature
-    def step_and_note_x0(*arguments: Any, **named: Any) -> tuple[Tensor]:
+    def step_and_record_x0(*arguments: Any, **named: Any) -> tuple[Tensor]:
         result = step(*arguments, **named | {"return_dict": True})
         # Solvers of a higher order keep it for their next steps.
         predicted[:] = [
@@ -92,11 +92,11 @@ def _noting_x0(scheduler: Any) -> Iterator[list[Tensor]]:
         ]
         return (result.prev_sample,)
 
-    scheduler.step = step_and_note_x0
+    scheduler.step = step_and_record_x0
     try:
         yield predicted
     finally:
-        del scheduler.step  # the method of its class is back
+        del scheduler.step  # restores the class's method
 
 
 def refined_latents(

@@ -20,9 +20,9 @@ def encode_pixels(vae: AutoencoderKL, pixels: Tensor, path: Path) -> tuple[Tenso
         (part * vae.config.scaling_factor).float().cpu().contiguous() for part in (posterior.mean, posterior.std)
     )
     if not mean.isfinite().all():
-        raise UserError(
-            f"the VAE's output for {path} is not finite: its weights are damaged, or overflow in fp16", LOSS_NOT_FINITE
-        )
+        advice = "leave pretrained_vae empty, or set mixed_precision: bf16 or no"
+        reason = f"its weights are damaged or overflow in fp16; {advice}"
+        raise UserError(f"the VAE's output for {path} contains NaN or inf: {reason}", LOSS_NOT_FINITE)
     return mean, std
 
 
@@ -42,17 +42,17 @@ class PendingPicture:
     arrived: torch.cuda.Event | None  # None where nothing is copied in the background
 
     def wait(self) -> Image.Image:
-        """The picture, once it is here.
+        """Wait for the picture and return it.
 
         Raises:
-            UserError: it would be black, since the latents or the VAE's output are not finite (exit 5).
+            UserError: it would be black: the latents or the VAE's output contain NaN or inf (exit 5).
         """
         if self.arrived:
             self.arrived.synchronize()
         for finite, name in ((self.latents_finite, "latents"), (bool(self.finite), "VAE's output")):
             if not finite:
                 advice = "set mixed_precision: bf16 or no, leave pretrained_vae empty, or try lora_scale=0"
-                raise UserError(f"the {name} is not finite, so pictures would be black: {advice}", LOSS_NOT_FINITE)
+                raise UserError(f"NaN or inf in the {name}, so pictures would be black: {advice}", LOSS_NOT_FINITE)
         height, width, _ = self.levels.shape
         return Image.frombytes("RGB", (width, height), self.levels.numpy().tobytes())
 
@@ -83,7 +83,7 @@ def _decode(vae: AutoencoderKL, latents: Tensor, latents_finite: bool) -> Pendin
     levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
     on_gpu = vae.device.type == "cuda"
     levels, finite = (value.to("cpu", non_blocking=on_gpu) for value in (levels, pixels.isfinite().all()))
-    arrived = torch.cuda.Event(blocking=True) if on_gpu else None  # a thread that waits for it leaves the CPU alone
+    arrived = torch.cuda.Event(blocking=True) if on_gpu else None  # a thread that waits for it uses no CPU time
     if arrived:
         arrived.record()
     return PendingPicture(levels, finite, latents_finite, arrived)

@@ -57,7 +57,7 @@ def command_line(config: Config, flags: dict[str, bool], pictures: Path, folder:
     values: dict[str, Any] = {_FLAG_OF.get(name, name): value for name, value in config.subset(SCRIPT).items()}
     values |= {
         "pretrained_model_name_or_path": config.pretrained_model,
-        "variant": config.variant if hub.has_weights(Path(config.pretrained_model, "unet"), config.variant) else None,
+        "variant": config.variant if hub.weight_files(Path(config.pretrained_model, "unet"), config.variant) else None,
         "instance_data_dir": pictures,
         "output_dir": folder,
         "mixed_precision": precision,

@@ -95,7 +95,7 @@ def _encode_files(
 ) -> latents.Latents:  # fmt: skip
     """Picture files, each with its SHA-256, to latents; several processes encode them once."""
     shapes = latents.shapes(config.resolution, config.aspect_ratio_buckets)
-    source, subfolder = models.vae_place(config)
+    source, subfolder = models.vae_source(config)
     path = Path(source) if Path(source).is_file() else Path(source, subfolder)
     depends_on = [stamps(path), config.variant, str(dtype), accelerator.device.type]
     by_path, formats = {Path(path): digest for path, digest in contents.items()}, formats_of(extensions)

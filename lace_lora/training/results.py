@@ -19,8 +19,7 @@ def save_results(
     config: Config, state: dict[str, Tensor], alpha: float, steps: int, job: Job, layers_per_block: int,
     prediction_type: str,
 ) -> Path:  # fmt: skip
-    """Write a finished LoRA for diffusers and for kohya's programs; returns the first file, which is
-    written last because it marks the training as finished.
+    """Write the LoRA for kohya's programs and, last, since it marks training as finished, for diffusers; returns that.
 
     Args:
         state: as `lora_weights.lora_state` gives it, with nothing folded in.

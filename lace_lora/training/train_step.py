@@ -29,6 +29,8 @@ from lace_lora.training.optimizer import Weights
 
 logger = logging.getLogger("train_lora")
 
+Loss = Callable[[Batch], Tensor]  # of a batch on the device, as a scalar: the mean over its pictures
+
 _FLAT = "unet.lora"  # the name of all weights as one parameter
 
 
@@ -37,14 +39,12 @@ class TrainStep:
 
     Args:
         networks: the UNet, and both text encoders if they train, with their LoRA.
-        loss: of a batch on the device, as a scalar: the mean over its pictures.
         dtype: of the frozen weights.
     """
 
     def __init__(
-        self, config: Config, networks: dict[str, Any], loss: Callable[[Batch], Tensor], device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+        self, config: Config, networks: dict[str, Any], loss: Loss, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.networks, self.loss, self.device, self.dtype = networks, loss, device, dtype
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.micro_batch_size = config.train_batch_size * (2 if config.with_prior_preservation else 1)
@@ -75,38 +75,29 @@ class TrainStep:
                 losses = [self._micro_batch(part) for part in batch.split(self.micro_batch_size)]
                 return torch.stack(losses).sum()
             except RuntimeError as error:
-                save_memory = next(memory_savers, None) if is_out_of_memory(error) else None
-                if save_memory is None:
+                if not is_out_of_memory(error) or not next(memory_savers, False):
                     raise
             # Not in the clause above, where the error still holds on to the memory that is to be freed.
             for gradient in self.gradients():
                 gradient.zero_()
-            save_memory()
-            self.drop_graphs()  # in any case: they were captured for what did not fit
+            self.drop_graphs()  # they were captured for what did not fit
 
-    def _memory_savers(self) -> Iterator[Callable[[], Any]]:
-        """What to do each time that memory runs out in a step: the cheapest first, until nothing is left."""
+    def _memory_savers(self) -> Iterator[bool]:
+        """Change, each time that memory runs out in a step, what costs least; until nothing is left."""
         if self.cuda_graphs and self.cuda_graphs.graphs:
-            yield self.drop_graphs  # graphs of other shapes may take the memory that is missing
-        while self.micro_batch_size > 1:
-            yield self._reduce_micro_batch
+            yield True  # graphs of other shapes may take the memory that is missing
+        while (whole := self.micro_batch_size) > 1:
+            self.micro_batch_size = part = max(part for part in range(1, whole) if whole % part == 0)
+            logger.warning("out of memory: using micro-batches of %d from now on; the batch size stays the same", part)
+            yield True
         if not self.checkpointing:
-            yield self._save_memory_by_checkpointing
+            self._start_checkpointing()
+            logger.warning("out of memory: using gradient checkpointing from now on; steps take a third longer")
+            yield True
         if self.cuda_graphs:
-            yield self._stop_capturing
-
-    def _reduce_micro_batch(self) -> None:
-        size = self.micro_batch_size
-        self.micro_batch_size = max(smaller for smaller in range(1, size) if size % smaller == 0)
-        logger.warning("out of memory: micro-batches of %d from now on; the batch size stays", self.micro_batch_size)
-
-    def _save_memory_by_checkpointing(self) -> None:
-        self._start_checkpointing()
-        logger.warning("out of memory: using gradient checkpointing from now on; steps take a third longer")
-
-    def _stop_capturing(self) -> None:
-        self.cuda_graphs = None
-        logger.warning("out of memory: training without CUDA graphs from now on, which is slower but saves memory")
+            self.cuda_graphs = None
+            logger.warning("out of memory: training without CUDA graphs from now on, which is slower but saves memory")
+            yield True
 
     def drop_graphs(self) -> None:
         """Free the memory that CUDA graphs occupy between steps; the next step captures them again."""
@@ -194,12 +185,10 @@ class TrainStep:
 
 def reason_for_eager(config: Config, device: torch.device) -> str:
     """Which setting or device needs peft's own LoRA and eager PyTorch; an empty string if none does."""
-    if device.type not in ("cuda", "cpu"):
-        return f"they are untested on {device.type}"
-    if config.lora_dropout:
-        return "lora_dropout drops inputs of each linear separately"
-    if config.train_text_encoder:
-        return "the text encoders are trained too"
-    if config.attention == "xformers":
-        return "attention is xformers"
-    return ""
+    reasons = {
+        f"they are untested on {device.type}": device.type not in ("cuda", "cpu"),
+        "lora_dropout drops inputs of each linear separately": config.lora_dropout > 0,
+        "the text encoders are trained too": config.train_text_encoder,
+        "attention is xformers": config.attention == "xformers",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")

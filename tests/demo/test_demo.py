@@ -1,4 +1,4 @@
-"""The demo's teaching material: textiles drawn and described as they are, no lace among them, and honest distances."""
+"""The demo's teaching material: textiles drawn and described as they are, no lace among them, and correct distances."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def test_a_textile_has_its_two_colours_and_is_the_same_for_the_same_seed(pattern
         assert light > 0.9 if pattern == "plain" else 0.03 < light < 0.97
 
 
-def test_outlined_is_less_than_solid() -> None:
+def test_outlined_figures_cover_less_than_solid_ones() -> None:
     fixed = {"colour": "white", "ground": "black", "material": "cotton"}
     solid, outlined = (
         draw("diamonds", 2, 5, figure=figure, **fixed)[0].float().mean() for figure in ("solid", "outlined")
@@ -38,7 +38,7 @@ def test_outlined_is_less_than_solid() -> None:
 
 
 @pytest.mark.parametrize("layout", draw_textiles.LAYOUTS)
-def test_a_pattern_keeps_to_its_place(layout: str) -> None:
+def test_a_layout_covers_less_than_all_over(layout: str) -> None:
     fixed = {"colour": "white", "ground": "black", "figure": "solid", "material": "cotton"}
     everywhere, there = (
         draw("diamonds", 4, 5, layout=name, **fixed)[0].float().mean((1, 2, 3)) for name in ("all over", layout)
@@ -107,7 +107,7 @@ def test_prompt_adherence_counts_patterns_and_colours_separately() -> None:
     assert measure.prompt_adherence(Fixed(), torch.zeros(4, 3, 8, 8), asked) == (0.5, 0.5)
 
 
-def test_the_model_is_small_whole_and_holds_nothing_twice() -> None:
+def test_the_model_is_small_complete_and_without_duplicates() -> None:
     files = [path for path in (ROOT / "demo" / "model").rglob("*") if path.is_file()]
     weights = {str(path.relative_to(ROOT / "demo" / "model")): path for path in files if path.suffix == ".safetensors"}
     assert len({hashlib.sha256(path.read_bytes()).digest() for path in weights.values()}) == len(weights) == 6

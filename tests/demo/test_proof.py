@@ -1,6 +1,6 @@
 """`make proof` in short: training on lace moves the demo's pictures to lace, and drawing without the LoRA does not.
 
-`make proof` itself, which takes much longer, also trains on stripes and with a learning rate next to zero.
+`make proof` itself, which takes much longer, also trains on stripes and with a learning rate close to zero.
 """
 
 from pathlib import Path

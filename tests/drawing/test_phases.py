@@ -58,7 +58,7 @@ def lora(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ensemble", DDIMScheduler),
     ],
 )
-def test_pictures_equal_hand_driven_pipelines(settings: Make, lora: Path, flow: str, scheduler: Any) -> None:
+def test_pictures_equal_those_of_diffusers_pipelines(settings: Make, lora: Path, flow: str, scheduler: Any) -> None:
     config = settings(
         refiner_flow=flow, scheduler=scheduler.__name__, negative_prompt=NEGATIVE, save_base=True,
         refiner_strength=0.4, refiner_start=0.6, aesthetic_score=7.0, height=72,
@@ -78,11 +78,11 @@ def test_pictures_equal_hand_driven_pipelines(settings: Make, lora: Path, flow: 
     step = base.scheduler.step
 
     @wraps(step)
-    def noting(*given: Any, **named: Any) -> Any:
+    def recording(*given: Any, **named: Any) -> Any:
         seen.append(given)
         return step(*given, **named)
 
-    base.scheduler.step = noting
+    base.scheduler.step = recording
     latents = base(
         **common, width=64, height=72, output_type="latent", denoising_end=0.6 if flow == "ensemble" else None,
         generator=torch.Generator().manual_seed(11),
@@ -135,7 +135,9 @@ def test_the_base_of_the_ensemble_is_not_decoded_unless_it_is_saved(settings: Ma
 
 
 @pytest.mark.parametrize(("flow", "steps"), [("img2img", 10), ("ensemble", 10), ("ensemble", 15)])
-def test_announced_steps_are_made(settings: Make, flow: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bars_reach_their_totals(
+    settings: Make, flow: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: dict[str, float] = {}
 
     class Counting(phases.tqdm):
@@ -144,7 +146,7 @@ def test_announced_steps_are_made(settings: Make, flow: str, steps: int, monkeyp
             super().close()
 
     monkeypatch.setattr(phases, "tqdm", Counting)
-    monkeypatch.setattr(phases, "_ROOM", 10**6)
+    monkeypatch.setattr(phases, "_VAE_PICTURES", 10**6)
     drawn(settings(refiner_flow=flow, num_inference_steps=steps), None, [1, 2])
     assert made == {"drawing": 0, "refining": 0, "saving": 0}
 
@@ -153,8 +155,8 @@ class Unet(torch.nn.Module):
     device = torch.device("cpu")
 
 
-def test_a_batch_is_handed_on_once_the_next_one_is_ordered(tmp_path: Path) -> None:
-    """So that a GPU never waits for Python between two batches. What an earlier run has written is not made again."""
+def test_a_batch_is_passed_on_once_the_next_one_is_queued(tmp_path: Path) -> None:
+    """So that a GPU never waits for Python between two batches. Batches of an earlier run are not computed again."""
     events: list[str] = []
     files = [tmp_path / f"{number}.safetensors" for number in range(4)]
 
@@ -185,7 +187,7 @@ def test_a_batch_is_handed_on_once_the_next_one_is_ordered(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("fails_in", ["make", "on_batch", "writing"])
-def test_a_phase_that_breaks_off_frees_its_unet_and_keeps_what_it_made(tmp_path: Path, fails_in: str) -> None:
+def test_a_failed_phase_frees_its_unet_and_keeps_its_latents(tmp_path: Path, fails_in: str) -> None:
     """Batch 1 is the one that fails; the writing of batch 0 has ended by then."""
     unets: list[Any] = []
 
@@ -215,7 +217,7 @@ def test_a_phase_that_breaks_off_frees_its_unet_and_keeps_what_it_made(tmp_path:
 
 
 def test_pictures_are_saved_while_others_are_refined(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "_ROOM", 0)
+    monkeypatch.setattr(phases, "_VAE_PICTURES", 0)
     refined_latents, first_is_saved = sampling.refined_latents, threading.Event()
     seen: list[bool] = []
 
@@ -235,12 +237,12 @@ def test_pictures_are_saved_while_others_are_refined(settings: Make, monkeypatch
 
 
 @pytest.mark.parametrize("changes", [{}, {"refine": False}, {"refiner_flow": "ensemble", "save_base": True}])
-def test_pictures_are_the_same_if_saved_meanwhile(
+def test_pictures_are_the_same_if_saved_in_the_background(
     settings: Make, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(phases, "_ROOM", 10**6)
+    monkeypatch.setattr(phases, "_VAE_PICTURES", 10**6)
     afterwards = drawn(settings(**changes), None, [1, 2])
-    monkeypatch.setattr(phases, "_ROOM", 0)
+    monkeypatch.setattr(phases, "_VAE_PICTURES", 0)
     meanwhile = drawn(settings(**changes), None, [1, 2])
     assert afterwards.keys() == meanwhile.keys()
     assert all(difference(afterwards[key], meanwhile[key]) == 0 for key in afterwards)
@@ -272,7 +274,8 @@ def test_a_full_disk_while_others_are_refined_ends_the_phase(
         raise OSError(errno.ENOSPC, "no space")
 
     for place, name, value in (
-        (phases, "_ROOM", 0), (phases, "_load_unet", noted), (phases, "tqdm", Bar), (saving.os, "cpu_count", lambda: 1),
+        (phases, "_VAE_PICTURES", 0), (phases, "_load_unet", noted), (phases, "tqdm", Bar),
+        (saving.os, "cpu_count", lambda: 1),
     ):  # fmt: skip
         monkeypatch.setattr(place, name, value)
     batches = [[Design(index, PROMPT, 1)] for index in range(4)]
@@ -295,7 +298,7 @@ def test_a_full_disk_while_others_are_refined_ends_the_phase(
         (7.0, torch.bfloat16, 1024, 1, False),
     ],
 )
-def test_batches_and_room_by_memory(
+def test_batch_size_and_background_saving_by_memory(
     monkeypatch: pytest.MonkeyPatch, free: float, dtype: torch.dtype, side: int, at_once: int, meanwhile: bool
 ) -> None:
     monkeypatch.setattr(models, "pick_device", lambda: torch.device("cuda"))
@@ -326,15 +329,15 @@ def test_a_base_without_a_step_is_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr(phases, "embed_for_both", None)
     config = settings(refiner_flow="ensemble", num_inference_steps=8, refiner_start=0.1, scheduler=scheduler)
-    refused(lambda: drawn(config, None, [1]), "no step is left for the base")
+    refused(lambda: drawn(config, None, [1]), "the base would get no steps")
 
 
-def test_nothing_is_called_refined_that_is_not(settings: Make, tiny: Path, tmp_path: Path) -> None:
+def test_an_ensemble_without_refiner_steps_is_refused(settings: Make, tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny / "base", tmp_path / "base")
     scheduler = tmp_path / "base" / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"timestep_spacing": "trailing"}))
     config = settings(pretrained_model=str(tmp_path / "base"), refiner_flow="ensemble", num_inference_steps=4)
-    refused(lambda: drawn(config, None, [1]), "no step is left for the refiner")
+    refused(lambda: drawn(config, None, [1]), "the refiner would get no steps")
 
 
 def test_a_missing_refiner_is_a_one_line_error(settings: Make) -> None:

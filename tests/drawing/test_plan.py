@@ -45,10 +45,10 @@ def test_a_prompts_file_that_cannot_be_used(content: bytes | None, part: str, tm
 
 def test_a_token_among_the_prompts_is_refused_and_not_repeated(tmp_path: Path, settings: Make) -> None:
     (tmp_path / "prompts.txt").write_text(f"lace\nhf_{'x' * 34}\n")
-    refused(lambda: plan.read_prompts(settings(prompts_file=str(tmp_path / "prompts.txt"))), "holds a token [^x]*$")
+    refused(lambda: plan.read_prompts(settings(prompts_file=str(tmp_path / "prompts.txt"))), "an access token [^x]*$")
 
 
-def test_where_the_lora_is_looked_for(tmp_path: Path, settings: Make) -> None:
+def test_paths_of_the_lora(tmp_path: Path, settings: Make) -> None:
     trained = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
     (tmp_path / "mine.safetensors").write_bytes(b"other")
     assert plan.find_lora(settings()) == trained
@@ -61,5 +61,5 @@ def test_where_the_lora_is_looked_for(tmp_path: Path, settings: Make) -> None:
 def test_a_lora_that_cannot_be_used(tmp_path: Path, settings: Make) -> None:
     (tmp_path / "old.bin").write_bytes(b"pickle")
     refused(lambda: plan.find_lora(settings(lora_path=str(tmp_path / "old.bin"))), "not a .safetensors file")
-    refused(lambda: plan.find_lora(settings(lora_path=str(tmp_path / "no.safetensors"))), "there is no LoRA at")
+    refused(lambda: plan.find_lora(settings(lora_path=str(tmp_path / "no.safetensors"))), "no LoRA found at")
     refused(lambda: plan.find_lora(settings(lora_output_dir=str(tmp_path))), "train one first")

@@ -1,4 +1,4 @@
-"""Drawing a picture again from the recipe inside it."""
+"""Redrawing a picture from the recipe inside it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ def own(settings: Make) -> Recipe:
 @pytest.mark.parametrize(("image_format", "refine", "flow"), [
     ("png", True, "img2img"), ("jpg", True, "ensemble"), ("png", False, "img2img"),
 ])  # fmt: skip
-def test_a_picture_is_drawn_again(
+def test_a_picture_is_redrawn(
     settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], image_format: str, refine: bool, flow: str
 ) -> None:
     thorough = refine and flow == "img2img"  # once is enough for names and for pictures of another batch
@@ -47,7 +47,7 @@ def test_a_picture_is_drawn_again(
     assert not (tmp_path / "again").exists()
     for _ in range(2 if thorough else 1):
         assert main.main(again) == 0
-        assert "equal to the original, pixel by pixel" in capsys.readouterr().out
+        assert "identical to the original, pixel by pixel" in capsys.readouterr().out
     assert names(tmp_path / "again") == {
         f"rebuilt_{original.stem}{end}.{image_format}" for end in ("", "-2")[: 1 + thorough]
     }
@@ -62,9 +62,9 @@ def test_a_picture_is_drawn_again(
         ({"width": 7, "scheduler": "none"}, "; "),
         ({"seed": [[[]]]}, "seed is not a whole number"),
         ({"refine": False}, "refine is false"),
-        ({"lora_sha256": "0" * 64}, "another LoRA"),
-        ({"scheduler": ...}, "carries settings that cannot be used: scheduler is missing"),
-        ({"refiner_model": ...}, "carries settings that cannot be used: refiner_model is missing"),
+        ({"lora_sha256": "0" * 64}, "a different LoRA"),
+        ({"scheduler": ...}, "has invalid settings: scheduler is missing"),
+        ({"refiner_model": ...}, "has invalid settings: refiner_model is missing"),
     ],
 )
 def test_a_recipe_that_cannot_be_used(
@@ -83,13 +83,13 @@ def test_a_recipe_that_cannot_be_used(
     assert len(printed.splitlines()) == 1
 
 
-def test_a_picture_chooses_no_models(
+def test_a_recipe_cannot_choose_models(
     own: Recipe, settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     own.settings.update(lora_scale=0.0, pretrained_model="someone/elses", refiner_model="/etc/passwd", revision="x")
     recipe.save_picture(tmp_path / "a.png", gradient(64, 64), own)
     config = settings(rebuild=str(tmp_path / "a.png"))
     place = rebuild.run(config)
-    assert "was drawn with pretrained_model: someone/elses, and yours is base" in caplog.text
+    assert "was drawn with pretrained_model: someone/elses, but your setting is base" in caplog.text
     assert recipe.read(place).settings["pretrained_model"] == "base"
-    assert "or version rounds differently" in capsys.readouterr().out
+    assert "or versions round differently" in capsys.readouterr().out

@@ -62,7 +62,7 @@ def test_softer_is_below_zero_and_sharper_above() -> None:
         ([{"latent_change": 0.1, "edge_change": 0.0}, {"latent_change": 0.1, "edge_change": -0.2}, {}], [1]),
     ],
 )  # fmt: skip
-def test_what_stands_out_is_flagged(measured: list[dict[str, Any]], flagged: list[int]) -> None:
+def test_outliers_are_flagged(measured: list[dict[str, Any]], flagged: list[int]) -> None:
     warnings = refining.warnings(measured)
     assert len(warnings) == len(measured)
     assert [index for index, warning in enumerate(warnings) if warning] == flagged

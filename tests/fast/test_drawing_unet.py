@@ -108,7 +108,7 @@ def test_pictures_are_those_of_the_plain_unet(settings: Make, monkeypatch: pytes
     assert all(difference(fast[key], plain[key]) < 40 for key in plain)  # bf16, and random weights
 
 
-def drawn_in_parts(config: Config, seeds: list[int], stop_at: int, kept: Path) -> Pictures:
+def drawn_in_parts(config: Config, seeds: list[int], stop_at: int, latents_folder: Path) -> Pictures:
     """As `drawn`, by a run that is stopped at its n-th batch, and one that goes on."""
     groups = [[Design(index, "lace", seed)] for index, seed in enumerate(seeds)]
     calls = 0
@@ -133,29 +133,29 @@ def drawn_in_parts(config: Config, seeds: list[int], stop_at: int, kept: Path) -
         for name in real:
             patch.setattr(sampling, name, counted(name))
         with pytest.raises(KeyboardInterrupt):
-            phases.draw_pictures(config, None, groups, kept, finish)
-        assert len(list(kept.iterdir())) == stop_at - 1
+            phases.draw_pictures(config, None, groups, latents_folder, finish)
+        assert len(list(latents_folder.iterdir())) == stop_at - 1
         pictures.clear()
-        phases.draw_pictures(config, None, groups, kept, finish)
+        phases.draw_pictures(config, None, groups, latents_folder, finish)
     assert calls == 2 * len(seeds) + 1  # nothing was made twice
     return pictures
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_an_interrupted_run_makes_the_very_same_pictures(
+def test_an_interrupted_run_draws_identical_pictures(
     settings: Make, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, seeds = settings(mixed_precision="bf16" if device == "cuda" else "no"), [1, 2, 3]
     uninterrupted = drawn(config, None, seeds, prompt="lace")
     for stop_at, roomy in ((2, False), (3, True), (5, False), (6, True)):
-        monkeypatch.setattr(phases, "_ROOM", 0 if roomy else 10**6)
+        monkeypatch.setattr(phases, "_VAE_PICTURES", 0 if roomy else 10**6)
         with tempfile.TemporaryDirectory() as latents:
             interrupted = drawn_in_parts(config, seeds, stop_at, Path(latents))
         assert interrupted.keys() == uninterrupted.keys()
         assert all(difference(interrupted[key], uninterrupted[key]) == 0 for key in uninterrupted), (stop_at, roomy)
 
 
-def test_damaged_latents_are_made_again(settings: Make, tmp_path: Path) -> None:
+def test_damaged_latents_are_computed_again(settings: Make, tmp_path: Path) -> None:
     config, groups = settings(), [[Design(0, "lace", 1)]]
     pictures: list[Image.Image | None] = []
     for _ in range(2):

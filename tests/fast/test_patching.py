@@ -70,7 +70,7 @@ def test_transformer(checkpointing: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(4, 6), (1, 1), (1, 3)])
 @torch.no_grad()
-def test_doubled_pixels(size: tuple[int, int], dtype: torch.dtype) -> None:
+def test_upsampling(size: tuple[int, int], dtype: torch.dtype) -> None:
     module = Upsample2D(8, use_conv=True).to(DEVICE, dtype)
     pictures = torch.randn(2, 8, *size, device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)
     doubled = patching._upsample(module, module.forward, pictures)

@@ -38,7 +38,7 @@ def test_a_png_holds_its_pixels_and_its_recipe(own: Recipe, tmp_path: Path) -> N
     assert recipe.read(tmp_path / "a.png") == replace(own, lora_name="")
 
 
-def test_a_jpeg_holds_it_too(own: Recipe, tmp_path: Path) -> None:
+def test_a_jpeg_contains_its_recipe(own: Recipe, tmp_path: Path) -> None:
     recipe.save_picture(tmp_path / "a.jpg", gradient(), own)
     with Image.open(tmp_path / "a.jpg") as saved:
         assert saved.format == "JPEG"
@@ -54,17 +54,17 @@ def test_a_jpeg_holds_as_much_as_there_is_room_for(own: Recipe, tmp_path: Path) 
     assert recipe.read(tmp_path / "a.jpg").batch == [own.design]
     huge = Design(3, "lace " * 20_000, 10)
     recipe.save_picture(tmp_path / "b.jpg", gradient(), replace(own, design=huge, batch=[huge]))
-    refused(lambda: recipe.read(tmp_path / "b.jpg"), "holds no recipe")
+    refused(lambda: recipe.read(tmp_path / "b.jpg"), "no valid recipe in")
 
 
-def test_folders_of_the_user_are_not_in_it(settings: Make, tiny: Path) -> None:
+def test_local_folders_are_not_in_the_recipe(settings: Make, tiny: Path) -> None:
     config = settings(pretrained_vae="madebyollin/sdxl-vae-fp16-fix")
     carried = recipe.without_folders({name: getattr(config, name) for name in (*recipe.MODELS, "seed")})
     assert carried == {"pretrained_model": "base", "refiner_model": "refiner", "seed": 42,
                     "pretrained_vae": "madebyollin/sdxl-vae-fp16-fix"}  # fmt: skip
 
 
-# The patterns by which A1111 takes its last line apart.
+# The patterns with which A1111 parses its last line.
 FACTS = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
@@ -115,7 +115,7 @@ def test_a_file_without_a_recipe_is_refused(kind: str, own: Recipe, tmp_path: Pa
         path.write_text("no picture")
     elif kind == "mixed up":
         recipe.save_picture(path, gradient(), replace(own, design=Design(0, "another", 1)))
-    refused(lambda: recipe.read(path), "holds no recipe")
+    refused(lambda: recipe.read(path), "no valid recipe in")
 
 
 @pytest.mark.parametrize(
@@ -136,4 +136,4 @@ def test_a_forged_recipe_is_refused(own: Recipe, tmp_path: Path, damage: dict[st
         text.add_itxt("lace-lora", "[" * 100_000)
         picture.save(tmp_path / "c.png", pnginfo=text)
     for name in ("b.png", "c.png"):
-        refused(lambda name=name: recipe.read(tmp_path / name), "holds no recipe")  # type: ignore[misc]
+        refused(lambda name=name: recipe.read(tmp_path / name), "no valid recipe in")  # type: ignore[misc]

@@ -11,7 +11,7 @@ COMMITS = {"main": "a" * 40, "old": "b" * 40}
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves folders as repositories; notes what is asked for, and fails as it is told."""
+    """Serves folders as repositories; records requests, and fails on request."""
 
     daemon_threads = True
 

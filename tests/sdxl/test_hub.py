@@ -69,7 +69,7 @@ def fetch(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetch
     return run
 
 
-def told(call: Callable[[], object], part: str, code: int) -> None:
+def assert_refused(call: Callable[[], object], part: str, code: int) -> None:
     assert "\n" not in refused(call, part, code)
 
 
@@ -114,7 +114,7 @@ def test_without_a_connection_the_cache_is_enough(server: Hub, fetch: Fetch) -> 
     assert fetch() == found
 
 
-def test_the_refiner_is_not_downloaded_where_it_is_not_used(server: Hub, fetch: Fetch) -> None:
+def test_an_unused_refiner_is_not_downloaded(server: Hub, fetch: Fetch) -> None:
     fetch(refine=False)
     assert not any(name.startswith(REFINER) for name in server.asked)
 
@@ -137,7 +137,7 @@ def test_a_revision(server: Hub, fetch: Fetch) -> None:
     found = fetch(revision="old")
     assert found["pretrained_model"].name == "b" * 40
     assert found["refiner_model"].name == "a" * 40
-    told(lambda: fetch(revision="none"), "revision none", 2)
+    assert_refused(lambda: fetch(revision="none"), "revision none", 2)
 
 
 def test_another_vae(server: Hub, fetch: Fetch, tiny: Path) -> None:
@@ -152,25 +152,25 @@ def test_another_vae(server: Hub, fetch: Fetch, tiny: Path) -> None:
 def test_a_missing_file(server: Hub, fetch: Fetch, tmp_path: Path) -> None:
     (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (tmp_path / "base" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
-    told(lambda: fetch(), "lace/base has no safetensors weights in unet", 2)
+    assert_refused(lambda: fetch(), "lace/base has no safetensors weights in unet", 2)
 
 
-def test_a_model_for_those_who_agreed_to_terms(server: Hub, fetch: Fetch) -> None:
+def test_a_gated_model(server: Hub, fetch: Fetch) -> None:
     server.gated.add(BASE)
-    told(lambda: fetch(), "hf auth login", 2)
+    assert_refused(lambda: fetch(), "hf auth login", 2)
 
 
 def test_a_token_that_expired(server: Hub, fetch: Fetch) -> None:
     server.token_expired = True
-    told(lambda: fetch(), "hf auth login", 2)
+    assert_refused(lambda: fetch(), "hf auth login", 2)
 
 
 @pytest.mark.parametrize("name", ["lace/nothing", "not a name"])
-def test_a_name_that_is_none(fetch: Fetch, name: str) -> None:
-    told(lambda: fetch(pretrained_model=name), name, 2)
+def test_an_invalid_model_name(fetch: Fetch, name: str) -> None:
+    assert_refused(lambda: fetch(pretrained_model=name), name, 2)
 
 
-def test_a_connection_that_drops_goes_on_where_it_was(server: Hub, fetch: Fetch, tiny: Path) -> None:
+def test_a_dropped_download_resumes(server: Hub, fetch: Fetch, tiny: Path) -> None:
     server.drops = 1
     assert weights(fetch()["pretrained_model"]) == weights(tiny / "base")
     assert len(server.asked) == len(set(server.asked)) + 1
@@ -178,23 +178,23 @@ def test_a_connection_that_drops_goes_on_where_it_was(server: Hub, fetch: Fetch,
 
 def test_a_connection_that_keeps_dropping(server: Hub, fetch: Fetch, tiny: Path) -> None:
     server.drops = 1000
-    told(lambda: fetch(), "run the same command again", 4)
+    assert_refused(lambda: fetch(), "run the same command again", 4)
     server.drops = 0
     assert weights(fetch()["pretrained_model"]) == weights(tiny / "base")
 
 
-def test_no_connection_and_nothing_there(server: Hub, fetch: Fetch) -> None:
+def test_no_connection_and_no_cache(server: Hub, fetch: Fetch) -> None:
     server.shutdown()
     server.server_close()
-    told(lambda: fetch(), "the hub is not reached", 4)
+    assert_refused(lambda: fetch(), "the Hub cannot be reached", 4)
 
 
 def test_paths_are_not_looked_up(tmp_path: Path, tiny: Path) -> None:
     assert hub.fetch(str(tiny / "base"), ["unet"]) == tiny / "base"
     for name in ("no/such/folder", "./none", str(tmp_path / "none"), "none.safetensors"):
-        refused(lambda name=name: hub.fetch(name, ["unet"]), "there is no model at")  # type: ignore[misc]
+        refused(lambda name=name: hub.fetch(name, ["unet"]), "no model found at")  # type: ignore[misc]
     (tmp_path / "model.safetensors").write_bytes(b"a pickle, say")
-    refused(lambda: hub.fetch(str(tmp_path / "model.safetensors"), ["unet"]), "not a safetensors file")
+    refused(lambda: hub.fetch(str(tmp_path / "model.safetensors"), ["unet"]), "cannot be read as a safetensors file")
 
 
 def test_a_checkpoint_in_one_file(server: Hub, fetch: Fetch, tiny: Path, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_checkpoint_in_one_file(server: Hub, fetch: Fetch, tiny: Path, tmp_pat
     assert {"/".join(name.split("/")[:2]) for name in server.asked} == {hub.BASE_LAYOUT, hub.REFINER_LAYOUT}
 
 
-def test_its_parts_are_those_of_the_model_it_was_made_of(
+def test_parts_of_a_single_file_equal_those_of_the_folder(
     settings: Make, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "lace.safetensors"
@@ -227,14 +227,14 @@ def test_its_parts_are_those_of_the_model_it_was_made_of(
 
 
 @pytest.mark.parametrize("one_file", [False, True])
-def test_reading_ahead_reads_all_weights_and_hurts_nothing(
+def test_reading_ahead_reads_all_weights(
     tiny: Path, tmp_path: Path, one_file: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
     started: list[threading.Thread] = []
     thread, real = threading.Thread, open
 
-    def noting(path: Any, *options: Any, **named: Any) -> Any:
+    def recording(path: Any, *options: Any, **named: Any) -> Any:
         read.append(Path(path).parent.name)
         return real(path, *options, **named)
 
@@ -242,7 +242,7 @@ def test_reading_ahead_reads_all_weights_and_hurts_nothing(
         started.append(thread(**named))
         return started[-1]
 
-    monkeypatch.setattr(hub, "open", noting, raising=False)
+    monkeypatch.setattr(hub, "open", recording, raising=False)
     monkeypatch.setattr(threading, "Thread", starting)
     source = tiny / "base"
     if one_file:

@@ -122,7 +122,7 @@ def test_saved_lora_acts_in_a_plain_pipeline_as_in_training(
 
 
 @BOTH_FILES
-def test_merged_it_acts_as_it_was_trained(config: Config, plain: Networks, saved: Any, name: str) -> None:
+def test_a_merged_lora_acts_as_in_training(config: Config, plain: Networks, saved: Any, name: str) -> None:
     networks = copies(plain, *plain)
     lora = lora_weights.read_lora(Path(config.lora_output_dir, name))  # once for both, as in a drawing
     for part in ({name: networks[name] for name in TEXT}, {"unet": networks["unet"]}):
@@ -185,7 +185,9 @@ def test_a_lora_without_text_encoders_leaves_them_alone(
         {"target_modules": ["to_k", "to_v"], "alpha_pattern": {"to_k": 1}, "rank_pattern": {"attn2.to_v": 2}},
     ],
 )
-def test_what_others_train_is_merged_as_they_meant_it(plain: Networks, tmp_path: Path, kind: dict[str, Any]) -> None:
+def test_loras_of_other_programs_are_merged_as_in_those_programs(
+    plain: Networks, tmp_path: Path, kind: dict[str, Any]
+) -> None:
     merged = copies(plain, "unet")
     theirs: Any = deepcopy(plain["unet"])
     torch.manual_seed(5)
@@ -201,9 +203,7 @@ def test_what_others_train_is_merged_as_they_meant_it(plain: Networks, tmp_path:
 
 
 @pytest.mark.parametrize("named", ["as SDXL's own code", "as diffusers"])
-def test_every_layer_of_a_kohya_file_counts_by_its_own_alpha_and_rank(
-    plain: Networks, tmp_path: Path, named: str
-) -> None:
+def test_every_layer_of_a_kohya_file_has_its_own_alpha_and_rank(plain: Networks, tmp_path: Path, named: str) -> None:
     unet: Any = plain["unet"]
     layers, weights = unet.config.layers_per_block, unet.state_dict()
     state, expected = {}, {}
@@ -261,7 +261,7 @@ def test_what_diffusers_scripts_write_is_read(config: Config, plain: Networks, s
 
 
 @pytest.mark.parametrize("kind", ["of another shape", "no network's", "a pickle under a safe name"])
-def test_what_is_no_lora_is_refused(plain: Networks, trained: Networks, tmp_path: Path, kind: str) -> None:
+def test_files_that_are_not_loras_are_refused(plain: Networks, trained: Networks, tmp_path: Path, kind: str) -> None:
     path = tmp_path / LORA_FILE
     state = lora_weights.lora_state({"unet": trained["unet"]})
     if kind == "of another shape":
@@ -285,7 +285,7 @@ def test_text_encoders_of_other_shapes_are_refused(config: Config, plain: Networ
     "change",
     ["dora_scale", "another layer", "no down", "no up", "lora_te_x", "two downs", "of a norm", "up of another size"],
 )
-def test_what_would_be_merged_only_in_part_is_refused(
+def test_partly_matching_files_are_refused(
     config: Config, plain: Networks, saved: Any, tmp_path: Path, change: str
 ) -> None:
     state = load_file(Path(config.lora_output_dir, "myspecialstyle.safetensors"))
@@ -352,4 +352,4 @@ def test_lora_file_holds_its_metadata_and_only_the_unet(trained: Networks, tmp_p
     ],
 )  # fmt: skip
 def test_kohya_names(module: str, name: str) -> None:
-    assert lora_weights.kohya_name(module) == name
+    assert lora_weights.kohya_name(module, 2) == name

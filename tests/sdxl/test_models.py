@@ -1,4 +1,4 @@
-"""Loading the parts of a model: dtype, variant, safetensors only, and what is said when that fails."""
+"""Loading the parts of a model: dtype, variant, safetensors only, and the errors when that fails."""
 
 import shutil
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_dtype_goes_by_capability(
             models.pick_dtype("bf16", torch.device("cuda"))
 
 
-def test_the_variant_is_preferred_where_it_is_there(tiny: Path, tmp_path: Path) -> None:
+def test_the_variant_is_preferred_if_it_exists(tiny: Path, tmp_path: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(tiny / "base", subfolder="unet")
     unet.save_pretrained(tmp_path / "unet")
     with torch.no_grad():
@@ -66,11 +66,11 @@ def test_a_missing_model_is_a_one_line_error(settings: Make, tmp_path: Path, sou
 
 
 def test_xformers_that_cannot_be_used_is_a_one_line_error(tiny: Path) -> None:
-    said = refused(
+    message = refused(
         lambda: models.load_unet(str(tiny / "base"), None, CPU, torch.float32, "xformers"),
-        "attention is xformers, which cannot be used here.*pip install xformers",
+        "attention is xformers, which cannot be used here.*install the xformers version",
     )
-    assert "\n" not in said
+    assert "\n" not in message
     for attention in ("auto", "sdpa"):
         models.load_unet(str(tiny / "base"), None, CPU, torch.float32, attention)
 
@@ -86,11 +86,11 @@ def test_the_vae_is_in_fp32_and_another_one_in_the_dtype_of_the_run(tiny: Path, 
 
 
 @pytest.mark.parametrize("shard", ["10GB", "200KB"])
-def test_piece_by_piece_a_unet_is_the_same(tiny: Path, tmp_path: Path, shard: str) -> None:
+def test_a_unet_loaded_in_chunks_has_the_same_weights(tiny: Path, tmp_path: Path, shard: str) -> None:
     unet = UNet2DConditionModel.from_pretrained(tiny / "base", subfolder="unet", torch_dtype=torch.float32)
     unet.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard != "10GB")
-    loaded = models.load_piecemeal(UNet2DConditionModel, tmp_path, None, torch.bfloat16, torch.device("cpu"))
+    loaded = models.load_in_chunks(UNet2DConditionModel, tmp_path, None, torch.bfloat16, torch.device("cpu"))
     assert loaded.config == unet.config | {"_name_or_path": loaded.config["_name_or_path"]}
     expected, found = unet.state_dict(), loaded.state_dict()
     assert set(found) == set(expected)
@@ -98,7 +98,7 @@ def test_piece_by_piece_a_unet_is_the_same(tiny: Path, tmp_path: Path, shard: st
 
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
-def test_missing_and_foreign_weights_are_noticed(tiny: Path, tmp_path: Path, device: torch.device) -> None:
+def test_missing_and_unknown_weights_are_refused(tiny: Path, tmp_path: Path, device: torch.device) -> None:
     shutil.copytree(tiny / "base" / "unet", tmp_path / "unet")
     file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)

@@ -66,8 +66,8 @@ def test_the_loras_part_for_the_text_encoders_is_for_the_base_alone(config: Conf
     torch.testing.assert_close(base.prompt_embeds, prompts.encode_prompts(PROMPTS, *both)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_too_long_prompts_are_noticed(encoders: Encoders, caplog: pytest.LogCaptureFixture) -> None:
+def test_too_long_prompts_give_a_warning(encoders: Encoders, caplog: pytest.LogCaptureFixture) -> None:
     prompts.warn_of_long(["white lace", "white lace " * 40, ""], encoders[0][0])
     [warning] = caplog.messages
-    assert warning.startswith("SDXL reads the first 77 tokens")
+    assert warning.startswith("SDXL reads only the first 77 tokens")
     assert "white lace white lace" in warning
