@@ -12,11 +12,11 @@ from lace_lora import errors, files
 from lace_lora.config import Config
 from lace_lora.drawing import refining
 from lace_lora.drawing.output_folder import BEFORE, UNFINISHED, OutputFolder
-from lace_lora.drawing.plan import Drawn, importing_torch, lora_name
+from lace_lora.drawing.plan import importing_torch, lora_name
 from lace_lora.errors import UserError
 from lace_lora.pictures import gallery, recipe
 from lace_lora.pictures.gallery import Card, Preview
-from lace_lora.pictures.recipe import Recipe
+from lace_lora.pictures.recipe import Drawn, Recipe
 from lace_lora.sdxl import hub
 
 ADVICE = "set inference_batch_size: 1, or a smaller width and height"

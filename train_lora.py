@@ -62,7 +62,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     train_step: TrainStep
     accelerator: Accelerator
-    preview: samples.Preview | None  # where sample grids are drawn
+    sample_inputs: samples.SampleInputs | None  # where sample grids are drawn
     publisher: checkpoint.Publisher = field(default_factory=checkpoint.Publisher)
     stop_flag: PendingScalars | None = None  # with several processes: above 0 if one was to stop, a step ago
 
@@ -84,7 +84,7 @@ def train(config: Config, job: launch.Job, stop: StopSignal) -> str:
     load_unet = cache(
         partial(models.load_unet, config.pretrained_model, config.variant, device, dtype, config.attention)
     )
-    data, captions, preview = encode(config, job, accelerator, dtype, load_unet)
+    data, captions, sample_inputs = encode(config, job, accelerator, dtype, load_unet)
 
     unet, noise_scheduler = load_unet(), models.load_noise_scheduler(config)
     networks = {"unet": unet} | captions.encoders
@@ -96,7 +96,7 @@ def train(config: Config, job: launch.Job, stop: StopSignal) -> str:
 
     train_step = TrainStep(config, networks, loss, device, dtype)
     lora_optimizer = optimizer.make_optimizer(config, train_step.trainable_params(lora))
-    run = Run(config, job, data, lora, noise_scheduler, lora_optimizer, train_step, accelerator, preview)
+    run = Run(config, job, data, lora, noise_scheduler, lora_optimizer, train_step, accelerator, sample_inputs)
     first_step = restore(run, Path(job.resume)) if job.resume else 0
 
     stop.deferred = True
@@ -144,8 +144,8 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
             run.publisher.wait()
             log.publish()
             save_checkpoint(run, done)
-        if run.preview and done % config.validation_steps == 0 and not stopping:
-            samples.draw_samples(config, done, run.train_step, run.noise_scheduler, run.preview)
+        if run.sample_inputs and done % config.validation_steps == 0 and not stopping:
+            samples.draw_samples(config, done, run.train_step, run.noise_scheduler, run.sample_inputs)
     run.publisher.wait()
     return done
 

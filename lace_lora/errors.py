@@ -52,7 +52,8 @@ def explain(error: Exception, advice: str) -> UserError | None:
         return UserError(f"out of memory: {advice}", OUT_OF_MEMORY)
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         fix = "free some disk space, or make sure that the folder exists, then run the same command again"
-        name = os.fsdecode(error.filename2 or error.filename or "a file")  # when copying: the destination
+        name = error.filename2 or error.filename or "a file"  # when copying: the destination
+        name = os.fsdecode(name) if isinstance(name, bytes) else name
         return UserError(f"{name} could not be read or written ({error.strerror}): {fix}", DISK_OR_DRIVE)
     return None
 

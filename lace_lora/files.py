@@ -59,7 +59,7 @@ def file_sha256(path: Path) -> str:
 
 def json_digest(value: Any, length: int = 16) -> str:
     """The first hexadecimal digits of the SHA-256 of a value as JSON."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:length]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
 
 
 @contextmanager

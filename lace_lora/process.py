@@ -63,7 +63,7 @@ def run(command: list[str], folder: Path) -> str:
                 # Sent in every round: a process that has just started may have missed the last one.
                 _send(signal.SIGKILL if finished or len(stops) > 1 else signal.SIGTERM, folder, training, launcher.pid)
             time.sleep(0.1)
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(launcher.pid, signal.SIGKILL)  # whatever else it has started
     return _closing_line(launcher.returncode, stops, folder)
 
@@ -90,11 +90,11 @@ def _is_locked(file: Path) -> bool:
 
 def _send(number: int, folder: Path, training: set[int], launcher: int) -> None:
     for process in training:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):
             os.kill(process, number)
     # The launcher gets no other signal: it would not wait for the training to save, and exits by itself afterwards.
     if number == signal.SIGKILL or not any(folder.glob("*.alive")):
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(launcher, number)
 
 
@@ -156,8 +156,9 @@ def report_outcome(work: Callable[[StopSignal], str], folder: Path) -> int:
     # Renamed once it is locked, which it stays until this process ends: the descriptor is left open on purpose. By
     # `lockf`, not `flock`: a process that a library forks off this one does not inherit the lock.
     unnamed = folder / f"{os.getpid()}.tmp"
-    fcntl.lockf(os.open(unnamed, os.O_CREAT | os.O_RDWR, 0o600), fcntl.LOCK_EX)
-    unnamed.rename(folder / f"{os.getpid()}.alive")
+    with suppress(OSError):  # of a folder without locks: then stops go to the launcher's process group
+        fcntl.lockf(os.open(unnamed, os.O_CREAT | os.O_RDWR, 0o600), fcntl.LOCK_EX)
+        unnamed.rename(folder / f"{os.getpid()}.alive")
     stop = StopSignal()
     try:
         signal.signal(signal.SIGINT, stop)

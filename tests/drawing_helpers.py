@@ -9,8 +9,7 @@ from PIL import Image, ImageChops
 
 from lace_lora.config import Config
 from lace_lora.drawing import phases
-from lace_lora.drawing.plan import Drawn
-from lace_lora.pictures.recipe import Design
+from lace_lora.pictures.recipe import Design, Drawn
 
 PROMPT, NEGATIVE = "a photo of <myspecialstyle>", "blurry"
 Pictures = dict[tuple[int, bool], Image.Image]

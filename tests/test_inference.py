@@ -16,9 +16,8 @@ from helpers import Make, gradient, jpg, names, refused, snapshot
 from lace_lora import files
 from lace_lora.config import Config
 from lace_lora.drawing.output_folder import BEFORE, UNFINISHED, OutputFolder
-from lace_lora.drawing.plan import Drawn
 from lace_lora.errors import UserError
-from lace_lora.pictures.recipe import Design
+from lace_lora.pictures.recipe import Design, Drawn
 
 
 class FakePhases(ModuleType):

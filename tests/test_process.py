@@ -309,7 +309,9 @@ def test_of_several_processes_the_first_reports_success_and_any_a_failure(tmp_pa
     assert report(tmp_path, "0", lambda _: "done") == 3
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "no", "x"), FileExistsError(17, "no", "x"), OSError(30, "no")])
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "no", "x"), FileExistsError(17, "no", "x"), OSError(30, "no"), OSError(5, "no", 3)]
+)
 def test_disk_errors_are_user_errors(error: OSError) -> None:
     explained = errors.explain(error, "buy more")
     assert explained

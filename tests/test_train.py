@@ -141,6 +141,7 @@ def test_the_users_accelerate_config_is_used(tmp_path: Path, launched: FakeLaunc
         ("distributed_type: DEEPSPEED\n", "DeepSpeed or FSDP"),
         ("distributed_type: fsdp\n", "DeepSpeed or FSDP"),
         ("deepspeed_config: {zero_stage: 2}\n", "DeepSpeed or FSDP"),
+        ("mpirun_config: {mpirun_hostfile: hosts}\n", "uses MPI"),
         ("just words", "not an accelerate config file"),
         ("a: [", "not an accelerate config file"),
         ("num_processes: two\n", "not an accelerate config file"),

@@ -21,7 +21,7 @@ from lace_lora.training.latents import Latents
 from lace_lora.training.launch import Job
 from lace_lora.training.loss import training_loss
 from lace_lora.training.optimizer import make_optimizer
-from lace_lora.training.samples import Preview
+from lace_lora.training.samples import SampleInputs
 from lace_lora.training.train_step import TrainStep
 
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def job_of(captions: dict[str, str], **others: Any) -> Job:
     return Job(captions, as_json(contents(map(Path, captions))), **values)
 
 
-def encode_here(config: Config, job: Job) -> tuple[batches.Encoded, Captions, Preview | None]:
+def encode_here(config: Config, job: Job) -> tuple[batches.Encoded, Captions, SampleInputs | None]:
     load_unet = partial(models.load_unet, config.pretrained_model, None, CPU, torch.float32)
     return encode(config, job, Accelerator(), torch.float32, load_unet)
 

@@ -18,11 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lace_lora.config import Config
-from lace_lora.drawing.plan import Drawn
 from lace_lora.drawing.saving import PictureSaver
 from lace_lora.fast import drawing_unet
 from lace_lora.files import write_atomically
-from lace_lora.pictures.recipe import Design
+from lace_lora.pictures.recipe import Design, Drawn
 from lace_lora.sdxl import hub, lora_weights, models, sampling
 from lace_lora.sdxl.lora_weights import Lora
 from lace_lora.sdxl.prompts import embed_for_both
@@ -113,7 +112,8 @@ def _draw_in_phases(
         return sampling.refined_latents(unet, vae, scheduler, embeddings, latents, seeds[number], config, on_step)
 
     last_phase = partial(run_phase, "drawing", base_steps, base_files, load_base, draw)
-    finished = None
+    finished: list[Tensor] | None = None
+    results = None if config.refine or save_in_background else last_phase()
     if config.refine:
         base = last_phase()
         # All at once: copying one later would wait for the work queued on the GPU.
@@ -122,18 +122,23 @@ def _draw_in_phases(
         load_refiner = partial(_load_unet, config, config.refiner_model, device, dtype)
         last_phase = partial(run_phase, "refining", refiner_steps, refined_files, load_refiner, refine)
     vae = models.load_vae(config, device, dtype, drawing=True)
+    if config.refine and not save_in_background:
+        results = last_phase()
     drawing_unet.make_decoder_fast(vae)
-    _save_last_phase(config, vae, batches, finished, last_phase, finish, save_in_background)
+    _save_pictures(config, vae, batches, finished, results, last_phase, finish)
     if memory := models.peak_memory(device):
         logger.info(memory)
 
 
-def _save_last_phase(
-    config: Config, vae: AutoencoderKL, batches: Batches, finished: list[Tensor] | None,
-    last_phase: Callable[..., list[Tensor]], finish: Finish, in_background: bool,
+def _save_pictures(
+    config: Config, vae: AutoencoderKL, batches: Batches, finished: list[Tensor] | None, results: list[Tensor] | None,
+    last_phase: Callable[[OnBatch], object], finish: Finish,
 ) -> None:  # fmt: skip
-    """Run the last phase and save its pictures, during it or after it. `finished`: the base's latents, if refined."""
-    results = [] if in_background else last_phase()
+    """Save the pictures of the last phase: its `results`, or, where there are none yet, during the phase.
+
+    `finished` are the base's latents, where the last phase is the refiner's.
+    """
+    in_background = results is None
     bar = tqdm(total=sum(map(len, batches)), desc="saving", unit="picture", disable=in_background)
     with bar, PictureSaver(vae, config, finish, bar.update) as saver:
 
@@ -143,7 +148,7 @@ def _save_last_phase(
 
         if in_background:
             last_phase(save_batch)
-        for number, latents in enumerate(results):
+        for number, latents in enumerate(results or ()):
             save_batch(number, latents)
 
 

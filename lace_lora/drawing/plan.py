@@ -4,26 +4,12 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from lace_lora.config import LORA_FILE, PICTURE, Config
 from lace_lora.errors import NO_SECRETS, UserError, holds_secret
 from lace_lora.files import file_sha256
-from lace_lora.pictures.recipe import Design
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One finished design."""
-
-    design: Design
-    base: Image.Image | None  # also None in the ensemble's flow, unless it is to be saved
-    refined: Image.Image | None
-    latent_change: float | None  # see refining.py; None without refining
 
 
 def read_prompts(config: Config) -> list[str]:

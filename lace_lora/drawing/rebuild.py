@@ -9,11 +9,11 @@ import yaml
 from PIL import Image, ImageChops
 
 from lace_lora.config import PICTURE, Config, dump_config, load_config, settings_that_affect
-from lace_lora.drawing.plan import Drawn, find_lora, importing_torch, lora_name, picture_settings
+from lace_lora.drawing.plan import find_lora, importing_torch, lora_name, picture_settings
 from lace_lora.errors import UserError
 from lace_lora.files import free_name
 from lace_lora.pictures import image_files, recipe
-from lace_lora.pictures.recipe import Recipe
+from lace_lora.pictures.recipe import Drawn, Recipe
 from lace_lora.sdxl import hub
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from lace_lora.config import Config
-from lace_lora.drawing.plan import Drawn
 from lace_lora.errors import UserError
-from lace_lora.pictures.recipe import Design
+from lace_lora.pictures.recipe import Design, Drawn
 from lace_lora.sdxl import sampling
 from lace_lora.sdxl.vae import PendingPicture, decode_each
 

@@ -33,6 +33,16 @@ class Design:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """One finished design."""
+
+    design: Design
+    base: Image.Image | None  # also None in the ensemble's flow, unless it is to be saved
+    refined: Image.Image | None
+    latent_change: float | None  # see refining.py; None without refining
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that one picture depends on."""
 

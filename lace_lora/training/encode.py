@@ -17,7 +17,7 @@ from lace_lora.sdxl import models, prompts
 from lace_lora.training import batches, latents
 from lace_lora.training.cache import stamps
 from lace_lora.training.launch import Job
-from lace_lora.training.samples import Preview, draw_class_pictures
+from lace_lora.training.samples import SampleInputs, draw_class_pictures
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Captions:
 def encode(
     config: Config, job: Job, accelerator: Accelerator, dtype: torch.dtype,
     load_unet: Callable[[], UNet2DConditionModel],
-) -> tuple[batches.Encoded, Captions, Preview | None]:  # fmt: skip
+) -> tuple[batches.Encoded, Captions, SampleInputs | None]:  # fmt: skip
     """Encode everything that a step needs; also returns what sample grids need, on the process that draws them.
 
     The encoders are freed, except those that are trained. `load_unet` is called only if class pictures are to be drawn.
@@ -81,12 +81,12 @@ def encode(
     data = batches.Encoded(
         encoded, caption, embeddings.prompt_embeds, embeddings.pooled_prompt_embeds, instances=len(job.captions)
     )
-    preview = None
+    sample_inputs = None
     if config.validation_steps and accelerator.is_main_process:
-        preview = Preview(embed_sample, load_vae().to("cpu"))
+        sample_inputs = SampleInputs(embed_sample, load_vae().to("cpu"))
     del encode_files, load_vae
     models.free(device)
-    return data, captions, preview
+    return data, captions, sample_inputs
 
 
 def _encode_files(

@@ -62,11 +62,9 @@ def run_job(description: str, run: Callable[[Config, Job, Path, StopSignal], str
 
 def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list[str]:
     """The full launch command. accelerate always gets a config file: one cached on the machine would override flags."""
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    if not threads.isdecimal() or not int(threads):  # each process gets its share of the CPUs
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        settings = yaml.safe_load(Path(config.accelerate_config).read_text()) if config.accelerate_config else {}
-        threads = str(max(1, cpus // _processes_here(settings)))
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    settings = yaml.safe_load(Path(config.accelerate_config).read_text()) if config.accelerate_config else {}
+    threads = str(max(1, cpus // _processes_here(settings)))  # each process gets its share of the CPUs
     ours = [str(Path(__file__).resolve().parents[2] / "train_lora.py")]
     return [
         sys.executable, "-m", "lace_lora.process",
@@ -84,7 +82,7 @@ def _processes_here(settings: dict[str, Any]) -> int:
 
 
 def check_accelerate_config(path: Path) -> None:
-    """Raises UserError: the file is missing, or uses DeepSpeed or FSDP."""
+    """Raises UserError: the file is missing, or uses DeepSpeed, FSDP or MPI."""
     try:
         settings = yaml.safe_load(path.read_text())
         kind = str(settings.get("distributed_type", "NO")).upper()
@@ -93,3 +91,5 @@ def check_accelerate_config(path: Path) -> None:
         raise UserError(f"accelerate_config: {path} is not an accelerate config file ({first_line(error)})") from error
     if kind in ("DEEPSPEED", "FSDP") or settings.get("deepspeed_config") or settings.get("fsdp_config"):
         raise UserError(f"accelerate_config: {path} uses DeepSpeed or FSDP: set distributed_type: MULTI_GPU")
+    if settings.get("mpirun_config"):
+        raise UserError(f"accelerate_config: {path} uses MPI, which is not supported: remove mpirun_config")

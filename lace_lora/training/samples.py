@@ -26,7 +26,7 @@ logger = logging.getLogger("train_lora")
 
 
 @dataclass
-class Preview:
+class SampleInputs:
     """What sample grids need besides the UNet."""
 
     embed: Callable[[], Embeddings]  # the validation prompt's, by the text encoders as they are now
@@ -49,14 +49,14 @@ def draw_class_pictures(
 
 
 def draw_samples(
-    config: Config, step: int, train_step: TrainStep, noise_scheduler: DDPMScheduler, preview: Preview
+    config: Config, step: int, train_step: TrainStep, noise_scheduler: DDPMScheduler, sample_inputs: SampleInputs
 ) -> None:
     """Draw a grid at training size into `samples/step-<step>.png`; if that is not possible, log why and continue."""
     square = replace(config, width=config.resolution, height=config.resolution)
     sample_seeds = [config.seed + index for index in range(config.num_validation_images)]
 
     def draw(at_once: int) -> list[Image.Image]:
-        vae, embeddings, pictures = preview.vae.to(train_step.device), preview.embed(), []
+        vae, embeddings, pictures = sample_inputs.vae.to(train_step.device), sample_inputs.embed(), []
         for start in range(0, len(sample_seeds), at_once):
             batch = sample_seeds[start : start + at_once]
             with train_step.autocast():
@@ -76,7 +76,7 @@ def draw_samples(
         logger.warning("no sample pictures at step %d: out of memory", step)
         return
     finally:
-        preview.vae.to("cpu")
+        sample_inputs.vae.to("cpu")
         train_step.train()
     path = Path(config.lora_output_dir, "samples", f"step-{step:06d}.png")
     path.parent.mkdir(exist_ok=True)
@@ -102,4 +102,5 @@ def _latents(
     """The base model's latents for a batch of seeds, all from the embeddings' first row."""
     scheduler = sampling.make_scheduler(config.scheduler, noise_scheduler.config)
     rows = embeddings.to(unet.device, unet.dtype).rows([0] * len(batch))
-    return sampling.base_latents(unet, scheduler, rows, batch, config)
+    # Whatever refiner_flow says: the ensemble's base would stop where the refiner takes over.
+    return sampling.base_latents(unet, scheduler, rows, batch, replace(config, refine=False))

@@ -26,9 +26,8 @@ from drawing_helpers import NEGATIVE, PROMPT, difference, drawn
 from helpers import Make, refused
 from lace_lora.config import LORA_FILE, Config
 from lace_lora.drawing import phases, saving
-from lace_lora.drawing.plan import Drawn
 from lace_lora.errors import UserError
-from lace_lora.pictures.recipe import Design
+from lace_lora.pictures.recipe import Design, Drawn
 from lace_lora.sdxl import lora_weights, models, sampling
 from lace_lora.seeds import stream_seed
 

@@ -9,9 +9,8 @@ import torch
 from helpers import Make, refused
 from lace_lora.config import Config
 from lace_lora.drawing import saving
-from lace_lora.drawing.plan import Drawn
 from lace_lora.errors import LOSS_NOT_FINITE
-from lace_lora.pictures.recipe import Design
+from lace_lora.pictures.recipe import Design, Drawn
 from lace_lora.sdxl import models
 
 

@@ -13,9 +13,8 @@ from drawing_helpers import Pictures, difference, drawn
 from helpers import Make
 from lace_lora.config import Config
 from lace_lora.drawing import phases
-from lace_lora.drawing.plan import Drawn
 from lace_lora.fast import drawing_unet
-from lace_lora.pictures.recipe import Design
+from lace_lora.pictures.recipe import Design, Drawn
 from lace_lora.sdxl import models, sampling
 
 CUDA = torch.device("cuda")

@@ -30,7 +30,7 @@ class Counted:
 
 def test_cache_hit_and_cache_miss(own_folder: Path) -> None:
     make = Counted()
-    keys: list[dict[str, Any]] = [{"a": 1}, {"a": 1}, {"a": 2}, {"a": 1}]
+    keys: list[dict[str, Any]] = [{"a": 1, "b": 3}, {"b": 3, "a": 1}, {"a": 2, "b": 3}, {"a": 1, "b": 3}]
     assert [float(cache.cached(key, make)["value"]) for key in keys] == [1, 1, 2, 1]
     assert len(list(own_folder.iterdir())) == 2
 

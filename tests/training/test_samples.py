@@ -16,7 +16,7 @@ from helpers import Make
 from lace_lora.config import LORA_FILE, Config
 from lace_lora.sdxl import models, sampling
 from lace_lora.sdxl.prompts import Embeddings
-from lace_lora.training.samples import Preview, draw_samples
+from lace_lora.training.samples import SampleInputs, draw_samples
 from training_helpers import CPU, make_run, random_batch, train_here
 
 
@@ -28,9 +28,9 @@ def made_up_embeddings() -> Embeddings:
 
 def draw(config: Config, step: int) -> train_lora.Run:
     run = make_run(config)
-    preview = Preview(made_up_embeddings, models.load_vae(config, CPU, torch.float32))
+    sample_inputs = SampleInputs(made_up_embeddings, models.load_vae(config, CPU, torch.float32))
     Path(config.lora_output_dir).mkdir(exist_ok=True)
-    draw_samples(config, step, run.train_step, run.noise_scheduler, preview)
+    draw_samples(config, step, run.train_step, run.noise_scheduler, sample_inputs)
     return run
 
 
@@ -82,3 +82,16 @@ def test_sample_grids_do_not_disturb_the_training(settings: Make, tmp_path: Path
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     grids = sorted(path.name for path in (tmp_path / "watched" / "samples").iterdir())
     assert grids == ["step-000001.png", "step-000002.png"]
+
+
+def test_samples_and_class_pictures_do_not_depend_on_the_refiners_flow(settings: Make, tmp_path: Path) -> None:
+    plain = settings(
+        max_train_steps=1, validation_steps=1, num_validation_images=1, with_prior_preservation=True, num_class_images=1
+    )
+    folders = [tmp_path / "img2img", tmp_path / "ensemble"]
+    for folder, config in zip(folders, (plain, replace(plain, refiner_flow="ensemble")), strict=True):
+        folder.mkdir()
+        train_here(replace(config, lora_output_dir=str(folder), class_data_dir=str(folder)))
+    for pattern in ("samples/step-000001.png", "class_*.png"):
+        [expected], [got] = ([Image.open(path).tobytes() for path in folder.glob(pattern)] for folder in folders)
+        assert got == expected
