@@ -14,9 +14,6 @@ from lace_lora.config import Config
 # All of this before anything imports torch, and for the processes that tests start. One thread each: two processes of
 # pytest share two cores, and what is compared bit by bit is computed by as many threads wherever it runs.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", OMP_NUM_THREADS="1")
-if hasattr(os, "sched_setaffinity"):  # training takes as many threads as it may use CPUs
-    cpus = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cpus[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % len(cpus)]})
 # What is compared bit by bit is compared on the CPU; `make test-gpu` asks for the rest.
 if not os.environ.get("TEST_GPU"):
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}

@@ -62,9 +62,11 @@ def run_job(description: str, run: Callable[[Config, Job, Path, StopSignal], str
 
 def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list[str]:
     """The full launch command. accelerate always gets a config file: one cached on the machine would override flags."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    settings = yaml.safe_load(Path(config.accelerate_config).read_text()) if config.accelerate_config else {}
-    threads = str(max(1, cpus // _processes_here(settings)))  # each process gets its share of the CPUs
+    threads = os.environ.get("OMP_NUM_THREADS", "")  # as accelerate and PyTorch do
+    if not threads.isdecimal() or not int(threads):  # each process gets its share of the CPUs
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        settings = yaml.safe_load(Path(config.accelerate_config).read_text()) if config.accelerate_config else {}
+        threads = str(max(1, cpus // _processes_here(settings)))
     ours = [str(Path(__file__).resolve().parents[2] / "train_lora.py")]
     return [
         sys.executable, "-m", "lace_lora.process",
