@@ -45,14 +45,15 @@ def run(config: Config, dry_run: bool = False) -> None:
     fingerprint = run_fingerprint(config, pictures, annotations.captions)
     output_dir = Path(config.lora_output_dir)
     with nullcontext(0) if dry_run else _locked_output_dir(output_dir) as lock:
-        finished = finished_step(config, fingerprint)
-        if finished >= config.max_train_steps and config.resume_from_checkpoint:
-            print(f"Finished already: {config.lora_file} has {finished} steps. Raise max_train_steps to train further.")
-            return
         class_files = class_pictures.existing(config) if config.with_prior_preservation else {}
         if config.with_prior_preservation and not config.train_script:  # the script draws its own
             fingerprint |= class_pictures.fingerprint(config, class_files)
-        resume = find_resume_checkpoint(config, fingerprint)
+        origin = find_origin(config)
+        finished = finished_step(config, fingerprint, origin)
+        if finished >= config.max_train_steps and config.resume_from_checkpoint:
+            print(f"Finished already: {config.lora_file} has {finished} steps. Raise max_train_steps to train further.")
+            return
+        resume, origin = find_resume_checkpoint(config, fingerprint, origin)
         if finished and resume is None and not config.train_script:
             raise UserError(f"{config.lora_file} is finished, and no checkpoint is left to resume from: {START_OVER}")
         if dry_run:
@@ -62,7 +63,7 @@ def run(config: Config, dry_run: bool = False) -> None:
         with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
             job_file, accelerate_file = Path(folder, "job.json"), Path(folder, "accelerate.yaml")
             command = launch.build_command(config, accelerate_file, job_file)
-            _write_run_files(config, annotations, finished)
+            _write_run_files(config, annotations)
             captions = data_utils.read_annotations(annotations.path)
             to_draw = class_pictures.to_draw(config, class_files) if config.with_prior_preservation else {}
             job = launch.Job(
@@ -70,6 +71,7 @@ def run(config: Config, dry_run: bool = False) -> None:
                 contents={str(picture.path): picture.sha256 for picture in pictures},
                 fingerprint=fingerprint,
                 resume=str(resume) if resume else None,
+                origin=origin,
                 models=models,
                 class_pictures={str(path): digest for path, digest in class_files.items()},
                 class_to_draw={str(path): number for path, number in to_draw.items()},
@@ -141,8 +143,23 @@ def run_fingerprint(config: Config, pictures: Sequence[Picture], captions: dict[
     return fingerprint
 
 
-def finished_step(config: Config, fingerprint: dict[str, Any]) -> int:
-    """How many steps the LoRA in `lora_output_dir` was trained; 0 when there is none.
+def find_origin(config: Config) -> str | None:
+    """Which checkpoint `resume_from_checkpoint` names, as its run's checkpoints will record it; None if it names none.
+
+    Raises:
+        UserError: it is not a complete checkpoint.
+    """
+    folder = checkpoint.named(Path(config.lora_output_dir), config.resume_from_checkpoint)
+    if folder is None:
+        return None
+    if reason := checkpoint.verify(folder):
+        advice = "name a folder like checkpoint-500, or set it to latest"
+        raise UserError(f"resume_from_checkpoint: {folder} cannot be used ({reason}): {advice}")
+    return checkpoint.origin_of(folder)
+
+
+def finished_step(config: Config, fingerprint: dict[str, Any], origin: str | None) -> int:
+    """How many steps the LoRA in `lora_output_dir` was trained; 0 if there is none, or none of a run from `origin`.
 
     Raises:
         UserError: it is not of this program, or of other settings or pictures: it is never overwritten.
@@ -157,14 +174,19 @@ def finished_step(config: Config, fingerprint: dict[str, Any]) -> int:
     except (SafetensorError, OSError, KeyError, ValueError):
         raise UserError(f"{path} exists and is not a LoRA of this program: {START_OVER}") from None
     _must_match(trained_on, fingerprint, path)
-    return step
+    return step if origin in (None, metadata.get("origin")) else 0
 
 
-def find_resume_checkpoint(config: Config, fingerprint: dict[str, Any]) -> Path | None:
-    """The checkpoint to resume from, verified; None to start at step 0.
+def find_resume_checkpoint(
+    config: Config, fingerprint: dict[str, Any], origin: str | None
+) -> tuple[Path | None, str | None]:
+    """The checkpoint to resume from, verified, and the origin of its run; None to start at step 0.
+
+    A run that began at a named checkpoint, its `origin`, resumes from its own newest.
 
     Raises:
-        UserError: there are checkpoints, but none is complete, resuming is off, or settings or pictures have changed.
+        UserError: there are checkpoints, but none is complete, or it has too many steps; resuming is off; settings or
+            pictures have changed.
     """
     output_dir, requested = Path(config.lora_output_dir), config.resume_from_checkpoint
     if not requested:
@@ -172,21 +194,21 @@ def find_resume_checkpoint(config: Config, fingerprint: dict[str, Any]) -> Path 
             raise UserError(
                 f"{output_dir} contains an earlier run: set resume_from_checkpoint to latest, or {START_OVER}"
             )
-        return None
-    if requested == "latest":
-        folder, skipped = checkpoint.newest(output_dir)
-        for reason in skipped:
-            logger.warning("skipped an unusable checkpoint (%s)", reason)
-        if skipped and folder is None:
+        return None, None
+    folder, skipped = checkpoint.newest(output_dir, origin or "")
+    for reason in skipped:
+        logger.warning("skipped an unusable checkpoint (%s)", reason)
+    folder = folder or checkpoint.named(output_dir, requested)
+    if folder is None:
+        if skipped:
             raise UserError(f"no complete checkpoint in {output_dir} ({'; '.join(skipped)}): {START_OVER}")
-    else:
-        folder = Path(requested)
-        if reason := checkpoint.verify(folder):
-            raise UserError(f"resume_from_checkpoint: {folder} cannot be used ({reason}): set it to latest")
-    if folder is not None:
-        state = json.loads((folder / "state.json").read_text())
-        _must_match(state["learns"], fingerprint, folder)
-    return folder
+        return None, None
+    state = checkpoint.read_state(folder)
+    _must_match(state["learns"], fingerprint, folder)
+    if state["step"] > config.max_train_steps:
+        advice = f"raise it to {state['step']} or more, or set resume_from_checkpoint to a checkpoint with fewer steps"
+        raise UserError(f"max_train_steps is {config.max_train_steps}, fewer than {folder} has: {advice}")
+    return folder, origin or state.get("origin")
 
 
 def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> None:
@@ -220,17 +242,11 @@ def _locked_output_dir(output_dir: Path) -> Iterator[int]:
                 output_dir.rmdir()
 
 
-def _write_run_files(config: Config, annotations: data_utils.Annotations, finished: int) -> None:
-    """Write annotations and resolved settings; a finished LoRA that is trained further is renamed."""
-    output_dir = Path(config.lora_output_dir)
-    with _disk_errors(output_dir):
+def _write_run_files(config: Config, annotations: data_utils.Annotations) -> None:
+    """Write annotations and resolved settings."""
+    with _disk_errors(Path(config.lora_output_dir)):
         data_utils.write_annotations(annotations)
-        files.write_atomically(output_dir / "config.yaml", dump_config(config).encode())
-        ending = f"step{finished}" if finished else "earlier"  # its number of steps is unknown
-        for name in (LORA_FILE, f"{config.lora_name}.safetensors", f"{config.lora_name}.json"):
-            path = output_dir / name
-            if path.exists():
-                path.rename(files.free_name(output_dir, f"{path.stem}-{ending}", path.suffix))
+        files.write_atomically(Path(config.lora_output_dir, "config.yaml"), dump_config(config).encode())
 
 
 @contextmanager

@@ -197,19 +197,22 @@ def save_checkpoint(run: Run, step: int) -> None:
     tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     lora = lora_weights.lora_state(train_step.networks, config.alpha / config.rank)  # copies, since it multiplies
     scaler = train_step.scaler.state_dict()
-    state = {"step": step, "learns": run.job.fingerprint, "scaler": scaler, "optimizer": numbers}
+    state = {"step": step, "learns": run.job.fingerprint, "origin": run.job.origin}
+    state |= {"scaler": scaler, "optimizer": numbers}
 
     def write(folder: Path) -> None:
         lora_weights.save_lora(folder / LORA_FILE, lora, {"step": str(step)})
         (folder / "training_state.safetensors").write_bytes(save(tensors))
         (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
-    run.publisher.publish(Path(config.lora_output_dir), step, write, config.checkpoints_total_limit)
+    folder = Path(config.lora_output_dir)
+    named = checkpoint.named(folder, config.resume_from_checkpoint)
+    run.publisher.publish(folder, step, write, config.checkpoints_total_limit, named)
 
 
 def restore(run: Run, folder: Path) -> int:
     """Restore LoRA, optimizer and loss scaler from a verified checkpoint; returns its step."""
-    state = json.loads((folder / "state.json").read_text())
+    state = checkpoint.read_state(folder)
     tensors = load_file(folder / "training_state.safetensors")
     trained = run.train_step.trainable_params(run.lora)
     try:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,15 @@ class FakeLaunch:
         self.jobs.append(job)
         config = load_config(command[command.index("--config") + 1])
         output_dir, last = Path(config.lora_output_dir), min(config.max_train_steps, self.stop_at)
+        first = int(job["resume"].rpartition("-")[2]) if job["resume"] else 0
         for step in range(config.checkpointing_steps, last + 1, config.checkpointing_steps):
-            state = json.dumps({"step": step, "learns": job["fingerprint"]})
-            checkpoint.publish(output_dir, step, lambda to, state=state: put(to / "state.json", state), keep=9)  # type: ignore[misc]
+            if step > first:
+                state = json.dumps({"step": step, "learns": job["fingerprint"], "origin": job["origin"]})
+                checkpoint.publish(output_dir, step, lambda to, state=state: put(to / "state.json", state), keep=9)  # type: ignore[misc]
         if last < config.max_train_steps:
             raise UserError(f"stopped at step {last}", 130)
         metadata = {"step": str(last), "learns": json.dumps(job["fingerprint"])}
+        metadata |= {"origin": job["origin"]} if job["origin"] else {}
         save_file({"w": np.zeros(3, np.float32)}, output_dir / LORA, metadata)
         return f"trained {last} steps"
 
@@ -263,15 +267,15 @@ def test_finished_already(tmp_path: Path, launched: FakeLaunch, make: Make, caps
     assert len(launched.jobs) == 1
 
 
-def test_more_steps_resume_and_keep_the_finished_lora(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
+def test_more_steps_resume_and_the_finished_lora_stays_until_then(
+    tmp_path: Path, launched: FakeLaunch, make: Make
+) -> None:
     train.run(make())
     first = (tmp_path / "lora" / LORA).read_bytes()
-    put(tmp_path / "lora" / "pytorch_lora_weights-step8.safetensors", "the user's own")
-    train.run(make(max_train_steps=12))
+    launched.stop_at = 10
+    refused(make(max_train_steps=12), "stopped at step 10", 130)
     assert launched.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-8")
-    assert (tmp_path / "lora" / "pytorch_lora_weights-step8.safetensors").read_text() == "the user's own"
-    assert (tmp_path / "lora" / "pytorch_lora_weights-step8-2.safetensors").read_bytes() == first
-    assert (tmp_path / "lora" / LORA).read_bytes() != first
+    assert (tmp_path / "lora" / LORA).read_bytes() == first
 
 
 def test_an_interrupted_run_resumes_from_the_newest_complete_checkpoint(
@@ -295,16 +299,58 @@ def test_leftovers_of_killed_writes_are_removed_before_the_training(
     assert names(tmp_path / "lora") == {"config.yaml"}
 
 
-def test_a_named_checkpoint(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
+@pytest.mark.parametrize("in_words", ["{lora}/checkpoint-4", "checkpoint-4", "{photos}/../lora/checkpoint-4"])
+def test_a_named_checkpoint_is_where_the_run_begins_once(
+    in_words: str, tmp_path: Path, launched: FakeLaunch, make: Make
+) -> None:
+    train.run(make())
+    before = (tmp_path / "lora" / LORA).read_bytes()
+    name = in_words.format(lora=tmp_path / "lora", photos=tmp_path / "photos")
+    config = make(resume_from_checkpoint=name, learning_rate=1e-5, checkpointing_steps=2)
+    launched.stop_at = 7
+    refused(config, "stopped", 130)
+    refused(config, "stopped", 130)  # checkpoint-8 has more steps, but is of the run before
+    launched.stop_at = 12
+    train.run(config)
+    train.run(config)
+    resumed = [Path(job["resume"]).resolve().name for job in launched.jobs[1:]]
+    assert resumed == ["checkpoint-4", "checkpoint-6", "checkpoint-6"]
+    assert (tmp_path / "lora" / LORA).read_bytes() != before
+    train.run(make(max_train_steps=12))  # latest
+    assert launched.jobs[-1]["resume"] == str(tmp_path / "lora" / "checkpoint-8")
+    assert launched.jobs[-1]["origin"] == launched.jobs[1]["origin"]
+
+
+def test_a_named_checkpoint_of_another_folder(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
+    launched.stop_at = 7
+    refused(make(), "stopped", 130)
+    source = tmp_path / "lora" / "checkpoint-4"
+    config = make(resume_from_checkpoint=str(source), lora_output_dir=str(tmp_path / "new"), checkpointing_steps=3)
+    refused(config, "stopped", 130)
+    refused(config, "stopped", 130)
+    assert [job["resume"] for job in launched.jobs[1:]] == [str(source), str(tmp_path / "new" / "checkpoint-6")]
+
+
+def test_a_named_checkpoint_that_cannot_be_used(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
+    train.run(make())
+    put(tmp_path / "lora" / "checkpoint-4" / "state.json", "damaged")
+    refused(make(resume_from_checkpoint="checkpoint-4"), "lora/checkpoint-4 cannot be used \\(state.json")
+    refused(make(resume_from_checkpoint="nowhere"), "nowhere cannot be used .*name a folder like checkpoint-500")
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_fewer_steps_than_the_newest_checkpoint_has_are_refused(
+    dry_run: bool, tmp_path: Path, launched: FakeLaunch, make: Make
+) -> None:
     launched.stop_at = 9
     refused(make(max_train_steps=12), "stopped", 130)
-    config = make(resume_from_checkpoint=str(tmp_path / "lora" / "checkpoint-4"))
-    train.run(config)
-    assert launched.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-4")
-    (tmp_path / "lora" / LORA).unlink()
-    put(tmp_path / "lora" / "checkpoint-4" / "state.json", "damaged")
-    refused(config, "checkpoint-4 cannot be used \\(state.json")
-    refused(make(resume_from_checkpoint="nowhere"), "nowhere cannot be used")
+    before = snapshot(tmp_path)
+    refused(
+        make(max_train_steps=6), "max_train_steps is 6, fewer than .*checkpoint-8 has: raise it to 8", dry_run=dry_run
+    )
+    assert snapshot(tmp_path) == before
+    train.run(make(max_train_steps=6, resume_from_checkpoint="checkpoint-4"))
+    assert launched.jobs[-1]["resume"] == str(tmp_path / "lora" / "checkpoint-4")
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -317,6 +363,9 @@ def test_a_named_checkpoint(tmp_path: Path, launched: FakeLaunch, make: Make) ->
         ({"pretrained_model": "other/model"}, "pretrained_model"),
         ({"instance_prompt": "other"}, "captions"),
         ({"min_image_size": 40}, "pictures"),
+        ({"class_prompt": "a net"}, "class_prompt"),
+        ({"num_class_images": 7}, "num_class_images \\(was 100, is 7\\)"),
+        ({"width": 512}, "width"),
     ],
 )
 def test_a_changed_fingerprint_is_refused(
@@ -324,12 +373,15 @@ def test_a_changed_fingerprint_is_refused(
 ) -> None:
     jpg(tmp_path / "photos" / "small.jpg", gradient(39, 39))
     launched.stop_at = 10_000 if finished else 7
+    settings = partial(make, with_prior_preservation=True)
     if finished:
-        train.run(make())
+        train.run(settings())
     else:
-        refused(make(), "stopped", 130)
+        refused(settings(), "stopped", 130)
     before = snapshot(tmp_path)
-    refused(make(max_train_steps=20, **changes), f"changed: .*{named}.*lora_output_dir to a new folder")
+    for steps in (8, 20):  # all of them done, and not
+        changed = settings(max_train_steps=steps, **changes)
+        refused(changed, f"changed: .*{named}.*lora_output_dir to a new folder")
     assert snapshot(tmp_path) == before
 
 

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,22 @@ def test_either_training_step_resumes_from_the_others_checkpoint(
 def test_a_lora_and_a_checkpoint_have_the_fingerprint_that_a_resume_compares(settings: Make, tmp_path: Path) -> None:
     config = settings(max_train_steps=2)
     train_here(config)  # with its rank as the fingerprint
-    assert train.finished_step(config, {"rank": 4}) == 2
-    assert train.find_resume_checkpoint(config, {"rank": 4}) == tmp_path / "lora" / "checkpoint-2"
+    assert train.finished_step(config, {"rank": 4}, None) == 2
+    assert train.find_resume_checkpoint(config, {"rank": 4}, None) == (tmp_path / "lora" / "checkpoint-2", None)
     for check in (train.finished_step, train.find_resume_checkpoint):
-        refused(lambda check=check: check(config, {"rank": 8}), r"rank \(was 4, is 8\)")  # type: ignore[misc]
+        refused(lambda check=check: check(config, {"rank": 8}, None), r"rank \(was 4, is 8\)")  # type: ignore[misc]
+
+
+def test_a_run_from_a_named_checkpoint_keeps_it_and_goes_on_from_its_own(settings: Make, tmp_path: Path) -> None:
+    config = settings(max_train_steps=2, checkpointing_steps=1, checkpoints_total_limit=1)
+    train_here(config)
+    again = replace(config, resume_from_checkpoint="checkpoint-2", max_train_steps=6)
+    origin = train.find_origin(again)
+    for first, stop in (("checkpoint-2", StopAt(2)), ("checkpoint-4", StopAt(None))):
+        resume, origin = train.find_resume_checkpoint(again, {"rank": 4}, origin)
+        assert resume == tmp_path / "lora" / first
+        with suppress(Stopped):
+            train_here(again, resume, stop, origin=origin)
+        assert (tmp_path / "lora" / "checkpoint-2").exists()
+    assert train.finished_step(again, {"rank": 4}, origin) == 6
+    assert not (tmp_path / "lora" / "checkpoint-5").exists()

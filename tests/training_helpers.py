@@ -94,8 +94,9 @@ def encode_here(config: Config, job: Job) -> tuple[batches.Encoded, Captions, Sa
 
 
 def train_here(
-    config: Config, resume: Path | None = None, stop: StopAt | None = None, of_class: Iterable[Path] = ()
-) -> str:
+    config: Config, resume: Path | None = None, stop: StopAt | None = None, of_class: Iterable[Path] = (),
+    origin: str | None = None,
+) -> str:  # fmt: skip
     """Runs `train_lora.train` in this process, from scratch or from a checkpoint."""
     images = data_utils.list_images(config.images_dir)
     to_draw = class_pictures.to_draw(config, list(of_class)) if config.with_prior_preservation else {}
@@ -105,6 +106,7 @@ def train_here(
         class_to_draw=as_json(to_draw),
         fingerprint={"rank": config.rank},
         resume=str(resume) if resume else None,
+        origin=origin,
     )
     Path(config.lora_output_dir).mkdir(parents=True, exist_ok=True)
     return train_lora.train(config, job, stop or StopAt(None))  # type: ignore[arg-type]

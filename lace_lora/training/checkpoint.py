@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from lace_lora.files import file_sha256, json_digest, remove_unfinished
 
@@ -22,8 +23,10 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _DISPLACED = re.compile(r"\.(checkpoint-\d+)\.\d+\.old")
 
 
-def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: int, spared: Path | None = None) -> Path:
     """Write `output_dir/checkpoint-<step>` through `write(folder)`, then drop the oldest beyond `keep`.
+
+    `spared` is never dropped, nor counted: the checkpoint that the user has named.
 
     Raises:
         OSError: a disk is full or gone; an older checkpoint of the same name is untouched.
@@ -58,7 +61,8 @@ def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: in
         folder.stat()  # raises if the disk is gone
         raise OSError(errno.EIO, f"verification after writing failed: {reason}", str(folder))
     clean_up(output_dir)
-    others = [path for path, _ in checkpoints(output_dir) if path != folder]  # newer ones may be there, damaged
+    left = {path.resolve() for path in (folder, spared) if path}
+    others = [path for path, _ in checkpoints(output_dir) if path.resolve() not in left]  # some newer: damaged ones
     for path in others[: max(0, len(others) + 1 - keep)]:
         # Renamed first, so that a killed removal does not leave half a checkpoint.
         leaving = output_dir / f".{path.name}.{os.getpid()}.tmp"
@@ -74,10 +78,12 @@ class Publisher:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[Path] | None = None
 
-    def publish(self, output_dir: Path, step: int, write: Callable[[Path], None], keep: int) -> None:
+    def publish(
+        self, output_dir: Path, step: int, write: Callable[[Path], None], keep: int, spared: Path | None = None
+    ) -> None:
         """Start; what `write` reads must not change until `wait` returns."""
         self.wait()
-        self.pending = self.thread.submit(publish, output_dir, step, write, keep)
+        self.pending = self.thread.submit(publish, output_dir, step, write, keep, spared)
 
     def wait(self) -> None:
         if self.pending:
@@ -127,14 +133,38 @@ def checkpoints(output_dir: Path) -> list[tuple[Path, int]]:
     return sorted(((path, int(match[1])) for path, match in found if match), key=lambda item: item[1])
 
 
-def newest(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that is skipped, with the reason."""
+def newest(output_dir: Path, origin: str = "") -> tuple[Path | None, list[str]]:
+    """The checkpoint with the most steps that verifies, and a line for each that is skipped, with the reason.
+
+    With an `origin`, see `origin_of`, only checkpoints of runs that began there.
+    """
     skipped: list[str] = []
     for path, _ in reversed(checkpoints(output_dir)):
-        if not (reason := verify(path)):
+        if reason := verify(path):
+            skipped.append(f"{path.name}: {reason}")
+        elif not origin or read_state(path).get("origin") == origin:
             return path, skipped
-        skipped.append(f"{path.name}: {reason}")
     return None, skipped
+
+
+def named(output_dir: Path, setting: str | None) -> Path | None:
+    """The folder that `resume_from_checkpoint` names; None where it names none. A name alone is in the output folder.
+
+    As in diffusers' scripts, but those look in the output folder whatever the path is.
+    """
+    if not setting or setting == "latest":
+        return None
+    return (output_dir if _NAME.fullmatch(setting) else Path()) / setting
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint that verifies: its step, fingerprint and origin, and numbers of the optimizer."""
+    return json.loads((folder / "state.json").read_text())
+
+
+def origin_of(folder: Path) -> str:
+    """What checkpoints of runs that begin at this one record as their origin: the SHA-256 of its manifest."""
+    return file_sha256(folder / MANIFEST)
 
 
 def clean_up(output_dir: Path) -> None:

@@ -37,6 +37,7 @@ class Job:
     fingerprint: dict[str, Any]  # see train.run_fingerprint
     resume: str | None  # the checkpoint to resume from
     models: dict[str, Any]  # settings that name models, as paths
+    origin: str | None = None  # of the named checkpoint that the run began at, see checkpoint.origin_of
     class_pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that exist
     class_to_draw: dict[str, int] = field(default_factory=dict)  # each with the number that gives its seed
 

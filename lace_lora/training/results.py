@@ -4,13 +4,15 @@ import json
 import re
 import time
 from collections import Counter
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lace_lora.config import LORA_FILE, Config
-from lace_lora.files import write_atomically
+from lace_lora.files import numbered, write_atomically
 from lace_lora.sdxl.lora_weights import kohya_state, save_lora
 from lace_lora.training.launch import Job
 
@@ -20,6 +22,8 @@ def save_results(
     prediction_type: str,
 ) -> Path:  # fmt: skip
     """Write the LoRA for kohya's programs and, last, since it marks training as finished, for diffusers; returns that.
+
+    Files of an earlier training are kept as `<name>-step<n>`, where n is the number of steps it had.
 
     Args:
         state: as `lora_weights.lora_state` gives it, with nothing folded in.
@@ -34,13 +38,32 @@ def save_results(
         "preferred weight": 1.0,
         "activation text": trigger_words(config.instance_prompt),
     }
-    write_atomically(folder / f"{config.lora_name}.json", json.dumps(card, indent=2, ensure_ascii=False).encode())
+    card_file, kohya_file = (folder / f"{config.lora_name}.{suffix}" for suffix in ("json", "safetensors"))
+    for path in (card_file, kohya_file, folder / LORA_FILE):
+        _keep_earlier(path, config.lora_file)
+    write_atomically(card_file, json.dumps(card, indent=2, ensure_ascii=False).encode())
     metadata = kohya_metadata(config, alpha, steps, job, prediction_type)
-    save_lora(folder / f"{config.lora_name}.safetensors", kohya_state(state, alpha, layers_per_block), metadata)
+    save_lora(kohya_file, kohya_state(state, alpha, layers_per_block), metadata)
     scale = alpha / config.rank
     folded = {key: weight * scale if "lora_B" in key else weight for key, weight in state.items()}
-    save_lora(folder / LORA_FILE, folded, {"step": str(steps), "learns": json.dumps(job.fingerprint)})
+    origin = {"origin": job.origin} if job.origin else {}
+    save_lora(folder / LORA_FILE, folded, {"step": str(steps), "learns": json.dumps(job.fingerprint), **origin})
     return folder / LORA_FILE
+
+
+def _keep_earlier(path: Path, lora_file: Path) -> None:
+    """Copy a file of an earlier training under a name with its steps; it stays until its replacement is complete."""
+    if not path.exists():
+        return
+    content, ending = path.read_bytes(), "earlier"
+    with suppress(SafetensorError, OSError, KeyError, ValueError):  # not a LoRA of ours: its steps are unknown
+        with safe_open(lora_file if path.suffix == ".json" else path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+        ending = f"step{int(metadata.get('step') or metadata['ss_steps'])}"
+    names = numbered(path.parent, f"{path.stem}-{ending}", path.suffix)
+    kept = next(name for name in names if not name.exists() or name.read_bytes() == content)
+    if not kept.exists():
+        write_atomically(kept, content)
 
 
 def trigger_words(instance_prompt: str) -> str:

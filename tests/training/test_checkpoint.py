@@ -96,6 +96,12 @@ def test_the_oldest_beyond_the_limit_are_deleted(tmp_path: Path, keep: int, left
     assert names(tmp_path) == {f"checkpoint-{step}" for step in left}
 
 
+def test_the_named_one_is_neither_deleted_nor_counted(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        checkpoint.publish(tmp_path, step, write, keep=1, spared=tmp_path / "x" / ".." / "checkpoint-2")
+    assert [step for _, step in checkpoint.checkpoints(tmp_path)] == [2, 4]
+
+
 def test_a_new_one_is_never_dropped_for_later_damaged_ones(tmp_path: Path) -> None:
     for step in (6, 8):
         zero(checkpoint.publish(tmp_path, step, write, keep=2) / "weights.bin")

@@ -1,6 +1,8 @@
 """A finished training's files: what kohya's programs show of them, and the name of the style."""
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,13 +23,17 @@ LAYERS = (
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Config:
+    return save(tmp_path)
+
+
+def save(folder: Path, steps: int = 7) -> Config:
     """Both files and the card of a LoRA of all three networks, alpha unequal to rank."""
-    config = Config(lora_output_dir=str(tmp_path), rank=4, lora_alpha=2.0, resolution=64)
+    config = Config(lora_output_dir=str(folder), rank=4, lora_alpha=2.0, resolution=64)
     state = {f"{layer}.lora_A.weight": torch.ones(4, 8) for layer in LAYERS}
     state |= {f"{layer}.lora_B.weight": torch.ones(8, 4) for layer in LAYERS}
     captions = dict(zip("abc", [config.instance_prompt, config.instance_prompt, "a rosette, White"], strict=True))
     job = Job(captions, {}, {"pretrained_model": "some/model"}, None, {})
-    assert results.save_results(config, state, config.alpha, 7, job, 1, "epsilon") == tmp_path / LORA_FILE
+    assert results.save_results(config, state, config.alpha, steps, job, 1, "epsilon") == folder / LORA_FILE
     return config
 
 
@@ -37,6 +43,51 @@ def test_the_diffusers_file_has_alpha_folded_in_and_what_it_was_trained_on(saved
     assert (metadata["step"], json.loads(metadata["learns"])) == ("7", {"pretrained_model": "some/model"})
     for name, weight in load_file(Path(saved.lora_output_dir, LORA_FILE)).items():
         assert (weight == (0.5 if "lora_B" in name else 1)).all()
+
+
+def test_files_of_an_earlier_training_are_kept(saved: Config, tmp_path: Path) -> None:
+    kohya = tmp_path / "myspecialstyle.safetensors"
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    own = tmp_path / "pytorch_lora_weights-step7.safetensors"
+    own.write_text("the user's own")
+    save(tmp_path, 9)
+    assert own.read_text() == "the user's own"
+    for name, copy in (
+        (LORA_FILE, "pytorch_lora_weights-step7-2.safetensors"),
+        (kohya.name, "myspecialstyle-step7.safetensors"),
+        ("myspecialstyle.json", "myspecialstyle-step7.json"),
+    ):
+        assert (tmp_path / copy).read_bytes() == kept[name]
+    kohya.write_text("of another program")
+    save(tmp_path, 9)
+    assert (tmp_path / "myspecialstyle-earlier.safetensors").read_text() == "of another program"
+    names = {path.name for path in tmp_path.iterdir()}
+    save(tmp_path, 9)
+    assert {path.name for path in tmp_path.iterdir()} - names <= {"myspecialstyle-step9.safetensors"}  # with its time
+
+
+@pytest.mark.parametrize("writes", range(7))
+def test_until_the_new_lora_is_complete_the_earlier_one_is_there(
+    writes: int, saved: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after any number of files."""
+    before, left = (tmp_path / LORA_FILE).read_bytes(), iter(range(writes))
+    replace = os.replace
+
+    def replace_or_fail(*paths: Path) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", replace_or_fail)
+    with suppress(KeyboardInterrupt):
+        save(tmp_path, 9)
+    current = (tmp_path / LORA_FILE).read_bytes()
+    copy = tmp_path / "pytorch_lora_weights-step7.safetensors"
+    assert current == before if writes < 6 else copy.read_bytes() == before
+    monkeypatch.undo()
+    save(tmp_path, 9)
+    assert copy.read_bytes() == before
 
 
 def test_the_kohya_file_carries_alpha_and_what_programs_show(saved: Config) -> None:
