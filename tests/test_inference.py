@@ -7,17 +7,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image, ImageChops
+from safetensors.numpy import save_file
 
 import inference
 import lace_lora.drawing
-from helpers import Make, gradient, jpg, names, refused, snapshot
+from helpers import ROOT, Make, gradient, jpg, names, refused, snapshot
 from lace_lora import files
-from lace_lora.config import Config
+from lace_lora.config import LORA_FILE, Config
 from lace_lora.drawing.output_folder import BEFORE, UNFINISHED, OutputFolder
 from lace_lora.errors import UserError
 from lace_lora.pictures.recipe import Design, Drawn
+
+DEMO = ROOT / "demo" / "model"
 
 
 class FakePhases(ModuleType):
@@ -55,15 +59,20 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakePhases:
     return drawing
 
 
+def write_lora(path: Path, value: float) -> None:
+    weights = {f"unet.conv_in.lora_{matrix}.weight": np.full((1, 1), value, np.float32) for matrix in "AB"}
+    save_file(weights, path)
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    write_lora(tmp_path / "lora" / LORA_FILE, 1)
 
     def settings(**changes: Any) -> Config:
         folders = {"lora_output_dir": str(tmp_path / "lora"), "output_dir": str(tmp_path / "out")}
         sizes: dict[str, Any] = {"num_images": 4, "width": 64, "height": 64, "seed": 10}
-        models = {"pretrained_model": str(tmp_path), "refiner_model": str(tmp_path)}  # never opened
+        models = {name: str(DEMO / part) for name, part in (("pretrained_model", "base"), ("refiner_model", "refiner"))}
         return Config(**(folders | sizes | models | changes))
 
     return settings
@@ -212,7 +221,7 @@ def test_other_settings_get_the_next_free_name(
 def test_another_lora_gets_the_next_free_name(tmp_path: Path, fake: FakePhases, make: Make) -> None:
     inference.run(make())
     before = snapshot(tmp_path / "out")
-    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"trained further")
+    write_lora(tmp_path / "lora" / LORA_FILE, 2)
     inference.run(make())
     assert snapshot(tmp_path / "out") == before
     assert len(names(tmp_path / "out-2")) == 8
@@ -256,8 +265,8 @@ def test_a_damaged_picture_is_a_one_line_error(tmp_path: Path, fake: FakePhases,
 
 def test_the_page_names_no_folders_of_the_users(tmp_path: Path, fake: FakePhases, make: Make) -> None:
     page = (inference.run(make()) / "gallery.html").read_text()
-    assert str(tmp_path) not in page
-    assert str(tmp_path) in (tmp_path / "out" / "manifest.json").read_text()
+    assert str(DEMO) not in page
+    assert str(DEMO) in (tmp_path / "out" / "manifest.json").read_text()
 
 
 def test_another_run_that_uses_the_folder_meanwhile_is_noticed(
@@ -322,7 +331,7 @@ def test_a_dry_run_writes_nothing(
     assert fake.batches == drawn
     printed = capsys.readouterr().out
     assert f"Would draw {0 if finished else 4} of 4 pictures, 64x64, into {tmp_path / 'out'}" in printed
-    assert str(tmp_path / "lora" / "pytorch_lora_weights.safetensors") in printed
+    assert str(tmp_path / "lora" / LORA_FILE) in printed
     assert finished or "weiße Spitze 🧵" in printed
 
 

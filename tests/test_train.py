@@ -63,12 +63,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> FakeLaunch:
 def make(tmp_path: Path) -> Make:
     jpgs(tmp_path / "photos", 3)
 
-    (tmp_path / "model").mkdir()
-
     def settings(**changes: Any) -> Config:
         values: dict[str, Any] = {"images_dir": str(tmp_path / "photos"), "lora_output_dir": str(tmp_path / "lora")}
         values |= {"min_images": 1, "skip_bad_images": True}
-        values |= {"pretrained_model": str(tmp_path / "model"), "min_image_size": 32, "max_train_steps": 8}
+        values |= {
+            "pretrained_model": str(ROOT / "demo/model/base"),
+            "min_image_size": 32,
+            "max_train_steps": 8,
+        }
         return Config(**(values | {"checkpointing_steps": 4} | changes))
 
     return settings

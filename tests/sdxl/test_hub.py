@@ -15,7 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 from hub_server import Hub
-from original_names import original_checkpoint
+from original_names import original_checkpoint, original_refiner
 from safetensors.torch import save_file
 
 from helpers import ROOT, Make, refused
@@ -99,7 +99,10 @@ def test_only_what_is_needed_is_downloaded_once(server: Hub, tiny: Path, tmp_pat
     assert {name.removeprefix(f"{BASE}/") for name in server.asked if name.startswith(BASE)} <= expected
     assert weights(found["pretrained_model"]) == weights(tiny / "base")
     refiner = [name.removeprefix(f"{REFINER}/") for name in server.asked if name.startswith(REFINER)]
-    assert sorted(refiner) == ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    assert sorted(refiner) == [
+        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
     assert "100%" in progress
     assert len(server.asked) == len(set(server.asked))
     asked = len(server.asked)
@@ -190,18 +193,19 @@ def test_no_connection_and_no_cache(server: Hub, fetch: Fetch) -> None:
 
 
 def test_paths_are_not_looked_up(tmp_path: Path, tiny: Path) -> None:
-    assert hub.fetch(str(tiny / "base"), ["unet"]) == tiny / "base"
+    assert hub.fetch(hub.Source(str(tiny / "base"), ["unet"], None)) == tiny / "base"
     for name in ("no/such/folder", "./none", str(tmp_path / "none"), "none.safetensors"):
-        refused(lambda name=name: hub.fetch(name, ["unet"]), "no model found at")  # type: ignore[misc]
+        refused(lambda name=name: hub.fetch(hub.Source(name, ["unet"], None)), "no model found at")  # type: ignore[misc]
     (tmp_path / "model.safetensors").write_bytes(b"a pickle, say")
-    refused(lambda: hub.fetch(str(tmp_path / "model.safetensors"), ["unet"]), "cannot be read as a safetensors file")
+    file = hub.Source(str(tmp_path / "model.safetensors"), ["unet"], None)
+    refused(lambda: hub.fetch(file), "cannot be read as a safetensors file")
 
 
 def test_a_checkpoint_in_one_file(server: Hub, fetch: Fetch, tiny: Path, tmp_path: Path) -> None:
     server.repositories = {hub.BASE_LAYOUT: tmp_path / "base", hub.REFINER_LAYOUT: tmp_path / "refiner"}
     files = {"pretrained_model": tmp_path / "lace.safetensors", "refiner_model": tmp_path / "refine.safetensors"}
     save_file(original_checkpoint(tiny / "base"), files["pretrained_model"])
-    save_file({"conditioner.embedders.0.model.ln_final.weight": torch.ones(3)}, files["refiner_model"])
+    save_file(original_refiner(tiny / "refiner", tiny / "base"), files["refiner_model"])
     assert fetch(**{key: str(path) for key, path in files.items()}) == files
     assert not any(name.endswith(".safetensors") for name in server.asked)
     assert {"/".join(name.split("/")[:2]) for name in server.asked} == {hub.BASE_LAYOUT, hub.REFINER_LAYOUT}
