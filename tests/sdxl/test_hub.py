@@ -152,6 +152,48 @@ def test_another_vae(server: Hub, fetch: Fetch, tiny: Path) -> None:
     assert f"{BASE}/vae/diffusion_pytorch_model.safetensors" not in server.asked
 
 
+def test_a_whole_model_as_vae(server: Hub, fetch: Fetch, tiny: Path) -> None:
+    server.repositories["lace/other"] = tiny / "base"
+    found = fetch(pretrained_vae="lace/other")["pretrained_vae"]
+    assert weights(found) == weights(tiny / "base" / "vae")
+    asked = {name for name in server.asked if name.startswith("lace/other")}
+    assert {Path(name).parent.name for name in asked if name.endswith(".safetensors")} <= {"vae"}
+
+
+@pytest.mark.parametrize("setting", ["pretrained_model", "refiner_model", "pretrained_vae"])
+def test_a_model_of_another_kind_is_not_downloaded(server: Hub, fetch: Fetch, tmp_path: Path, setting: str) -> None:
+    folder = {"refiner_model": "refiner"}.get(setting, "base")
+    shutil.copytree(tmp_path / folder, tmp_path / "edm")
+    for file, change in (("vae", {"latents_mean": [1, 1, 1, 1]}), ("unet", {"in_channels": 9})):
+        path = tmp_path / "edm" / file / "config.json"
+        if path.exists():
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    server.repositories["lace/edm"] = tmp_path / "edm"
+    assert_refused(
+        lambda: fetch(**{setting: "lace/edm"}), "lace/edm has a (UNet with in_channels 9|VAE with latents_mean)", 2
+    )
+    assert not [name for name in server.asked if name.endswith(".safetensors")]
+
+
+def test_models_are_checked_without_a_download(server: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    config = Config(pretrained_model=BASE, refiner_model=REFINER)
+    assert hub.check_models(config, download=False) == [BASE, REFINER]
+    assert not server.asked
+    assert not (tmp_path / "cache").exists()
+    found = fetch()
+    assert hub.check_models(config, download=False) == []
+    weight = next((found["pretrained_model"] / "unet").glob("*.safetensors"))
+    weight.unlink()
+    assert hub.check_models(config, download=False) == [BASE]
+    cached = found["refiner_model"] / "unet" / "config.json"
+    content = cached.read_text().replace('"in_channels": 4', '"in_channels": 9')
+    cached.unlink()
+    cached.write_text(content)
+    refused(lambda: hub.check_models(config, download=False), "lace/refiner has a UNet with in_channels 9")
+    for name in ("not a name", "./none", "none.SAFETENSORS"):
+        refused(lambda name=name: hub.check_models(Config(pretrained_model=name), download=False), name)  # type: ignore[misc]
+
+
 def test_a_missing_file(server: Hub, fetch: Fetch, tmp_path: Path) -> None:
     (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (tmp_path / "base" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
@@ -211,10 +253,21 @@ def test_a_checkpoint_in_one_file(server: Hub, fetch: Fetch, tiny: Path, tmp_pat
     assert {"/".join(name.split("/")[:2]) for name in server.asked} == {hub.BASE_LAYOUT, hub.REFINER_LAYOUT}
 
 
+def test_weights_are_in_one_form(tmp_path: Path) -> None:
+    """In one file, or in shards: never mixed, since either may be left over from another version."""
+    for end in ("-00001-of-00002", "-00002-of-00002", ".fp16", ""):
+        (tmp_path / f"diffusion_pytorch_model{end}.safetensors").write_bytes(b"")
+    assert [path.name for path in hub.weight_files(tmp_path, None)] == ["diffusion_pytorch_model.safetensors"]
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    assert len(hub.weight_files(tmp_path, None)) == 2
+    assert len(hub.weight_files(tmp_path, "fp16")) == 1
+
+
+@pytest.mark.parametrize("name", ["lace.safetensors", "LACE.SAFETENSORS"])
 def test_parts_of_a_single_file_equal_those_of_the_folder(
-    settings: Make, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Make, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    file = tmp_path / "lace.safetensors"
+    file = tmp_path / name
     save_file(original_checkpoint(tiny / "base"), file)
     monkeypatch.setattr(hub, "_download", lambda *_: tiny / "base")
     cpu = torch.device("cpu")
