@@ -189,6 +189,18 @@ def test_a_dry_run_writes_nothing(
     assert str(ROOT / "train_lora.py") in shlex.split(command)
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_model_of_another_kind_is_refused(dry_run: bool, launched: FakeLaunch, make: Make, tmp_path: Path) -> None:
+    refused(make(pretrained_model=str(ROOT / "demo/model/refiner")), "is a refiner model", dry_run=dry_run)
+    assert not (tmp_path / "lora").exists()
+    assert not launched.commands
+
+
+def test_a_dry_run_says_what_is_to_be_downloaded(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    train.run(make(pretrained_model="lace/base"), dry_run=True)
+    assert "Would first download lace/base" in capsys.readouterr().out
+
+
 def test_a_dry_run_writes_the_report_it_was_asked_for(tmp_path: Path, make: Make) -> None:
     truncated_jpg(tmp_path / "photos" / "häkel 🧵.jpg")
     jpg(tmp_path / "photos" / "tiny.jpg", gradient(20, 20))

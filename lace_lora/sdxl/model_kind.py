@@ -46,30 +46,24 @@ _SAMPLING: dict[str, Sequence[Any]] = {
     "final_sigmas_type": ("zero", "sigma_min"),
     "solver_order": (1, 2, 3),
 }
-# What the UNet's config may say, and what a UNet is that says something else.
-_OTHER = "which is not SDXL's"
-_UNET: dict[str, tuple[Any, str]] = {
-    "_class_name": ("UNet2DConditionModel", _OTHER),
-    "in_channels": (4, "which is for inpainting (9), instruct-pix2pix (8) or the like, not for text alone"),
-    "out_channels": (4, _OTHER),
-    "time_cond_proj_dim": (None, "which is that of a latent consistency model (LCM)"),
-    "encoder_hid_dim": (None, "which is for another text encoder, as in Kolors"),
-    "encoder_hid_dim_type": (None, "which is for another text encoder, as in Kolors"),
-    "addition_embed_type": ("text_time", "which is that of SD 1.5 or 2, or of another model"),
-    # What drawing_unet.py and patching.py take for granted.
-    "class_embed_type": (None, _OTHER),
-    "num_class_embeds": (None, _OTHER),
-    "class_embeddings_concat": (False, _OTHER),
-    "time_embedding_type": ("positional", _OTHER),
-    "timestep_post_act": (None, _OTHER),
-    "act_fn": ("silu", _OTHER),
-    "resnet_time_scale_shift": ("default", _OTHER),
-    "resnet_skip_time_act": (False, _OTHER),
-    "attention_type": ("default", _OTHER),
-    "dual_cross_attention": (False, _OTHER),
-    "only_cross_attention": (False, _OTHER),
-    "mid_block_only_cross_attention": (None, _OTHER),
-    "cross_attention_norm": (None, _OTHER),
+# What all UNets of SDXL's family have in their configs, whatever their sizes. The fast UNet takes it for granted too.
+_UNET: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "conv_in_kernel": 3,
+    "conv_out_kernel": 3, "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "act_fn": "silu",
+    "norm_num_groups": 32, "norm_eps": 1e-5, "downsample_padding": 1, "mid_block_scale_factor": 1,
+    "resnet_time_scale_shift": "default", "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
+    "addition_embed_type": "text_time", "time_embedding_type": "positional", "time_embedding_act_fn": None,
+    "timestep_post_act": None, "time_cond_proj_dim": None, "class_embed_type": None, "num_class_embeds": None,
+    "class_embeddings_concat": False, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
+    "attention_type": "default", "dual_cross_attention": False, "only_cross_attention": False,
+    "mid_block_only_cross_attention": None, "cross_attention_norm": None,
+}  # fmt: skip
+# What a UNet is that has something else there.
+_OTHER_UNETS = {
+    "in_channels": "which is for inpainting (9), instruct-pix2pix (8) or the like, not for text alone",
+    "time_cond_proj_dim": "which is that of a latent consistency model (LCM)",
+    "encoder_hid_dim": "which is for another text encoder, as in Kolors",
+    "addition_embed_type": "which is that of SD 1.5 or 2, or of another model",
 }
 SCALING_FACTOR = 0.13025  # of SDXL's VAE
 _TIME_IDS = {"base": 6, "refiner": 5}
@@ -333,9 +327,10 @@ def _check_pipeline(model: Model) -> None:
 
 def _check_unet(model: Model) -> None:
     unet = _part(model, "unet")
-    for key, (wanted, kind) in _UNET.items():
+    for key, wanted in _UNET.items():
         value = unet.get(key, None if key == "addition_embed_type" else wanted)
-        if not _is_one_of(value, [wanted]):
+        if not (_is_number(value) and value == wanted or _is_one_of(value, [wanted])):
+            kind = _OTHER_UNETS.get(key, f"and SDXL's has {wanted!r}")
             _refuse(model, f"has a UNet with {key} {value!r}, {kind}")
 
 
