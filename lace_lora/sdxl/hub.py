@@ -75,16 +75,13 @@ def check_models(config: Config, lora: Path | None = None, download: bool = True
             found[setting] = model_kind.read_folder(place, source.name)
         if not Path(source.name).exists() and not (place and _has_weights(place, source)):
             missing.append(source.name)
-    base, refiner, vae = (found.get(setting) for setting in ("pretrained_model", "refiner_model", "pretrained_vae"))
-    if base:
-        model_kind.check_base(base, own_vae=not config.pretrained_vae)
-    if vae:
-        model_kind.check_vae(vae, base)
-    if refiner:
-        model_kind.check_refiner(refiner, base, config.refiner_flow == "ensemble")
-    if lora:
-        model_kind.check_lora(lora, base)
-    return missing
+    try:
+        model_kind.check(found, lora, own_vae=not config.pretrained_vae, ensemble=config.refiner_flow == "ensemble")
+    except model_kind.MissingPartError as error:
+        if download or Path(error.source).exists():
+            raise
+        missing.append(error.source)  # which is not completely in the cache
+    return list(dict.fromkeys(missing))
 
 
 def _sources(config: Config) -> dict[str, Source]:

@@ -199,12 +199,39 @@ def _check_names(model: Model, tensors: dict[str, tuple[list[int], str]], metada
         _refuse(model, f"predicts {predicts}, according to its metadata")
 
 
-def check_base(base: Model, own_vae: bool = True) -> None:
-    """Refuse a base model that is not SDXL's; `own_vae`: whether its VAE is used.
+class MissingPartError(UserError):
+    """A model lacks the config of a part."""
+
+    def __init__(self, source: str, message: str) -> None:
+        super().__init__(f"{source} {message}")
+        self.source = source
+
+
+def check(models: dict[str, Model], lora: Path | None, own_vae: bool, ensemble: bool) -> None:
+    """Refuse models, by setting, that are not SDXL's or do not fit one another, and a LoRA that does not fit them.
+
+    Args:
+        own_vae: whether the base's is used.
+        ensemble: whether base and refiner share one run through the noise levels.
 
     Raises:
-        UserError: one line that says what it is, and what to use.
+        UserError: one line that says what a model is, and what to use.
     """
+    base, refiner, vae = (models.get(setting) for setting in ("pretrained_model", "refiner_model", "pretrained_vae"))
+    if base:
+        check_base(base)
+        if own_vae:
+            check_vae(base, base)
+    if vae:
+        check_vae(vae, base)
+    if refiner:
+        check_refiner(refiner, base, ensemble)
+    if lora:
+        check_lora(lora, base)
+
+
+def check_base(base: Model) -> None:
+    """Refuse a base model that is not SDXL's, but for its VAE."""
     _check_pipeline(base)
     if base.configs.get("", {}).get("requires_aesthetics_score"):
         _refuse(base, "is a refiner model", _OTHER_ROLE["base"])
@@ -218,20 +245,10 @@ def check_base(base: Model, own_vae: bool = True) -> None:
         both = " and ".join(map(str, widths))
         _refuse(base, f"mixes parts of different models: text encoders {both} wide, and a UNet for {width}")
     _check_scheduler(base)
-    if own_vae:
-        check_vae(base)
 
 
 def check_refiner(refiner: Model, base: Model | None, ensemble: bool) -> None:
-    """Refuse a refiner that is not SDXL's, or does not fit the base, whose second text encoder it uses.
-
-    Args:
-        base: checked already; None if it is not known.
-        ensemble: whether base and refiner share one run through the noise levels.
-
-    Raises:
-        UserError: one line that says what it is, and what to use.
-    """
+    """Refuse a refiner that is not SDXL's, or does not fit the base, if that is known: it uses its text encoder."""
     _check_pipeline(refiner)
     _check_unet(refiner)
     encoders = base or refiner
@@ -251,15 +268,11 @@ def check_refiner(refiner: Model, base: Model | None, ensemble: bool) -> None:
                 _refuse(refiner, what, "the ensemble flow needs equal ones, so set refiner_flow: img2img")
 
 
-def check_vae(model: Model, base: Model | None = None) -> None:
-    """Refuse a VAE that is not SDXL's; `base`, if known, is the model that it is to be used with.
-
-    Raises:
-        UserError: one line that says what it is, and what to use.
-    """
+def check_vae(model: Model, base: Model | None) -> None:
+    """Refuse a VAE that is not SDXL's, or not for the latents of the base, if that is known."""
     advice = "use SDXL's VAE, or one made for SDXL such as madebyollin/sdxl-vae-fp16-fix"
     if "vae" not in model.configs:
-        _refuse(model, "has no VAE", "set pretrained_vae to one for SDXL, or choose another model")
+        raise MissingPartError(model.source, "has no VAE: set pretrained_vae to one for SDXL, or choose another model")
     vae = _part(model, "vae")
     if (kind := vae.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         _refuse(model, f"has a VAE of another kind ({kind})", advice)
@@ -277,11 +290,7 @@ def check_vae(model: Model, base: Model | None = None) -> None:
 
 
 def check_lora(path: Path, base: Model | None) -> None:
-    """Refuse a file that is not a LoRA for SDXL, or, if the base is known, not for that, by its header.
-
-    Raises:
-        UserError: one line that says what it is, and what to use.
-    """
+    """Refuse a file that is not a LoRA for SDXL, or, if the base is known, not for that, by its header."""
     tensors, metadata = read_header(path)
 
     def refuse(reason: str) -> NoReturn:
@@ -313,7 +322,8 @@ def _part(model: Model, name: str) -> dict[str, Any]:
     if name not in model.configs:
         file = SCHEDULER if name == "scheduler" else f"{name}/config.json"
         what = f"has no weights of the {name}" if Path(model.source).is_file() else f"has no {file}"
-        _refuse(model, what, "choose a whole SDXL model: a folder in diffusers format or a .safetensors checkpoint")
+        advice = "choose a whole SDXL model: a folder in diffusers format or a .safetensors checkpoint"
+        raise MissingPartError(model.source, f"{what}: {advice}")
     if "quantization_config" in model.configs[name]:
         _refuse(model, f"has quantised weights of the {name}", _NOT_QUANTISED)
     return model.configs[name]

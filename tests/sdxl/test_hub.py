@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +183,19 @@ def test_models_are_checked_without_a_download(server: Hub, fetch: Fetch, tmp_pa
     assert not (tmp_path / "cache").exists()
     found = fetch()
     assert hub.check_models(config, download=False) == []
-    weight = next((found["pretrained_model"] / "unet").glob("*.safetensors"))
-    weight.unlink()
+    next((found["pretrained_model"] / "unet").glob("*.safetensors")).unlink()
     assert hub.check_models(config, download=False) == [BASE]
+    for lost in (found["pretrained_model"] / "vae", found["refiner_model"] / "scheduler"):
+        shutil.rmtree(lost)
+        assert hub.check_models(config, download=False)[-1] == (BASE if lost.name == "vae" else REFINER)
+        fetch()
     cached = found["refiner_model"] / "unet" / "config.json"
     content = cached.read_text().replace('"in_channels": 4', '"in_channels": 9')
     cached.unlink()
     cached.write_text(content)
     refused(lambda: hub.check_models(config, download=False), "lace/refiner has a UNet with in_channels 9")
+    another_vae = replace(config, pretrained_vae="lace/vae", refine=False)
+    assert hub.check_models(another_vae, download=False) == ["lace/vae"]
     for name in ("not a name", "./none", "none.SAFETENSORS"):
         refused(lambda name=name: hub.check_models(Config(pretrained_model=name), download=False), name)  # type: ignore[misc]
 
