@@ -70,10 +70,12 @@ def check_models(config: Config, lora: Path | None = None, download: bool = True
     for setting, source in sources.items():
         place = _find(source, download)
         if place and place.is_file():
-            found[setting] = model_kind.read_file(place, layout(place, download))
+            folder = layout(place, download)
+            found[setting] = model_kind.read_file(place, folder)
+            missing += [] if folder else [f"the settings and vocabulary of {place}"]
         elif place:
             found[setting] = model_kind.read_folder(place, source.name)
-        if not Path(source.name).exists() and not (place and _has_weights(place, source)):
+        if not Path(source.name).exists() and (place is None or _lacking(place, source)):
             missing.append(source.name)
     try:
         model_kind.check(found, lora, own_vae=not config.pretrained_vae, ensemble=config.refiner_flow == "ensemble")
@@ -81,6 +83,9 @@ def check_models(config: Config, lora: Path | None = None, download: bool = True
         if download or Path(error.source).exists():
             raise
         missing.append(error.source)  # which is not completely in the cache
+    for source in sources.values():
+        if Path(source.name).is_dir():
+            _require_weights(Path(source.name), source)
     return list(dict.fromkeys(missing))
 
 
@@ -112,10 +117,7 @@ def fetch(source: Source) -> Path:
     plain = [part for part in heavy if not weight_files(place / part, source.variant)]
     if plain and source.variant:
         place = _download(source.name, source.revision, [*small, *_in(plain, _weight_names(None))]) or place
-    for part in plain:
-        if not weight_files(place / part, None):
-            advice = "choose an SDXL model in diffusers format"
-            raise UserError(f"{source.name} has no safetensors weights in {part or 'it'}: {advice}")
+    _require_weights(place, source)
     return place
 
 
@@ -139,9 +141,18 @@ def _heavy(folder: Path, source: Source) -> list[str]:
     return [vae_subfolder(folder) if part == "vae" else part for part in source.parts if part not in WITHOUT_WEIGHTS]
 
 
-def _has_weights(folder: Path, source: Source) -> bool:
-    both = (source.variant, None)
-    return all(any(weight_files(folder / part, variant) for variant in both) for part in _heavy(folder, source))
+def _lacking(folder: Path, source: Source) -> list[str]:
+    """The subfolders without the weights that they should have."""
+    either = (source.variant, None)
+    return [part for part in _heavy(folder, source) if not any(weight_files(folder / part, each) for each in either)]
+
+
+def _require_weights(folder: Path, source: Source) -> None:
+    if lacking := _lacking(folder, source):
+        where = lacking[0] or "it"
+        raise UserError(
+            f"{source.name} has no safetensors weights in {where}: choose an SDXL model in diffusers format"
+        )
 
 
 def vae_subfolder(folder: Path) -> str:

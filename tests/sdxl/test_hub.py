@@ -206,6 +206,14 @@ def test_a_missing_file(server: Hub, fetch: Fetch, tmp_path: Path) -> None:
     assert_refused(lambda: fetch(), "lace/base has no safetensors weights in unet", 2)
 
 
+def test_a_repository_of_another_layout(server: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    for path in [path for path in (tmp_path / "base").iterdir() if path.is_dir()]:
+        shutil.rmtree(path)
+    (tmp_path / "base" / "model_index.json").unlink()
+    assert_refused(lambda: fetch(), "lace/base has no unet/config.json", 2)
+    assert not any(name.endswith(".safetensors") for name in server.asked)
+
+
 def test_a_gated_model(server: Hub, fetch: Fetch) -> None:
     server.gated.add(BASE)
     assert_refused(lambda: fetch(), "hf auth login", 2)
@@ -257,6 +265,15 @@ def test_a_checkpoint_in_one_file(server: Hub, fetch: Fetch, tiny: Path, tmp_pat
     assert fetch(**{key: str(path) for key, path in files.items()}) == files
     assert not any(name.endswith(".safetensors") for name in server.asked)
     assert {"/".join(name.split("/")[:2]) for name in server.asked} == {hub.BASE_LAYOUT, hub.REFINER_LAYOUT}
+
+
+def test_a_checkpoint_in_one_file_without_a_download(server: Hub, fetch: Fetch, tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "lace.safetensors"
+    as_wide_as_sdxl = {"model.diffusion_model.label_emb.0.0.weight": torch.zeros(1, 128 + 6 * 256)}
+    save_file(original_checkpoint(tiny / "base") | as_wide_as_sdxl, file)
+    config = Config(pretrained_model=str(file), refine=False)
+    assert hub.check_models(config, download=False) == [f"the settings and vocabulary of {file}"]
+    assert not server.asked
 
 
 def test_weights_are_in_one_form(tmp_path: Path) -> None:

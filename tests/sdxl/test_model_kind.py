@@ -20,13 +20,18 @@ Change = Callable[..., str]
 FILES = {"scheduler": "scheduler/scheduler_config.json", "index": "model_index.json"}
 
 
+def copy_configs(source: str, target: str) -> None:
+    """Weights are not read by these checks."""
+    Path(target).write_bytes(b"" if source.endswith(".safetensors") else Path(source).read_bytes())
+
+
 @pytest.fixture
 def changed(tiny: Path, tmp_path: Path) -> Change:
     """Copies the configs of `base` or `refiner` and changes some: ... removes a value, None a whole file."""
 
     def change(which: str = "base", **parts: dict[str, Any] | None) -> str:
         folder = tmp_path / f"changed {which}"
-        shutil.copytree(tiny / which, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(tiny / which, folder, copy_function=copy_configs)
         for part, values in parts.items():
             file = folder / FILES.get(part, f"{part}/config.json")
             if values is None:
@@ -99,6 +104,16 @@ def test_a_damaged_config_is_a_one_line_error(settings: Make, changed: Change) -
     for text in ("{", "[]", "[" * 100_000, '"\udcff"'):
         Path(folder, "vae", "config.json").write_text(text, errors="surrogateescape")
         refused(lambda: hub.fetch_models(settings(pretrained_model=folder)), "not a valid config file")
+
+
+def test_a_folder_without_weights_is_refused(settings: Make, changed: Change) -> None:
+    folder = changed()
+    weights = Path(folder, "text_encoder", "model.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+    config = settings(pretrained_model=folder)
+    for download in (True, False):
+        part = "no safetensors weights in text_encoder: "
+        refused(lambda download=download: hub.check_models(config, download=download), part)  # type: ignore[misc]
 
 
 def test_base_and_refiner_in_each_others_place(settings: Make, tiny: Path) -> None:
