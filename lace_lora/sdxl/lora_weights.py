@@ -21,7 +21,7 @@ from torch import Tensor
 from lace_lora.config import Config
 from lace_lora.errors import UserError, explain, first_line
 from lace_lora.files import write_atomically
-from lace_lora.sdxl.models import BAD_CONFIG
+from lace_lora.sdxl.models import BAD_CONTENT
 
 _MAX_ALPHA = 1e6
 # Every attention of each network.
@@ -197,8 +197,8 @@ def _layer(name: str, own: dict[str, Tensor], adapter: dict[str, Any]) -> LoraLa
 
 def _rank(name: str, own: dict[str, Tensor]) -> int:
     """A layer's rank, the size that its matrices have in common."""
-    for part, weights in own.items():
-        if not weights.is_floating_point() or not weights.isfinite().all():
+    for part in own.keys() - {"alpha"}:
+        if not own[part].is_floating_point() or not own[part].float().isfinite().all():
             raise ValueError(f"{name} has {part} weights that are not finite numbers")
     down, up = own["down"].shape, own["up"].shape
     if min(len(down), len(up)) < 2 or down[0] != up[1] or 0 in (*down, *up):
@@ -265,7 +265,7 @@ def _not_for_this_model(path: Path) -> Iterator[None]:
     """Turn errors of a LoRA file into a UserError; disk and out-of-memory errors are passed on."""
     try:
         yield
-    except (SafetensorError, OSError, re.error, *BAD_CONFIG) as error:
+    except (SafetensorError, OSError, re.error, *BAD_CONTENT) as error:
         if explain(error, ""):
             raise
         advice = "check lora_path and pretrained_model"

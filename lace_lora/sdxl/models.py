@@ -25,17 +25,10 @@ from lace_lora.errors import UserError, explain, first_line
 from lace_lora.sdxl import hub
 
 _IN_ONE_FILE = {"text_encoder": "0.transformer.", "text_encoder_2": "1.model."}
-# What libraries raise when a config or its weights make no model.
-BAD_CONFIG = (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    ImportError,
-    RuntimeError,
-)
+# What libraries raise when the content of a config or of weights makes no sense.
+BAD_CONTENT = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError, RuntimeError,
+)  # fmt: skip
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # options of glibc's mallopt
 
 
@@ -160,15 +153,16 @@ def load_part(
             loaded = load_in_chunks(part, Path(source, subfolder), options["variant"], dtype, device)
         else:
             loaded = part.from_pretrained(source, subfolder=subfolder, **options)
-        if dtype is not None and isinstance(loaded, tuple):
+        missing = []
+        if isinstance(loaded, tuple):  # from transformers, which fills what is missing with random numbers
             loaded, report = loaded
-            missing = sorted(report["missing_keys"])  # filled with random numbers
-        else:
-            missing = [] if dtype is None else [name for name, weight in loaded.state_dict().items() if weight.is_meta]
+            missing = sorted(report["missing_keys"])
+        elif dtype is not None:
+            missing = [name for name, weight in loaded.state_dict().items() if weight.is_meta]
         if missing:
             raise ValueError(f"it has no weights for {missing[0]}")
         return loaded
-    except (SafetensorError, OSError, *BAD_CONFIG) as error:
+    except (SafetensorError, OSError, *BAD_CONTENT) as error:
         if isinstance(error, RuntimeError) and explain(error, ""):
             raise  # out of memory
         reason = " ".join(str(error).split())[:300]

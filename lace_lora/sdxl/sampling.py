@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lace_lora.config import Config
 from lace_lora.errors import UserError, first_line
-from lace_lora.sdxl.models import BAD_CONFIG
+from lace_lora.sdxl.models import BAD_CONTENT
 from lace_lora.seeds import stream_seed
 
 
@@ -36,7 +36,7 @@ def make_scheduler(name: str, config: Any) -> Any:
         scheduler = getattr(diffusers, name).from_config(config, **variants.get(name, {}))
         scheduler.set_timesteps(2)  # which reads what the constructor does not
         return scheduler
-    except BAD_CONFIG as error:
+    except BAD_CONTENT as error:
         advice = "choose another scheduler, or a model with SDXL's scheduler config"
         raise UserError(f"{name} cannot use the model's scheduler config ({first_line(error)}): {advice}") from error
 

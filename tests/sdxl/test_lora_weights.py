@@ -322,7 +322,7 @@ NAN, INF = float("nan"), float("inf")
         ({"lora_down": torch.ones(4, 64), "lora_up": torch.ones(64, 2)}, {}, "which do not make a LoRA"),
         ({"lora_down": torch.full((4, 64), NAN)}, {}, "not finite"),
         ({"lora_down": torch.ones(4, 64, dtype=torch.int32)}, {}, "not finite"),
-        ({"alpha": torch.tensor(NAN)}, {}, "not finite"),
+        ({"alpha": torch.tensor(NAN)}, {}, "alpha nan"),
         ({"alpha": torch.tensor(1e7)}, {}, "alpha 1e"),
         ({"alpha": torch.ones(2)}, {}, "not a LoRA for this model"),
         ({}, {"unet.lora_alpha": INF}, "alpha inf"),
