@@ -5,6 +5,7 @@ torch is not imported before a picture has to be drawn.
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from lace_lora import errors, files
 from lace_lora.config import Config
 from lace_lora.drawing import refining
 from lace_lora.drawing.output_folder import BEFORE, UNFINISHED, OutputFolder
-from lace_lora.drawing.plan import importing_torch, lora_name
+from lace_lora.drawing.plan import check_input, importing_torch, lora_name
 from lace_lora.errors import UserError
 from lace_lora.pictures import gallery, recipe
 from lace_lora.pictures.gallery import Card, Preview
@@ -50,17 +51,26 @@ def _run(config: Config, dry_run: bool) -> Path:
         refining_is = config.refiner_flow if config.refine else "off"
         print(f"LoRA: {folder.lora or 'none (lora_scale is 0)'}; refining: {refining_is}")
         print("\n".join(f"prompt: {prompt}" for prompt in folder.prompts))
+        check_input(config, folder.lora, folder.path)
         return folder.path
     if not folder.missing() and (folder.path / gallery.PAGE).exists():
         print("Finished already. With other settings, the pictures go to a new folder.")
         shutil.rmtree(folder.path / UNFINISHED, ignore_errors=True)
     else:
+        files.free_space(folder.path)  # where nothing can be written, raises before gigabytes are downloaded
+        models = hub.fetch_models(config, folder.lora) if folder.missing() else {}
         folder.path.mkdir(parents=True, exist_ok=True)
         with files.lock_for_one_run(folder.path):
             if folder.has_other_pictures(folder.path):
                 raise UserError(f"another run has written to {folder.path} in the meantime: run the same command again")
             files.remove_unfinished(folder.path)
-            _publish(folder, _draw(folder) if folder.missing() else {})
+            try:
+                previews = _draw(folder, replace(config, **models)) if folder.missing() else {}
+            except BaseException:
+                with suppress(OSError):  # of a full disk, say
+                    folder.update_manifest()
+                raise
+            _publish(folder, previews)
             shutil.rmtree(folder.path / UNFINISHED, ignore_errors=True)
     print(f"{len(folder.designs)} pictures: {folder.path}")
     print(f"contact sheet: {folder.path / gallery.CONTACT_SHEET}")
@@ -68,9 +78,8 @@ def _run(config: Config, dry_run: bool) -> Path:
     return folder.path
 
 
-def _draw(folder: OutputFolder) -> dict[Path, Preview]:
+def _draw(folder: OutputFolder, config: Config) -> dict[Path, Preview]:
     """Draw the batches with missing pictures; returns the previews of what was drawn, by file."""
-    config = replace(folder.config, **hub.fetch_models(folder.config))
     if not (folder.path / UNFINISHED).exists():  # otherwise the base latents may exist already
         hub.read_ahead(config.pretrained_model, ["text_encoder", "text_encoder_2", "unet"], config.variant)
     with importing_torch():

@@ -6,7 +6,6 @@ No model is loaded here and torch is not imported: whatever is wrong with the in
 import json
 import logging
 import shlex
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -265,6 +264,8 @@ def _disk_errors(output_dir: Path) -> Iterator[None]:
 def _print_plan(config: Config, annotations: data_utils.Annotations, class_count: int, resume: Path | None) -> None:
     """What a real run would do; nothing is written."""
     output_dir = Path(config.lora_output_dir)
+    for model in hub.check_models(replace(config, refine=False), download=False):
+        print("Would first download", model)
     start = f"Would resume from {resume}" if resume else "Would start at step 0"
     print(start, f"and train up to step {config.max_train_steps}")
     print("Would read" if annotations.by_user else "Would write", annotations.path)
@@ -273,6 +274,5 @@ def _print_plan(config: Config, annotations: data_utils.Annotations, class_count
         print(f"Would use {class_count} existing class pictures, and first draw {missing} more")
     print(f"Would write {output_dir}/config.yaml, checkpoints, metrics.csv, loss.png, {LORA_FILE}")
     print(f"  and {config.lora_name}.safetensors, the same LoRA for ComfyUI, A1111, Forge and InvokeAI")
-    disk = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
-    print(f"Free disk space there: {shutil.disk_usage(disk).free / 1e9:.1f} GB")
+    print(f"Free disk space there: {files.free_space(output_dir):.1f} GB")
     print("Would run:", shlex.join(launch.build_command(config, Path("accelerate.yaml"), Path("job.json"))))

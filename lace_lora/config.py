@@ -225,7 +225,7 @@ class Config:
     def lora_name(self) -> str:
         """Name of the LoRA for ComfyUI and the like: the token's word, or the output folder's where there is none."""
         word = re.search(r"<([\w-]+)>", self.instance_prompt)
-        return word[1] if word else Path(self.lora_output_dir).absolute().name
+        return word[1] if word else Path(os.path.abspath(self.lora_output_dir)).name  # without `..`
 
 
 def settings_that_affect(affected: Affects) -> list[str]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lace_lora.errors import UserError
+from lace_lora.errors import DISK_OR_DRIVE, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,20 @@ def numbered(folder: Path, stem: str, suffix: str = "") -> Iterator[Path]:
 def free_name(folder: Path, stem: str, suffix: str) -> Path:
     """The first of the `numbered` names that does not exist yet."""
     return next(path for path in numbered(folder, stem, suffix) if not path.exists())
+
+
+def free_space(folder: Path) -> float:
+    """Free disk space in GB where a folder is, or would be created.
+
+    Raises:
+        UserError: it is a file, or in one, or cannot be written (exit 4).
+    """
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not place.is_dir():
+        raise UserError(f"{folder} cannot be used as a folder: {place} is a file; set another folder", DISK_OR_DRIVE)
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written: set a folder that you can write to", DISK_OR_DRIVE)
+    return shutil.disk_usage(place).free / 1e9
 
 
 def file_sha256(path: Path) -> str:

@@ -1,23 +1,28 @@
 """A run of drawing: its folder, what is finished already, what is published. Drawing is faked."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image, ImageChops
+from safetensors.numpy import save_file
 
 import inference
 import lace_lora.drawing
-from helpers import Make, gradient, jpg, names, refused, snapshot
+from helpers import ROOT, Make, gradient, jpg, names, refused, snapshot
 from lace_lora import files
-from lace_lora.config import Config
+from lace_lora.config import LORA_FILE, Config
 from lace_lora.drawing.output_folder import BEFORE, UNFINISHED, OutputFolder
 from lace_lora.errors import UserError
 from lace_lora.pictures.recipe import Design, Drawn
+
+DEMO = ROOT / "demo" / "model"
 
 
 class FakePhases(ModuleType):
@@ -55,15 +60,20 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakePhases:
     return drawing
 
 
+def write_lora(path: Path, value: float) -> None:
+    weights = {f"unet.conv_in.lora_{matrix}.weight": np.full((1, 1), value, np.float32) for matrix in "AB"}
+    save_file(weights, path)
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    write_lora(tmp_path / "lora" / LORA_FILE, 1)
 
     def settings(**changes: Any) -> Config:
         folders = {"lora_output_dir": str(tmp_path / "lora"), "output_dir": str(tmp_path / "out")}
         sizes: dict[str, Any] = {"num_images": 4, "width": 64, "height": 64, "seed": 10}
-        models = {"pretrained_model": str(tmp_path), "refiner_model": str(tmp_path)}  # never opened
+        models = {name: str(DEMO / part) for name, part in (("pretrained_model", "base"), ("refiner_model", "refiner"))}
         return Config(**(folders | sizes | models | changes))
 
     return settings
@@ -169,6 +179,42 @@ def test_the_batch_size_is_chosen_once(tmp_path: Path, fake: FakePhases, make: M
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["batch_size"] == 3
 
 
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt(), UserError("black", 5)])
+def test_the_manifest_lists_the_pictures_that_exist(error: Any, tmp_path: Path, fake: FakePhases, make: Make) -> None:
+    def listed() -> list[str]:
+        rows = json.loads((tmp_path / "out" / "manifest.json").read_text())["pictures"]
+        return [name for row in rows for name in row["files"].values()]
+
+    draw_pictures = fake.draw_pictures
+
+    def first_look(*arguments: Any) -> None:
+        assert listed() == before
+        draw_pictures(*arguments)
+
+    fake.draw_pictures = first_look  # type: ignore[method-assign, assignment]
+    fake.stop_after, fake.error, before = 2, error, list[str]()
+    with pytest.raises(type(error)):
+        inference.run(make())
+    assert listed() == before + [f"refined_output_00{index}.png" for index in range(2)]
+    (tmp_path / "out" / "refined_output_000.png").unlink()
+    fake.stop_after, before = 1000, listed()[1:]
+    inference.run(make())
+    assert listed() == [f"refined_output_00{index}.png" for index in range(4)]
+
+
+@pytest.mark.parametrize(("output_dir", "name"), [(".", "here"), ("..", "above"), ("sub/..", "here"), ("./", "here")])
+def test_a_second_folder_has_the_folders_name(
+    output_dir: str, name: str, tmp_path: Path, fake: FakePhases, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "above" / "here" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here")
+    first = inference.run(make(output_dir=output_dir, num_images=1))
+    assert first.samefile(output_dir)
+    assert f"<title>{name}" in (first / "gallery.html").read_text()
+    second = inference.run(make(output_dir=output_dir, num_images=1, seed=1))
+    assert second.resolve() == first.resolve().with_name(f"{name}-2")
+
+
 def test_only_missing_pictures_are_written_again(tmp_path: Path, fake: FakePhases, make: Make) -> None:
     fake.at_once = 3
     inference.run(make())
@@ -212,7 +258,7 @@ def test_other_settings_get_the_next_free_name(
 def test_another_lora_gets_the_next_free_name(tmp_path: Path, fake: FakePhases, make: Make) -> None:
     inference.run(make())
     before = snapshot(tmp_path / "out")
-    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"trained further")
+    write_lora(tmp_path / "lora" / LORA_FILE, 2)
     inference.run(make())
     assert snapshot(tmp_path / "out") == before
     assert len(names(tmp_path / "out-2")) == 8
@@ -256,8 +302,8 @@ def test_a_damaged_picture_is_a_one_line_error(tmp_path: Path, fake: FakePhases,
 
 def test_the_page_names_no_folders_of_the_users(tmp_path: Path, fake: FakePhases, make: Make) -> None:
     page = (inference.run(make()) / "gallery.html").read_text()
-    assert str(tmp_path) not in page
-    assert str(tmp_path) in (tmp_path / "out" / "manifest.json").read_text()
+    assert str(DEMO) not in page
+    assert str(DEMO) in (tmp_path / "out" / "manifest.json").read_text()
 
 
 def test_another_run_that_uses_the_folder_meanwhile_is_noticed(
@@ -307,7 +353,45 @@ def test_failures_that_users_can_fix(error: Exception, code: int, part: str, fak
 @pytest.mark.parametrize("name", ["file", "file/out"])
 def test_a_folder_that_cannot_be_created(name: str, tmp_path: Path, fake: FakePhases, make: Make) -> None:
     (tmp_path / "file").write_text("x")
-    refused(lambda: inference.run(make(output_dir=str(tmp_path / name))), "file", 4)
+    for dry_run in (True, False):
+        refused(lambda dry_run=dry_run: inference.run(make(output_dir=str(tmp_path / name)), dry_run), "is a file", 4)  # type: ignore[misc]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tmp_path: Path, fake: FakePhases, make: Make) -> None:
+    config = make(output_dir=str(tmp_path / "read only" / "out"))
+    (tmp_path / "read only").mkdir(mode=0o555)
+    for dry_run in (True, False):
+        refused(lambda dry_run=dry_run: inference.run(config, dry_run), "cannot be written", 4)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"refiner_model": str(DEMO / "base")}, "is a base model"),
+        ({"pretrained_model": str(DEMO / "refiner")}, "is a refiner model"),
+        ({"pretrained_vae": str(DEMO / "refiner")}, "has no VAE"),
+        ({"pretrained_model": "no/such/folder"}, "no model found"),
+        ({"lora_path": "broken.safetensors"}, "cannot be read as a safetensors file"),
+        ({"lora_path": "checkpoint.safetensors"}, "no weights for the UNet"),
+    ],
+)
+def test_models_and_lora_are_checked_before_anything_is_written(
+    dry_run: bool,
+    changes: Any,
+    part: str,
+    tmp_path: Path,
+    fake: FakePhases,
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.safetensors").write_bytes(b"x")
+    save_file({"model.diffusion_model.x": np.ones(1)}, "checkpoint.safetensors")
+    before = snapshot(tmp_path)
+    refused(lambda: inference.run(make(**changes), dry_run), part)
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -322,8 +406,12 @@ def test_a_dry_run_writes_nothing(
     assert fake.batches == drawn
     printed = capsys.readouterr().out
     assert f"Would draw {0 if finished else 4} of 4 pictures, 64x64, into {tmp_path / 'out'}" in printed
-    assert str(tmp_path / "lora" / "pytorch_lora_weights.safetensors") in printed
+    assert str(tmp_path / "lora" / LORA_FILE) in printed
     assert finished or "weiße Spitze 🧵" in printed
+    assert "Free disk space" in printed
+    assert "download" not in printed
+    inference.run(make(refiner_model="lace/refiner"), dry_run=True)
+    assert "Would first download lace/refiner" in capsys.readouterr().out
 
 
 def test_unused_prompts_are_warned_about(fake: FakePhases, make: Make, caplog: pytest.LogCaptureFixture) -> None:

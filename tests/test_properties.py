@@ -1,22 +1,30 @@
 """Any content of a settings file, picture or checkpoint gives a result or a one-line error, never a traceback."""
 
 import io
+import json
 import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import data_utils
-from helpers import as_file, gradient, names, refused
+from helpers import ROOT, as_file, gradient, names, refused
 from lace_lora.config import Config, dump_config, load_config
 from lace_lora.errors import UserError
 from lace_lora.pictures import image_files
+from lace_lora.sdxl import hub, models, sampling
 from lace_lora.training import checkpoint
+from sdxl_helpers import CPU, run_unet
 
 # `make torture` asks for many more.
 EXAMPLES = int(os.environ.get("EXAMPLES", "60"))
@@ -178,3 +186,89 @@ def test_any_damage_to_a_checkpoint_is_found(
         assert file in checkpoint.verify(folder)
     elif checkpoint.verify(folder) == "":  # white space, or another step: what it tells about the files is still true
         assert {name: (folder / name).read_bytes() for name in contents} == contents
+
+
+SCHEDULER, UNET = "scheduler/scheduler_config.json", "unet/config.json"
+ANOTHER = [
+    "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "DDIMScheduler", "v_prediction", "sample", "trailing",
+    "flow_prediction", "linspace", "linear", "squaredcos_cap_v2", "sigmoid", "laplace", "continuous", "log_linear",
+    "sigma_min", "scale_shift", "gelu", 0, 1, 2, 9, 32, 999, 1000, 0.012, 1e-9, 1.0,
+]  # fmt: skip
+JSON = st.recursive(
+    st.sampled_from([*ANOTHER, None, True, False]) | st.integers() | st.floats() | st.text(max_size=5),
+    lambda one: st.lists(one, max_size=4) | st.dictionaries(st.text(max_size=3), one, max_size=2),
+    max_leaves=5,
+)
+MORE = {
+    SCHEDULER: ["use_flow_sigmas", "use_lu_lambdas", "thresholding", "solver_order", "solver_type", "clip_sample"],
+    UNET: ["quantization_config"],
+}
+KEYS_OF = {file: [*json.loads((ROOT / "demo/model/base" / file).read_text()), *more] for file, more in MORE.items()}
+
+
+@contextmanager
+def with_config(model: Path, file: str, changes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A copy of the demo's base whose config has some changes; ... removes a value."""
+    original = (ROOT / "demo/model/base" / file).read_text()
+    content = {key: value for key, value in (json.loads(original) | changes).items() if value is not ...}
+    (model / file).write_text(json.dumps(content))
+    try:
+        yield content
+    finally:
+        (model / file).write_text(original)
+
+
+def unless_refused(make: Callable[[], Any]) -> Any:
+    """What it makes; None if it is refused in one line."""
+    try:
+        return make()
+    except UserError as error:
+        line = f"{error.exit_code}: {error}"
+    assert re.fullmatch("2: .+", line)
+    return None
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(ROOT / "demo/model/base", tmp_path_factory.mktemp("model") / "base"))
+
+
+@often
+@given(
+    changes=st.dictionaries(st.sampled_from(KEYS_OF[SCHEDULER]), JSON | st.just(...), min_size=1, max_size=2),
+    name=st.sampled_from(get_args(Config.__annotations__["scheduler"])),
+)
+def test_any_scheduler_config_is_refused_or_used_as_it_is(changes: dict[str, Any], name: str, model: Path) -> None:
+    config = Config(pretrained_model=str(model), refine=False)
+
+    def make() -> Any:
+        hub.fetch_models(config)
+        return sampling.make_scheduler(name, models.load_noise_scheduler(config).config)
+
+    with with_config(model, SCHEDULER, changes) as content:
+        scheduler = unless_refused(make)
+    if scheduler:
+        for key in ("prediction_type", "beta_schedule", "beta_start", "beta_end", "trained_betas", "timestep_spacing"):
+            assert key not in content or scheduler.config[key] == content[key]
+        scheduler.set_timesteps(3)
+        for timestep in scheduler.timesteps:
+            scheduler.scale_model_input(torch.ones(1, 4, 2, 2), timestep)
+            scheduler.step(torch.ones(1, 4, 2, 2), timestep, torch.ones(1, 4, 2, 2))
+
+
+@settings(often, max_examples=EXAMPLES // 2)
+@given(changes=st.dictionaries(st.sampled_from(KEYS_OF[UNET]), JSON | st.just(...), min_size=1, max_size=2))
+def test_any_unet_config_is_refused_or_used_as_it_is(changes: dict[str, Any], model: Path) -> None:
+    config = Config(pretrained_model=str(model), refine=False)
+
+    def make() -> Any:
+        hub.fetch_models(config)
+        return models.load_unet(str(model), None, CPU, torch.float32)
+
+    with with_config(model, UNET, changes) as content:
+        unet = unless_refused(make)
+    if unet:
+        assert {key: unet.config[key] for key in content if key[0] != "_"} == {
+            key: value for key, value in content.items() if key[0] != "_"
+        }
+        run_unet(unet)

@@ -67,12 +67,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> FakeLaunch:
 def make(tmp_path: Path) -> Make:
     jpgs(tmp_path / "photos", 3)
 
-    (tmp_path / "model").mkdir()
-
     def settings(**changes: Any) -> Config:
         values: dict[str, Any] = {"images_dir": str(tmp_path / "photos"), "lora_output_dir": str(tmp_path / "lora")}
         values |= {"min_images": 1, "skip_bad_images": True}
-        values |= {"pretrained_model": str(tmp_path / "model"), "min_image_size": 32, "max_train_steps": 8}
+        values |= {
+            "pretrained_model": str(ROOT / "demo/model/base"),
+            "min_image_size": 32,
+            "max_train_steps": 8,
+        }
         return Config(**(values | {"checkpointing_steps": 4} | changes))
 
     return settings
@@ -189,6 +191,18 @@ def test_a_dry_run_writes_nothing(
     assert "Free disk space there" in printed
     [command] = [line.removeprefix("Would run: ") for line in printed.splitlines() if line.startswith("Would run: ")]
     assert str(ROOT / "train_lora.py") in shlex.split(command)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_model_of_another_kind_is_refused(dry_run: bool, launched: FakeLaunch, make: Make, tmp_path: Path) -> None:
+    refused(make(pretrained_model=str(ROOT / "demo/model/refiner")), "is a refiner model", dry_run=dry_run)
+    assert not (tmp_path / "lora").exists()
+    assert not launched.commands
+
+
+def test_a_dry_run_says_what_is_to_be_downloaded(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    train.run(make(pretrained_model="lace/base"), dry_run=True)
+    assert "Would first download lace/base" in capsys.readouterr().out
 
 
 def test_a_dry_run_writes_the_report_it_was_asked_for(tmp_path: Path, make: Make) -> None:

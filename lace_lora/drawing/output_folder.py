@@ -40,6 +40,8 @@ class OutputFolder:
         self.settings = picture_settings(config, self.lora)
         self.recipe = self.settings | {"prompts": prompts}  # what identifies the pictures of a folder
         wanted = Path(config.output_dir)
+        if wanted.name in ("", ".."):  # `.` or `..`, of which there is no second
+            wanted = wanted.resolve()
         self.path = next(path for path in numbered(wanted.parent, wanted.name) if not self.has_other_pictures(path))
 
     def has_other_pictures(self, path: Path) -> bool:
@@ -85,14 +87,19 @@ class OutputFolder:
         batches = [self.designs[start : start + size] for start in range(0, len(self.designs), size)]
         return [batch for batch in batches if missing & set(batch)]
 
+    def update_manifest(self) -> None:
+        """After a failure: list the pictures that were finished, if anything was drawn."""
+        if self._recorded(self.path):
+            self.write_manifest(self.batch_size())
+
     def write_manifest(self, batch_size: int | None) -> list[dict[str, float]]:
-        """Write recipe, batch size, and each picture's files; returns how refining changed each, as far as known."""
+        """Write recipe, batch size, and the finished pictures; returns how refining changed each, as far as known."""
         measured = [refining.read_changes(self.before(design)) for design in self.designs]
         rows = []
         for design, changes in zip(self.designs, measured, strict=True):
-            names = {kind: path.name for kind, path in self.files(design).items()}
-            row = {"prompt": design.prompt, "seed": design.seed, "files": names}
-            rows.append(row | {"refining": changes} if changes else row)
+            if names := {kind: path.name for kind, path in self.files(design).items() if path.exists()}:
+                row = {"prompt": design.prompt, "seed": design.seed, "files": names}
+                rows.append(row | {"refining": changes} if changes else row)
         content = {"recipe": self.recipe, "batch_size": batch_size, "pictures": rows}
         write_atomically(self.path / MANIFEST, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
         return measured

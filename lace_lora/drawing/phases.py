@@ -82,7 +82,10 @@ def _draw_in_phases(
 ) -> None:
     dtype = models.pick_dtype(config.mixed_precision, device)
     logger.info("drawing on %s in %s", device, str(dtype).removeprefix("torch."))
-    scheduler = sampling.make_scheduler(config.scheduler, models.load_noise_scheduler(config).config)
+    scheduler, refiner_scheduler = (
+        sampling.make_scheduler(config.scheduler, models.load_noise_scheduler(config, refiner).config)
+        for refiner in (False, config.refine)
+    )
     base_steps, refiner_steps = sampling.planned_steps(config, scheduler)
     ensemble = sampling.is_ensemble(config)
     numbers = [f"{batch[0].index:03d}.safetensors" for batch in batches]
@@ -108,8 +111,8 @@ def _draw_in_phases(
         return sampling.base_latents(unet, scheduler, for_base.rows(rows[number]), seeds[number], config, on_step)
 
     def refine(unet: UNet2DConditionModel, number: int, on_step: OnStep) -> Tensor:
-        embeddings, latents = for_refiner.rows(rows[number]), started[number]
-        return sampling.refined_latents(unet, vae, scheduler, embeddings, latents, seeds[number], config, on_step)
+        own = (refiner_scheduler, for_refiner.rows(rows[number]))
+        return sampling.refined_latents(unet, vae, *own, started[number], seeds[number], config, on_step)
 
     last_phase = partial(run_phase, "drawing", base_steps, base_files, load_base, draw)
     finished: list[Tensor] | None = None

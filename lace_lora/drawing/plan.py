@@ -9,7 +9,8 @@ from typing import Any
 
 from lace_lora.config import LORA_FILE, PICTURE, Config
 from lace_lora.errors import NO_SECRETS, UserError, holds_secret
-from lace_lora.files import file_sha256
+from lace_lora.files import file_sha256, free_space
+from lace_lora.sdxl import hub
 
 
 def read_prompts(config: Config) -> list[str]:
@@ -47,7 +48,7 @@ def find_lora(config: Config) -> Path | None:
     if not path.is_file():
         advice = "train one first (--mode train), set lora_path to another one, or set lora_scale=0 to draw without one"
         raise UserError(f"no LoRA found at {path}: {advice}")
-    if path.suffix != ".safetensors":
+    if not hub.is_safetensors(path):
         raise UserError(f"{path} is not a .safetensors file: convert it first, because other formats can run code")
     return path
 
@@ -60,6 +61,17 @@ def picture_settings(config: Config, lora: Path | None) -> dict[str, Any]:
 def lora_name(config: Config, lora: Path | None) -> str:
     """The LoRA's name in other programs: for them, training writes a file that is named after the token."""
     return "" if lora is None else config.lora_name if lora.name == LORA_FILE else lora.stem
+
+
+def check_input(config: Config, lora: Path | None, output: Path) -> None:
+    """For a dry run: check the LoRA, the models that are on this machine, and the output folder; print what is left.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
+    for model in hub.check_models(config, lora, download=False):
+        print("Would first download", model)
+    print(f"Free disk space in {output}: {free_space(output):.1f} GB")
 
 
 @contextmanager

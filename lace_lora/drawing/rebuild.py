@@ -9,9 +9,9 @@ import yaml
 from PIL import Image, ImageChops
 
 from lace_lora.config import PICTURE, Config, dump_config, load_config, settings_that_affect
-from lace_lora.drawing.plan import find_lora, importing_torch, lora_name, picture_settings
+from lace_lora.drawing.plan import check_input, find_lora, importing_torch, lora_name, picture_settings
 from lace_lora.errors import UserError
-from lace_lora.files import free_name
+from lace_lora.files import free_name, free_space
 from lace_lora.pictures import image_files, recipe
 from lace_lora.pictures.recipe import Drawn, Recipe
 from lace_lora.sdxl import hub
@@ -36,13 +36,19 @@ def run(config: Config, dry_run: bool = False) -> Path:
     settings = picture_settings(config, lora)
     if settings["lora_sha256"] != recorded.settings.get("lora_sha256"):
         raise UserError(f"{original} was drawn with a different LoRA than {lora}: set lora_path to the picture's LoRA")
-    names = Path(config.output_dir), f"rebuilt_{original.stem}", f".{config.image_format}"
+    # The ensemble's base stops early, for the refiner; otherwise a base picture needs no refiner.
+    refine = config.refine and (recorded.refined or config.refiner_flow == "ensemble")
+    drawn = replace(config, refine=refine, save_base=not recorded.refined)
+    output_dir = Path(config.output_dir)
+    names = output_dir, f"rebuilt_{original.stem}", f".{config.image_format}"
     if dry_run:
         path = free_name(*names)
         print(f"Would redraw {original}, with {len(recorded.batch) - 1} others of its batch, and save it as {path}")
+        check_input(drawn, lora, output_dir)
         return path
     before = image_files.open_finished(original)
-    picture = _draw(recorded, config, lora)
+    free_space(output_dir)
+    picture = _draw(recorded, replace(drawn, **hub.fetch_models(drawn, lora)), lora)
     path = free_name(*names)
     path.parent.mkdir(parents=True, exist_ok=True)
     again = replace(recorded, settings=recipe.without_folders(settings), lora_name=lora_name(config, lora))
@@ -76,10 +82,6 @@ def _with_settings_of(recorded: Recipe, original: Path, config: Config) -> Confi
 
 
 def _draw(recorded: Recipe, config: Config, lora: Path | None) -> Image.Image:
-    # The ensemble's base stops early, for the refiner; otherwise a base picture needs no refiner.
-    refine = config.refine and (recorded.refined or config.refiner_flow == "ensemble")
-    config = replace(config, refine=refine, save_base=not recorded.refined)
-    config = replace(config, **hub.fetch_models(config))
     batch: list[Drawn] = []
     with importing_torch():
         from lace_lora.drawing import phases

@@ -119,7 +119,8 @@ def parameters(recipe: Recipe) -> str:
 
 
 def _model(source: str) -> str:
-    return Path(source).name.removesuffix(".safetensors")
+    path = Path(source)
+    return path.stem if path.suffix.lower() == ".safetensors" else path.name
 
 
 def _quoted(value: str) -> str:
@@ -138,7 +139,8 @@ def read(path: Path) -> Recipe:
             picture.load()
             content = json.loads(picture.info["comment" if picture.format == "JPEG" else TEXT])
         json.dumps(content, ensure_ascii=False).encode()  # refuses lone surrogates
-        if not all(0 <= index < 100_000 and 0 <= seed < 2**63 for index, _, seed in content["batch"]):
+        # The seeds of a drawing count up from a setting of at most 2**63 - 1.
+        if not all(0 <= index < 100_000 and 0 <= seed < 2**63 + 100_000 for index, _, seed in content["batch"]):
             raise ValueError("an index or a seed is out of range")
         batch = [Design(int(index), content["prompts"][prompt], int(seed)) for index, prompt, seed in content["batch"]]
         own = next(one for one in batch if (one.prompt, one.seed) == (content["prompt"], content["seed"]))

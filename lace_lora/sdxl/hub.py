@@ -7,14 +7,14 @@ import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 from huggingface_hub import errors
-from safetensors import SafetensorError, safe_open
 
 from lace_lora.config import Config
 from lace_lora.errors import DISK_OR_DRIVE, UserError, first_line
+from lace_lora.sdxl import model_kind
 
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
@@ -30,71 +30,156 @@ _CONNECTION_LOST: tuple[type[Exception], ...] = (
 )
 
 
-def fetch_models(config: Config) -> dict[str, Any]:
-    """Download what is missing of the models in `config`; returns their local paths by setting.
+class Source(NamedTuple):
+    """A model that is used, and what is used of it."""
 
-    Everything that is used of the base, and the refiner's UNet: its VAE and text encoder are the base's.
+    name: str  # as in the settings: on the Hub, a folder, or a file
+    parts: Sequence[str]  # its subfolders
+    variant: str | None
+    revision: str | None = None
+
+
+def fetch_models(config: Config, lora: Path | None = None) -> dict[str, Any]:
+    """Check the models in `config`, then download what is missing of them; returns their local paths by setting.
+
+    Everything that is used of the base, and the refiner's UNet and scheduler: its VAE and text encoder are the base's.
 
     Raises:
         UserError: a model does not exist, needs a login, or is not SDXL (exit 2); its download failed (exit 4).
     """
+    check_models(config, lora)
+    paths = {setting: fetch(source) for setting, source in _sources(config).items()}
+    if (vae := paths.get("pretrained_vae")) and (vae / "vae" / "config.json").is_file():  # in a whole model
+        paths["pretrained_vae"] = vae / "vae"
+    return {setting: str(path) for setting, path in paths.items()}
+
+
+def check_models(config: Config, lora: Path | None = None, download: bool = True) -> list[str]:
+    """Check by their small files that the models are SDXL's, and that they and the LoRA fit one another.
+
+    Args:
+        download: whether to download small files that are missing; without them a model is not checked.
+
+    Returns:
+        The names of models of which something is still to be downloaded.
+
+    Raises:
+        UserError: see `fetch_models`.
+    """
+    sources, found, missing = _sources(config), dict[str, model_kind.Model](), list[str]()
+    for setting, source in sources.items():
+        place = _find(source, download)
+        if place and place.is_file():
+            folder = layout(place, download)
+            found[setting] = model_kind.read_file(place, folder)
+            missing += [] if folder else [f"the settings and vocabulary of {place}"]
+        elif place:
+            found[setting] = model_kind.read_folder(place, source.name)
+        if not Path(source.name).exists() and (place is None or _lacking(place, source)):
+            missing.append(source.name)
+    try:
+        model_kind.check(found, lora, own_vae=not config.pretrained_vae, ensemble=config.refiner_flow == "ensemble")
+    except model_kind.MissingPartError as error:
+        if download or Path(error.source).exists():
+            raise
+        missing.append(error.source)  # which is not completely in the cache
+    for source in sources.values():
+        if Path(source.name).is_dir():
+            _require_weights(Path(source.name), source)
+    return list(dict.fromkeys(missing))
+
+
+def _sources(config: Config) -> dict[str, Source]:
+    """The models that are used, by setting."""
     parts = [part for part in WITH_WEIGHTS if part != "vae" or not config.pretrained_vae]
-    base = fetch(config.pretrained_model, [*parts, *WITHOUT_WEIGHTS], config.variant, config.revision)
-    refiner = fetch(config.refiner_model, ["unet"], config.variant) if config.refine else config.refiner_model
-    vae = fetch(config.pretrained_vae, [""], config.variant) if config.pretrained_vae else None
-    return {"pretrained_model": str(base), "refiner_model": str(refiner), "pretrained_vae": str(vae) if vae else None}
+    base = Source(config.pretrained_model, [*parts, *WITHOUT_WEIGHTS], config.variant, config.revision)
+    sources = {"pretrained_model": base}
+    if config.refine:
+        sources["refiner_model"] = Source(config.refiner_model, ["unet", "scheduler"], config.variant)
+    if config.pretrained_vae:
+        sources["pretrained_vae"] = Source(config.pretrained_vae, ["vae"], config.variant)
+    return sources
 
 
-def fetch(source: str, parts: Sequence[str], variant: str | None = None, revision: str | None = None) -> Path:
-    """The folder or file of a model; `parts` are the subfolders that are needed, "" for the folder itself.
+def fetch(source: Source) -> Path:
+    """The folder or file of a model.
 
     Weights are downloaded in the variant if it exists, otherwise the default ones; safetensors only.
     """
-    path = Path(source)
-    if path.is_file():
-        layout(path)
+    place = _find(source)
+    assert place
+    if place.is_file():
+        layout(place)
+    if Path(source.name).exists():
+        return place
+    small, heavy = _small_files(source), _heavy(place, source)
+    place = _download(source.name, source.revision, [*small, *_in(heavy, _weight_names(source.variant))]) or place
+    plain = [part for part in heavy if not weight_files(place / part, source.variant)]
+    if plain and source.variant:
+        place = _download(source.name, source.revision, [*small, *_in(plain, _weight_names(None))]) or place
+    _require_weights(place, source)
+    return place
+
+
+def _find(source: Source, download: bool = True) -> Path | None:
+    """The file or folder of a model, from the Hub with its small files; None if it is not to be downloaded."""
+    name, path = source.name, Path(source.name)
     if path.exists():
         return path
-    if path.suffix == ".safetensors" or source.startswith((".", "/")) or source.count("/") > 1:
-        raise UserError(f"no model found at {source}: check the path")
-    small = ["model_index.json", *_in(parts, ["*.json", "*.txt"])]
-    heavy = [part for part in parts if part not in WITHOUT_WEIGHTS]
-    folder = _download(source, revision, [*small, *_in(heavy, _weight_names(variant))])
-    plain = [part for part in heavy if not weight_files(folder / part, variant)]
-    if plain and variant:
-        folder = _download(source, revision, [*small, *_in(plain, _weight_names(None))])
-    for part in heavy:
-        if not (weight_files(folder / part, variant) or weight_files(folder / part, None)):
-            where = part or "it"
-            raise UserError(f"{source} has no safetensors weights in {where}: choose an SDXL model in diffusers format")
-    return folder
+    if is_safetensors(path) or name.startswith((".", "/")) or name.count("/") > 1:
+        raise UserError(f"no model found at {name}: check the path")
+    return _download(name, source.revision, _small_files(source), download)
 
 
-def layout(file: Path) -> Path:
-    """The folder with everything but the weights of a checkpoint in one file.
+def _small_files(source: Source) -> list[str]:
+    vae_alone = ["config.json"] if source.parts == ["vae"] else []
+    return [model_kind.INDEX, *_in(source.parts, ["*.json", "*.txt"]), *vae_alone]
+
+
+def _heavy(folder: Path, source: Source) -> list[str]:
+    """The subfolders that have weights."""
+    return [vae_subfolder(folder) if part == "vae" else part for part in source.parts if part not in WITHOUT_WEIGHTS]
+
+
+def _lacking(folder: Path, source: Source) -> list[str]:
+    """The subfolders without the weights that they should have."""
+    either = (source.variant, None)
+    return [part for part in _heavy(folder, source) if not any(weight_files(folder / part, each) for each in either)]
+
+
+def _require_weights(folder: Path, source: Source) -> None:
+    if lacking := _lacking(folder, source):
+        where = lacking[0] or "it"
+        raise UserError(
+            f"{source.name} has no safetensors weights in {where}: choose an SDXL model in diffusers format"
+        )
+
+
+def vae_subfolder(folder: Path) -> str:
+    """Where the VAE is in a folder: in a subfolder, or, if it is that of a VAE alone, in the folder itself."""
+    alone = not (folder / "vae" / "config.json").is_file() and (folder / "config.json").is_file()
+    return "" if alone else "vae"
+
+
+def is_safetensors(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors"
+
+
+def layout(file: Path, download: bool = True) -> Path | None:
+    """The folder with everything but the weights of a checkpoint in one file; None if it is not to be downloaded.
 
     Raises:
-        UserError: it is not safetensors, or its noise schedule cannot be known.
+        UserError: it is not safetensors.
     """
-    try:
-        with safe_open(file, framework="numpy") as content:
-            names = list(content.keys())
-    except (SafetensorError, OSError) as error:
-        reason = f"{file} cannot be read as a safetensors file ({first_line(error)})"
-        raise UserError(f"{reason}: use a .safetensors checkpoint of SDXL") from error
-    if "v_pred" in names:
-        advice = "convert it to a folder in diffusers format, whose scheduler config contains the prediction type"
-        raise UserError(f"{file} is a v-prediction model, which is not supported as a single file: {advice}")
-    # SDXL's base has two text encoders, its refiner the larger one alone.
-    is_refiner = any(name.startswith("conditioner.embedders.0.model.") for name in names)
     small = _in([*WITH_WEIGHTS, *WITHOUT_WEIGHTS], ["*.json", "*.txt"])
-    return _download(REFINER_LAYOUT if is_refiner else BASE_LAYOUT, None, ["model_index.json", *small])
+    repository = REFINER_LAYOUT if model_kind.is_refiner(file) else BASE_LAYOUT
+    return _download(repository, None, [model_kind.INDEX, *small], download)
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The weights in that variant, in one file or in shards; None means plain ones."""
     names = [name for name in _weight_names(variant) if name.endswith(".safetensors")]
-    return sorted(path for name in names for path in folder.glob(name))
+    return next((found for name in names if (found := sorted(folder.glob(name)))), [])
 
 
 def read_ahead(source: str, parts: Sequence[str], variant: str | None) -> None:
@@ -123,18 +208,22 @@ def _weight_names(variant: str | None) -> list[str]:
     numbers = "-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]"
     ends = [f"{dot}.safetensors", f"{dot}{numbers}.safetensors", f"{numbers}{dot}.safetensors"]
     ends += [f".safetensors.index{dot}.json"]
-    return [stem + end for stem in ("model", "diffusion_pytorch_model") for end in ends]
+    return [stem + end for stem in ("diffusion_pytorch_model", "model") for end in ends]
 
 
 def _in(folders: Iterable[str], names: Sequence[str]) -> list[str]:
     return [f"{folder}/{name}" if folder else name for folder in folders for name in names]
 
 
-def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
-    """`snapshot_download` with its failures as one-line errors. Without a connection it uses the cache."""
+def _download(source: str, revision: str | None, patterns: list[str], download: bool = True) -> Path | None:
+    """`snapshot_download` with its failures as one-line errors. Without a connection it uses the cache.
+
+    Without `download` too, and then it returns None for what is not there.
+    """
     name = f"{source} (revision {revision})" if revision else source
     try:
-        return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
+        options: dict[str, Any] = {"allow_patterns": patterns, "local_files_only": not download}
+        return Path(huggingface_hub.snapshot_download(source, revision=revision, **options))
     except errors.GatedRepoError as error:
         how = "accept its terms on its page on the Hub, then log in with `hf auth login`, or set HF_TOKEN"
         raise UserError(f"{name} is a gated model: {how}") from error
@@ -145,6 +234,8 @@ def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
         how = f"({first_line(error)}): check the name and the revision"
         raise UserError(f"{name} is neither a model on the Hub nor a local folder {how}") from error
     except _CONNECTION_LOST as error:  # among them HfHubHTTPError and LocalEntryNotFoundError
+        if not download and isinstance(error, errors.LocalEntryNotFoundError):
+            return None
         refused = {getattr(getattr(each, "response", None), "status_code", 0) for each in (error, error.__cause__)}
         if refused & {401, 403}:
             how = "it may have expired: log in again with `hf auth login`, or set HF_TOKEN"

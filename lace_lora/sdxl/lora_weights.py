@@ -21,7 +21,9 @@ from torch import Tensor
 from lace_lora.config import Config
 from lace_lora.errors import UserError, explain, first_line
 from lace_lora.files import write_atomically
+from lace_lora.sdxl.models import BAD_CONTENT
 
+_MAX_ALPHA = 1e6
 # Every attention of each network.
 _UNET_TARGETS, _TEXT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0"), ("q_proj", "k_proj", "v_proj", "out_proj")
 _KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
@@ -178,7 +180,7 @@ def _our_name(key: str) -> str:
 
 def _layer(name: str, own: dict[str, Tensor], adapter: dict[str, Any]) -> LoraLayer:
     """`adapter` has peft's alpha: by pattern of layers, or for all; with rsLoRA it is divided by the rank's root."""
-    rank = len(own["down"])
+    rank = _rank(name, own)
     network, _, path = name.partition(".")
     patterns = adapter.get(f"{network}.alpha_pattern") or {}
     matching = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", path))
@@ -187,7 +189,21 @@ def _layer(name: str, own: dict[str, Tensor], adapter: dict[str, Any]) -> LoraLa
         alpha = own.get("alpha", rank)
     elif adapter.get(f"{network}.use_rslora"):
         alpha *= rank**0.5
-    return LoraLayer(own["down"], own["up"], float(torch.as_tensor(alpha).float()), own.get("magnitude"))
+    alpha = float(torch.as_tensor(alpha).float())
+    if not abs(alpha) < _MAX_ALPHA:  # NaN too
+        raise ValueError(f"{name} has alpha {alpha:g}")
+    return LoraLayer(own["down"], own["up"], alpha, own.get("magnitude"))
+
+
+def _rank(name: str, own: dict[str, Tensor]) -> int:
+    """A layer's rank, the size that its matrices have in common."""
+    for part in own.keys() - {"alpha"}:
+        if not own[part].is_floating_point() or not own[part].float().isfinite().all():
+            raise ValueError(f"{name} has {part} weights that are not finite numbers")
+    down, up = own["down"].shape, own["up"].shape
+    if min(len(down), len(up)) < 2 or down[0] != up[1] or 0 in (*down, *up):
+        raise ValueError(f"{name} has matrices of {list(down)} and {list(up)}, which do not make a LoRA")
+    return down[0]
 
 
 def merge_lora(networks: Networks, lora: Lora, scale: float) -> None:
@@ -233,7 +249,10 @@ def _add(weight: Tensor, layer: LoraLayer, scale: float) -> None:
     merged = torch.addmm(weight.flatten(1).float(), up, down, alpha=scale * (layer.alpha / len(down)))
     if layer.magnitude is not None:
         merged *= (layer.magnitude.to(weight.device).float().flatten() / merged.norm(dim=1))[:, None]
-    weight.copy_(merged.view_as(weight))
+    merged = merged.view_as(weight).to(weight.dtype)
+    if not merged.isfinite().all():
+        raise ValueError("it makes weights that are not finite")
+    weight.copy_(merged)
 
 
 def _refuse(unknown: Collection[str]) -> None:
@@ -246,7 +265,7 @@ def _not_for_this_model(path: Path) -> Iterator[None]:
     """Turn errors of a LoRA file into a UserError; disk and out-of-memory errors are passed on."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (SafetensorError, OSError, re.error, *BAD_CONTENT) as error:
         if explain(error, ""):
             raise
         advice = "check lora_path and pretrained_model"

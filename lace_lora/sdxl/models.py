@@ -16,6 +16,7 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,6 +25,10 @@ from lace_lora.errors import UserError, explain, first_line
 from lace_lora.sdxl import hub
 
 _IN_ONE_FILE = {"text_encoder": "0.transformer.", "text_encoder_2": "1.model."}
+# What libraries raise when the content of a config or of weights makes no sense.
+BAD_CONTENT = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError, RuntimeError,
+)  # fmt: skip
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # options of glibc's mallopt
 
 
@@ -93,25 +98,27 @@ def layers_per_block(source: str) -> int:
 
 
 def load_vae(config: Config, device: torch.device, dtype: torch.dtype, drawing: bool = False) -> AutoencoderKL:
-    """The VAE in fp32, since SDXL's own overflows in fp16; `pretrained_vae`, made to fix that, in `dtype`.
+    """The VAE in fp32, since SDXL's own overflows in fp16; `pretrained_vae` in `dtype`, unless it says the same.
 
     For `drawing`, bf16 will do: half the memory, and pictures that differ by half a level of 255 (the demo's).
     """
     source, subfolder = vae_source(config)
     in_dtype = config.pretrained_vae or drawing and dtype == torch.bfloat16
     vae = load_part(AutoencoderKL, source, subfolder, config.variant, dtype if in_dtype else torch.float32)
+    if vae.dtype == torch.float16 and vae.config.force_upcast:
+        vae = load_part(AutoencoderKL, source, subfolder, config.variant, torch.float32)
     return vae.to(device).eval().requires_grad_(False)
 
 
 def vae_source(config: Config) -> tuple[str, str]:
     """The folder or file of the VAE, and its subfolder."""
-    alone = config.pretrained_vae and Path(config.pretrained_vae, "config.json").is_file()
-    return config.pretrained_vae or config.pretrained_model, "" if alone else "vae"
+    source = config.pretrained_vae or config.pretrained_model
+    return source, hub.vae_subfolder(Path(source))
 
 
-def load_noise_scheduler(config: Config) -> DDPMScheduler:
-    """The model's own noise schedule, betas and prediction type, in the form used for training."""
-    return load_part(DDPMScheduler, config.pretrained_model, "scheduler")
+def load_noise_scheduler(config: Config, refiner: bool = False) -> DDPMScheduler:
+    """The base's own noise schedule, betas and prediction type, or the refiner's, in the form used for training."""
+    return load_part(DDPMScheduler, config.refiner_model if refiner else config.pretrained_model, "scheduler")
 
 
 def load_part(
@@ -135,7 +142,9 @@ def load_part(
     options: dict[str, Any] = {}
     if dtype is not None:
         # transformers calls it dtype, diffusers torch_dtype.
-        options = {"dtype" if issubclass(part, PreTrainedModel) else "torch_dtype": dtype, "use_safetensors": True}
+        by_transformers = issubclass(part, PreTrainedModel)
+        options = {"dtype": dtype, "output_loading_info": True} if by_transformers else {"torch_dtype": dtype}
+        options["use_safetensors"] = True
         options["variant"] = variant if hub.weight_files(Path(source, subfolder), variant) else None
     try:
         if Path(source).is_file():
@@ -144,11 +153,16 @@ def load_part(
             loaded = load_in_chunks(part, Path(source, subfolder), options["variant"], dtype, device)
         else:
             loaded = part.from_pretrained(source, subfolder=subfolder, **options)
-        missing = [] if dtype is None else [name for name, weight in loaded.state_dict().items() if weight.is_meta]
+        missing = []
+        if isinstance(loaded, tuple):  # from transformers, which fills what is missing with random numbers
+            loaded, report = loaded
+            missing = sorted(report["missing_keys"])
+        elif dtype is not None:
+            missing = [name for name, weight in loaded.state_dict().items() if weight.is_meta]
         if missing:
             raise ValueError(f"it has no weights for {missing[0]}")
         return loaded
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (SafetensorError, OSError, *BAD_CONTENT) as error:
         if isinstance(error, RuntimeError) and explain(error, ""):
             raise  # out of memory
         reason = " ".join(str(error).split())[:300]
@@ -194,7 +208,8 @@ def _load_from_file(part: Any, file: Path, subfolder: str, dtype: torch.dtype | 
             names = list(content.keys())
             weights = {name: content.get_tensor(name) for name in names if name.startswith(prefix)}
         return create_diffusers_clip_model_from_ldm(part, weights, subfolder, layout, dtype, local_files_only=True)
-    return part.from_single_file(str(file), config=layout, subfolder=subfolder, torch_dtype=dtype)
+    # Not the path: diffusers would open a file with any suffix but .safetensors in small letters as a pickle.
+    return part.from_single_file(load_file(file), config=layout, subfolder=subfolder, torch_dtype=dtype)
 
 
 def free(device: torch.device) -> None:

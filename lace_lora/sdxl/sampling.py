@@ -14,12 +14,17 @@ from diffusers import AutoencoderKL, StableDiffusionXLImg2ImgPipeline, StableDif
 from torch import Tensor
 
 from lace_lora.config import Config
-from lace_lora.errors import UserError
+from lace_lora.errors import UserError, first_line
+from lace_lora.sdxl.models import BAD_CONTENT
 from lace_lora.seeds import stream_seed
 
 
 def make_scheduler(name: str, config: Any) -> Any:
-    """A scheduler by diffusers' class name, over the model's own noise schedule."""
+    """A scheduler by diffusers' class name, over the model's own noise schedule.
+
+    Raises:
+        UserError: it cannot be made of the model's config.
+    """
     # DPM++ and UniPC also have variants that predict noise: not what people know by these names, and without an x0. And
     # latents reach beyond the -1 to 1 that DDIM would clip to.
     variants: dict[str, dict[str, Any]] = {
@@ -27,7 +32,13 @@ def make_scheduler(name: str, config: Any) -> Any:
         "DPMSolverMultistepScheduler": {"algorithm_type": "dpmsolver++"},
         "UniPCMultistepScheduler": {"predict_x0": True},
     }
-    return getattr(diffusers, name).from_config(config, **variants.get(name, {}))
+    try:
+        scheduler = getattr(diffusers, name).from_config(config, **variants.get(name, {}))
+        scheduler.set_timesteps(2)  # which reads what the constructor does not
+        return scheduler
+    except BAD_CONTENT as error:
+        advice = "choose another scheduler, or a model with SDXL's scheduler config"
+        raise UserError(f"{name} cannot use the model's scheduler config ({first_line(error)}): {advice}") from error
 
 
 def is_ensemble(config: Config) -> bool:

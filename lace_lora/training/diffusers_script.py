@@ -28,8 +28,9 @@ def check(config: Config) -> None:
     """
     path = Path(str(config.train_script))
     flags = flags_of(path)
-    if Path(config.pretrained_model).is_file():
-        raise UserError("train_script reads no single-file model: set pretrained_model to a Hub model or a folder")
+    for setting in ("pretrained_model", "pretrained_vae"):
+        if Path(getattr(config, setting) or "").is_file():
+            raise UserError(f"train_script reads no single-file model: set {setting} to a Hub model or a folder")
     changed = [name for name, value in config.subset(SCRIPT).items() if value != getattr(Config, name)]
     if lost := [name for name in changed if _FLAG_OF.get(name, name) not in flags]:
         logger.warning("%s has no option for these settings, so they have no effect: %s", path.name, ", ".join(lost))

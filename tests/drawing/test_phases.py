@@ -104,6 +104,28 @@ def test_pictures_equal_those_of_diffusers_pipelines(settings: Make, lora: Path,
     assert difference(ours[11, True], ours[11, False]) > 5  # the refiner does do something
 
 
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_the_refiner_is_sampled_with_its_own_scheduler(
+    settings: Make, tiny: Path, tmp_path: Path, predicts: str
+) -> None:
+    """The base of these tests predicts noise."""
+    shutil.copytree(tiny / "refiner", tmp_path / "refiner")
+    path = tmp_path / "refiner" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": predicts}))
+    config = settings(refiner_model=str(tmp_path / "refiner"), refiner_strength=0.6, scheduler="DDIMScheduler")
+    seen: list[str] = []
+    step = DDIMScheduler.step
+
+    def noting(self: Any, *given: Any, **named: Any) -> Any:
+        seen.append(self.config.prediction_type)
+        return step(self, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DDIMScheduler, "step", wraps(step)(noting))
+        drawn(config, None, [1])
+    assert seen == ["epsilon"] * 5 + [predicts] * 3
+
+
 def test_same_seed_same_picture_other_seed_another(settings: Make, lora: Path) -> None:
     first, again = drawn(settings(), lora, [1, 2]), drawn(settings(), lora, [1])
     assert difference(first[1, True], again[1, True]) == 0

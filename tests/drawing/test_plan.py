@@ -55,6 +55,8 @@ def test_paths_of_the_lora(tmp_path: Path, settings: Make) -> None:
     assert plan.find_lora(settings(lora_path=str(tmp_path / "lora"))) == trained
     assert plan.find_lora(settings(lora_path=str(trained))) == trained
     assert plan.find_lora(settings(lora_path=str(tmp_path / "mine.safetensors"))) == tmp_path / "mine.safetensors"
+    (tmp_path / "MINE.SAFETENSORS").write_bytes(b"other")
+    assert plan.find_lora(settings(lora_path=str(tmp_path / "MINE.SAFETENSORS"))) == tmp_path / "MINE.SAFETENSORS"
     assert plan.find_lora(settings(lora_scale=0.0, lora_path="missing")) is None
 
 

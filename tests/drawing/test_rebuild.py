@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import main
-from helpers import Make, gradient, names, snapshot
+from helpers import Make, gradient, names, refused, snapshot
 from lace_lora.config import PICTURE
 from lace_lora.drawing import rebuild
 from lace_lora.pictures import recipe
@@ -81,6 +81,26 @@ def test_a_recipe_that_cannot_be_used(
     printed = capsys.readouterr().err
     assert part in printed
     assert len(printed.splitlines()) == 1
+
+
+def test_a_dry_run_checks_models_and_folder(
+    own: Recipe, settings: Make, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.settings.update(lora_scale=0.0)
+    recipe.save_picture(tmp_path / "a.png", gradient(64, 64), own)
+    recipe.save_picture(tmp_path / "base.png", gradient(64, 64), replace(own, refined=False))
+    again = {"rebuild": str(tmp_path / "a.png")}
+    rebuild.run(settings(**again), dry_run=True)
+    assert "Free disk space" in capsys.readouterr().out
+    for dry_run in (True, False):
+        for change, part, code in (
+            ({"refiner_model": str(tiny / "base")}, "is a base model", 2),
+            ({"output_dir": str(tmp_path / "a.png")}, "is a file", 4),
+        ):
+            config = settings(**again | change)
+            refused(lambda config=config, dry_run=dry_run: rebuild.run(config, dry_run), part, code)  # type: ignore[misc]
+    # A base picture needs no refiner.
+    rebuild.run(settings(rebuild=str(tmp_path / "base.png"), refiner_model=str(tiny / "base")), dry_run=True)
 
 
 def test_a_recipe_cannot_choose_models(

@@ -38,6 +38,12 @@ def test_a_png_holds_its_pixels_and_its_recipe(own: Recipe, tmp_path: Path) -> N
     assert recipe.read(tmp_path / "a.png") == replace(own, lora_name="")
 
 
+def test_the_seeds_after_the_highest_that_can_be_set(own: Recipe, tmp_path: Path) -> None:
+    batch = [Design(index, "lace", 2**63 - 1 + index) for index in range(2)]
+    recipe.save_picture(tmp_path / "a.png", gradient(), replace(own, design=batch[1], batch=batch))
+    assert recipe.read(tmp_path / "a.png").design == batch[1]
+
+
 def test_a_jpeg_contains_its_recipe(own: Recipe, tmp_path: Path) -> None:
     recipe.save_picture(tmp_path / "a.jpg", gradient(), own)
     with Image.open(tmp_path / "a.jpg") as saved:
@@ -74,6 +80,7 @@ FACTS = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
         ({}, {"Refined with": "refiner", "Refined strength": "0.2"}),
         ({"pretrained_model": Config().pretrained_model}, {"Model": "stable-diffusion-xl-base-1.0"}),
         ({"pretrained_model": "/models/sd_xl.base.safetensors"}, {"Model": "sd_xl.base"}),
+        ({"pretrained_model": "SD_XL.SAFETENSORS"}, {"Model": "SD_XL"}),
         ({"refiner_flow": "ensemble"}, {"Refiner": "refiner", "Refiner switch at": "0.8"}),
         ({"pretrained_model": 'me/lace, fine: "1"'}, {"Model": '"lace, fine: \\"1\\""'}),
     ],

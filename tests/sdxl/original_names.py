@@ -49,6 +49,17 @@ def original_checkpoint(base: Path) -> Weights:
     return {key: value.contiguous().clone() for key, value in checkpoint.items()}
 
 
+def original_refiner(refiner: Path, base: Path) -> Weights:
+    """Its text encoder is the base's second one."""
+    layers = json.loads((refiner / "unet" / "config.json").read_text())["layers_per_block"]
+    unet, encoder = (
+        load_file(next(folder.glob("*.safetensors"))) for folder in (refiner / "unet", base / "text_encoder_2")
+    )
+    checkpoint = {f"model.diffusion_model.{unet_name(key, layers, unet)}": value for key, value in unet.items()}
+    checkpoint |= {f"conditioner.embedders.0.model.{key}": value for key, value in open_clip(encoder).items()}
+    return {key: value.contiguous().clone() for key, value in checkpoint.items()}
+
+
 def unet_name(key: str, layers: int, unet: Weights) -> str:
     if match := re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.*)", key):
         side, level, kind, place, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import huggingface_hub
 import pytest
 import torch
 from hub_server import Hub
-from original_names import original_checkpoint
+from original_names import original_checkpoint, original_refiner
 from safetensors.torch import save_file
 
 from helpers import ROOT, Make, refused
@@ -99,7 +100,10 @@ def test_only_what_is_needed_is_downloaded_once(server: Hub, tiny: Path, tmp_pat
     assert {name.removeprefix(f"{BASE}/") for name in server.asked if name.startswith(BASE)} <= expected
     assert weights(found["pretrained_model"]) == weights(tiny / "base")
     refiner = [name.removeprefix(f"{REFINER}/") for name in server.asked if name.startswith(REFINER)]
-    assert sorted(refiner) == ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    assert sorted(refiner) == [
+        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
     assert "100%" in progress
     assert len(server.asked) == len(set(server.asked))
     asked = len(server.asked)
@@ -149,10 +153,65 @@ def test_another_vae(server: Hub, fetch: Fetch, tiny: Path) -> None:
     assert f"{BASE}/vae/diffusion_pytorch_model.safetensors" not in server.asked
 
 
+def test_a_whole_model_as_vae(server: Hub, fetch: Fetch, tiny: Path) -> None:
+    server.repositories["lace/other"] = tiny / "base"
+    found = fetch(pretrained_vae="lace/other")["pretrained_vae"]
+    assert weights(found) == weights(tiny / "base" / "vae")
+    asked = {name for name in server.asked if name.startswith("lace/other")}
+    assert {Path(name).parent.name for name in asked if name.endswith(".safetensors")} <= {"vae"}
+
+
+@pytest.mark.parametrize("setting", ["pretrained_model", "refiner_model", "pretrained_vae"])
+def test_a_model_of_another_kind_is_not_downloaded(server: Hub, fetch: Fetch, tmp_path: Path, setting: str) -> None:
+    folder = {"refiner_model": "refiner"}.get(setting, "base")
+    shutil.copytree(tmp_path / folder, tmp_path / "edm")
+    for file, change in (("vae", {"latents_mean": [1, 1, 1, 1]}), ("unet", {"in_channels": 9})):
+        path = tmp_path / "edm" / file / "config.json"
+        if path.exists():
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    server.repositories["lace/edm"] = tmp_path / "edm"
+    assert_refused(
+        lambda: fetch(**{setting: "lace/edm"}), "lace/edm has a (UNet with in_channels 9|VAE with latents_mean)", 2
+    )
+    assert not [name for name in server.asked if name.endswith(".safetensors")]
+
+
+def test_models_are_checked_without_a_download(server: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    config = Config(pretrained_model=BASE, refiner_model=REFINER)
+    assert hub.check_models(config, download=False) == [BASE, REFINER]
+    assert not server.asked
+    assert not (tmp_path / "cache").exists()
+    found = fetch()
+    assert hub.check_models(config, download=False) == []
+    next((found["pretrained_model"] / "unet").glob("*.safetensors")).unlink()
+    assert hub.check_models(config, download=False) == [BASE]
+    for lost in (found["pretrained_model"] / "vae", found["refiner_model"] / "scheduler"):
+        shutil.rmtree(lost)
+        assert hub.check_models(config, download=False)[-1] == (BASE if lost.name == "vae" else REFINER)
+        fetch()
+    cached = found["refiner_model"] / "unet" / "config.json"
+    content = cached.read_text().replace('"in_channels": 4', '"in_channels": 9')
+    cached.unlink()
+    cached.write_text(content)
+    refused(lambda: hub.check_models(config, download=False), "lace/refiner has a UNet with in_channels 9")
+    another_vae = replace(config, pretrained_vae="lace/vae", refine=False)
+    assert hub.check_models(another_vae, download=False) == ["lace/vae"]
+    for name in ("not a name", "./none", "none.SAFETENSORS"):
+        refused(lambda name=name: hub.check_models(Config(pretrained_model=name), download=False), name)  # type: ignore[misc]
+
+
 def test_a_missing_file(server: Hub, fetch: Fetch, tmp_path: Path) -> None:
     (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (tmp_path / "base" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
     assert_refused(lambda: fetch(), "lace/base has no safetensors weights in unet", 2)
+
+
+def test_a_repository_of_another_layout(server: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    for path in [path for path in (tmp_path / "base").iterdir() if path.is_dir()]:
+        shutil.rmtree(path)
+    (tmp_path / "base" / "model_index.json").unlink()
+    assert_refused(lambda: fetch(), "lace/base has no unet/config.json", 2)
+    assert not any(name.endswith(".safetensors") for name in server.asked)
 
 
 def test_a_gated_model(server: Hub, fetch: Fetch) -> None:
@@ -190,27 +249,48 @@ def test_no_connection_and_no_cache(server: Hub, fetch: Fetch) -> None:
 
 
 def test_paths_are_not_looked_up(tmp_path: Path, tiny: Path) -> None:
-    assert hub.fetch(str(tiny / "base"), ["unet"]) == tiny / "base"
+    assert hub.fetch(hub.Source(str(tiny / "base"), ["unet"], None)) == tiny / "base"
     for name in ("no/such/folder", "./none", str(tmp_path / "none"), "none.safetensors"):
-        refused(lambda name=name: hub.fetch(name, ["unet"]), "no model found at")  # type: ignore[misc]
+        refused(lambda name=name: hub.fetch(hub.Source(name, ["unet"], None)), "no model found at")  # type: ignore[misc]
     (tmp_path / "model.safetensors").write_bytes(b"a pickle, say")
-    refused(lambda: hub.fetch(str(tmp_path / "model.safetensors"), ["unet"]), "cannot be read as a safetensors file")
+    file = hub.Source(str(tmp_path / "model.safetensors"), ["unet"], None)
+    refused(lambda: hub.fetch(file), "cannot be read as a safetensors file")
 
 
 def test_a_checkpoint_in_one_file(server: Hub, fetch: Fetch, tiny: Path, tmp_path: Path) -> None:
     server.repositories = {hub.BASE_LAYOUT: tmp_path / "base", hub.REFINER_LAYOUT: tmp_path / "refiner"}
     files = {"pretrained_model": tmp_path / "lace.safetensors", "refiner_model": tmp_path / "refine.safetensors"}
     save_file(original_checkpoint(tiny / "base"), files["pretrained_model"])
-    save_file({"conditioner.embedders.0.model.ln_final.weight": torch.ones(3)}, files["refiner_model"])
+    save_file(original_refiner(tiny / "refiner", tiny / "base"), files["refiner_model"])
     assert fetch(**{key: str(path) for key, path in files.items()}) == files
     assert not any(name.endswith(".safetensors") for name in server.asked)
     assert {"/".join(name.split("/")[:2]) for name in server.asked} == {hub.BASE_LAYOUT, hub.REFINER_LAYOUT}
 
 
-def test_parts_of_a_single_file_equal_those_of_the_folder(
-    settings: Make, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_in_one_file_without_a_download(server: Hub, fetch: Fetch, tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "lace.safetensors"
+    as_wide_as_sdxl = {"model.diffusion_model.label_emb.0.0.weight": torch.zeros(1, 128 + 6 * 256)}
+    save_file(original_checkpoint(tiny / "base") | as_wide_as_sdxl, file)
+    config = Config(pretrained_model=str(file), refine=False)
+    assert hub.check_models(config, download=False) == [f"the settings and vocabulary of {file}"]
+    assert not server.asked
+
+
+def test_weights_are_in_one_form(tmp_path: Path) -> None:
+    """In one file, or in shards: never mixed, since either may be left over from another version."""
+    for end in ("-00001-of-00002", "-00002-of-00002", ".fp16", ""):
+        (tmp_path / f"diffusion_pytorch_model{end}.safetensors").write_bytes(b"")
+    assert [path.name for path in hub.weight_files(tmp_path, None)] == ["diffusion_pytorch_model.safetensors"]
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    assert len(hub.weight_files(tmp_path, None)) == 2
+    assert len(hub.weight_files(tmp_path, "fp16")) == 1
+
+
+@pytest.mark.parametrize("name", ["lace.safetensors", "LACE.SAFETENSORS"])
+def test_parts_of_a_single_file_equal_those_of_the_folder(
+    settings: Make, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    file = tmp_path / name
     save_file(original_checkpoint(tiny / "base"), file)
     monkeypatch.setattr(hub, "_download", lambda *_: tiny / "base")
     cpu = torch.device("cpu")

@@ -1,6 +1,7 @@
 """The LoRA on UNet and text encoders: saved, read and merged without a change, as diffusers' pipelines read it."""
 
 import errno
+import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,49 @@ def test_partly_matching_files_are_refused(
         state[up] = state[up][:1].clone()
     save_file(state, tmp_path / "part.safetensors")
     refused(lambda: merge(copies(plain, "unet"), tmp_path / "part.safetensors"), "is not a LoRA for")
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("change", "metadata", "part"),
+    [
+        ({"lora_down": torch.ones(0, 64), "lora_up": torch.ones(64, 0)}, {}, "which do not make a LoRA"),
+        ({"lora_down": torch.ones(4)}, {}, "which do not make a LoRA"),
+        ({"lora_down": torch.ones(4, 64), "lora_up": torch.ones(64, 2)}, {}, "which do not make a LoRA"),
+        ({"lora_down": torch.full((4, 64), NAN)}, {}, "not finite"),
+        ({"lora_down": torch.ones(4, 64, dtype=torch.int32)}, {}, "not finite"),
+        ({"alpha": torch.tensor(NAN)}, {}, "alpha nan"),
+        ({"alpha": torch.tensor(1e7)}, {}, "alpha 1e"),
+        ({"alpha": torch.ones(2)}, {}, "not a LoRA for this model"),
+        ({}, {"unet.lora_alpha": INF}, "alpha inf"),
+        ({}, {"unet.lora_alpha": "x"}, "not a LoRA for this model"),
+        ({}, {"unet.lora_alpha": 10**400}, "not a LoRA for this model"),
+        ({}, {"unet.alpha_pattern": {"(": 1.0}}, "not a LoRA for this model"),
+        ({}, {"unet.alpha_pattern": [1]}, "not a LoRA for this model"),
+        ({}, [], "not a LoRA for this model"),
+    ],
+)
+def test_nonsense_in_a_lora_file_is_a_one_line_error(tmp_path: Path, change: Any, metadata: Any, part: str) -> None:
+    layer = {"lora_down": torch.ones(4, 64), "lora_up": torch.ones(64, 4), **change}
+    state = {f"unet.conv_in.{name}{'' if name == 'alpha' else '.weight'}": value for name, value in layer.items()}
+    path = tmp_path / LORA_FILE
+    save_file(state, path, {"lora_adapter_metadata": json.dumps(metadata)} if metadata != {} else None)
+    message = refused(lambda: lora_weights.read_lora(path), part)
+    assert "\n" not in message
+
+
+def test_a_lora_that_overflows_is_refused_and_not_merged(plain: Networks, tmp_path: Path) -> None:
+    unet: Any = copies(plain, "unet")["unet"].half()
+    rows, columns = unet.time_embedding.linear_1.weight.shape
+    state = {
+        "unet.time_embedding.linear_1.lora_A.weight": torch.full((1, columns), 1e4),
+        "unet.time_embedding.linear_1.lora_B.weight": torch.full((rows, 1), 1e4),
+    }
+    save_file(state, tmp_path / LORA_FILE)
+    refused(lambda: merge({"unet": unet}, tmp_path / LORA_FILE), "not finite")
+    assert all(weight.isfinite().all() for weight in unet.parameters())
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(errno.EIO, "no disk", "x")])

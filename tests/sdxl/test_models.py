@@ -1,5 +1,6 @@
 """Loading the parts of a model: dtype, variant, safetensors only, and the errors when that fails."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import Make, refused
 from lace_lora.errors import UserError
-from lace_lora.sdxl import models
+from lace_lora.sdxl import models, prompts
 from sdxl_helpers import CPU
 
 
@@ -83,6 +84,26 @@ def test_the_vae_is_in_fp32_and_another_one_in_the_dtype_of_the_run(tiny: Path, 
     in_model = models.load_vae(settings(pretrained_vae=str(tiny / "base")), CPU, torch.bfloat16)
     assert in_folder.dtype == in_model.dtype == torch.bfloat16
     assert torch.equal(in_folder.decoder.conv_in.weight, vae.decoder.conv_in.weight.bfloat16())
+
+
+@pytest.mark.parametrize(("force_upcast", "dtype"), [(True, torch.float32), (False, torch.float16)])
+def test_a_vae_that_overflows_in_fp16_is_in_fp32(
+    tiny: Path, settings: Make, tmp_path: Path, force_upcast: bool, dtype: torch.dtype
+) -> None:
+    shutil.copytree(tiny / "base" / "vae", tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"force_upcast": force_upcast}))
+    config = settings(pretrained_vae=str(tmp_path / "other"))
+    assert models.load_vae(config, CPU, torch.float16).dtype == dtype
+
+
+def test_missing_weights_of_a_text_encoder_are_refused(tiny: Path, settings: Make, tmp_path: Path) -> None:
+    """transformers would fill them with random numbers."""
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    file = tmp_path / "base" / "text_encoder_2" / "model.safetensors"
+    save_file({name: weight for name, weight in load_file(file).items() if name != "text_projection.weight"}, file)
+    config = settings(pretrained_model=str(tmp_path / "base"))
+    refused(lambda: prompts.load_text_encoders(config, CPU, torch.float32), "no weights for text_projection.weight")
 
 
 @pytest.mark.parametrize("shard", ["10GB", "200KB"])

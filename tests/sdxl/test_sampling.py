@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from helpers import Make
+from helpers import Make, refused
 from lace_lora.sdxl import sampling
 
 
@@ -26,6 +26,11 @@ def test_the_refiners_noise_is_not_the_bases(settings: Make, monkeypatch: pytest
 
 def test_a_scheduler_is_the_variant_known_by_its_name(tiny: Path) -> None:
     config = EulerDiscreteScheduler.from_pretrained(tiny / "base" / "scheduler").config
+    for name, change in (
+        ("UniPCMultistepScheduler", {"solver_type": 5}),
+        ("EulerDiscreteScheduler", {"beta_end": "x"}),
+    ):
+        refused(lambda n=name, c=change: sampling.make_scheduler(n, {**config, **c}), "cannot use the model's")  # type: ignore[misc]
     config = {**config, "algorithm_type": "dpmsolver", "predict_x0": False}
     assert sampling.make_scheduler("DPMSolverMultistepScheduler", config).config.algorithm_type == "dpmsolver++"
     assert sampling.make_scheduler("UniPCMultistepScheduler", config).config.predict_x0

@@ -124,6 +124,13 @@ def test_other_files_are_refused_before_training_starts(settings: Make, tmp_path
         refused(lambda name=name: diffusers_script.check(settings(train_script=str(tmp_path / name))), part)  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("setting", ["pretrained_model", "pretrained_vae"])
+def test_single_files_are_refused(script: Path, settings: Make, tmp_path: Path, setting: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    config = settings(train_script=str(script), **{setting: str(tmp_path / "model.safetensors")})
+    refused(lambda: diffusers_script.check(config), f"set {setting} to a Hub model or a folder")
+
+
 def test_switches_and_values(script: Path, settings: Make, tmp_path: Path) -> None:
     flags = diffusers_script.flags_of(script)
     assert flags["gradient_checkpointing"]

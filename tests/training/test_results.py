@@ -115,6 +115,7 @@ def test_the_kohya_file_carries_alpha_and_what_programs_show(saved: Config) -> N
         ("a photo of <my-lace>", "x/lora", "my-lace", "<my-lace>"),
         ("lace in sks style", "x/antique lace", "antique lace", "lace in sks style"),
         ("<a> and <b>, <a>", "x/lora", "a", "<a>, <b>"),
+        ("lace", "x/lora/..", "x", "lace"),
     ],
 )
 def test_trigger_words_and_lora_name(prompt: str, folder: str, name: str, words: str) -> None:
