@@ -12,7 +12,8 @@ from pathlib import Path
 from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.errors import DISK_OR_DRIVE, UserError
 from lace_lora.files import file_sha256, write_atomically
-from lace_lora.pictures.image_files import Picture, named_as_pictures, visible_entries
+from lace_lora.pictures.checking import Picture
+from lace_lora.pictures.image_files import named_as_pictures, visible_entries
 
 logger = logging.getLogger(__name__)
 

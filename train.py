@@ -20,8 +20,8 @@ import data_utils
 from lace_lora import files, process
 from lace_lora.config import LORA_FILE, TRAINING, Config, dump_config
 from lace_lora.errors import DISK_OR_DRIVE, UserError
-from lace_lora.pictures import image_files
-from lace_lora.pictures.image_files import Picture
+from lace_lora.pictures import checking, image_files
+from lace_lora.pictures.checking import Picture
 from lace_lora.sdxl import hub
 from lace_lora.training import checkpoint, class_pictures, diffusers_script, launch
 
@@ -88,12 +88,12 @@ def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations
     """
     kinds = image_files.formats_of(config.image_extensions)
     images = image_files.named_as_pictures(config.images_dir, config.image_extensions)
-    pictures = image_files.check_pictures(images, config.min_image_size, kinds)
+    pictures = checking.check_pictures(images, config.min_image_size, kinds)
     annotations = data_utils.plan_annotations(
         config.images_dir, config.instance_prompt, [p.path for p in pictures if p.used], config.lora_output_dir
     )
     others = [path for path in annotations.captions if path not in images]
-    pictures += image_files.check_pictures(others, config.min_image_size, kinds)
+    pictures += checking.check_pictures(others, config.min_image_size, kinds)
     print(data_utils.report_text(config.images_dir, pictures, annotations, config.instance_prompt))
     if config.report:
         # A file name's undecodable bytes become JSON's own escapes.

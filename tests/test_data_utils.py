@@ -12,7 +12,7 @@ from helpers import gradient, jpg, jpgs, truncated_jpg
 from lace_lora import files
 from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.errors import UserError
-from lace_lora.pictures import image_files
+from lace_lora.pictures import checking, image_files
 
 
 def test_list_images(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_missing_folder_or_a_file_is_refused(name: str, part: str, tmp_path: P
 
 def report(folder: Path, *extensions: str) -> str:
     paths = data_utils.list_images(folder, extensions or (".jpg",))
-    pictures = image_files.check_pictures(paths, 32, image_files.formats_of(IMAGE_EXTENSIONS))
+    pictures = checking.check_pictures(paths, 32, image_files.formats_of(IMAGE_EXTENSIONS))
     annotations = data_utils.plan_annotations(folder, "lace", [p.path for p in pictures if p.used], folder)
     return data_utils.report_text(folder, pictures, annotations, "lace")
 
@@ -79,8 +79,8 @@ def test_the_report_suggests_extensions_including_those_in_use(tmp_path: Path) -
 
 
 def test_the_report_fits_a_screen_however_many_there_are(tmp_path: Path) -> None:
-    pictures = [image_files.Picture(tmp_path / f"{n}.jpg", 9, 9, str(n % 50)) for n in range(500)]
-    pictures += [image_files.Picture(tmp_path / f"{n}.jpg", reason=f"unreadable: because {n}") for n in range(500)]
+    pictures = [checking.Picture(tmp_path / f"{n}.jpg", 9, 9, str(n % 50)) for n in range(500)]
+    pictures += [checking.Picture(tmp_path / f"{n}.jpg", reason=f"unreadable: because {n}") for n in range(500)]
     text = data_utils.report_text(tmp_path, pictures, data_utils.Annotations(tmp_path, {}, False), "lace")
     assert len(text.splitlines()) < 24
     assert "and 497 more" in text
@@ -88,8 +88,8 @@ def test_the_report_fits_a_screen_however_many_there_are(tmp_path: Path) -> None
 
 def test_the_report_as_json() -> None:
     pictures = [
-        image_files.Picture(Path("ü 🧵.jpg"), 9, 8, "x"),
-        image_files.Picture(Path("b.jpg"), reason="too small: x"),
+        checking.Picture(Path("ü 🧵.jpg"), 9, 8, "x"),
+        checking.Picture(Path("b.jpg"), reason="too small: x"),
     ]
     rows = json.loads(data_utils.report_json(pictures))["pictures"]
     assert rows[0] == {"path": "ü 🧵.jpg", "taken": True, "reason": None, "width": 9, "height": 8}

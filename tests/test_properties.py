@@ -15,7 +15,7 @@ import data_utils
 from helpers import as_file, gradient, names, refused
 from lace_lora.config import Config, dump_config, load_config
 from lace_lora.errors import UserError
-from lace_lora.pictures import image_files
+from lace_lora.pictures import checking, image_files
 from lace_lora.training import checkpoint
 
 # `make torture` asks for many more.
@@ -103,7 +103,7 @@ def test_any_damage_to_a_picture(which: bytes, place: float, junk: bytes, cut: b
     at = int(place * len(which))
     content = which[:at] + junk + (b"" if cut else which[at + len(junk) :])
     (tmp_path / "a.jpg").write_bytes(content)
-    found = image_files._check(tmp_path / "a.jpg", 8, ("JPEG", "PNG", "TIFF", "WEBP", "BMP"))
+    found = checking._check(tmp_path / "a.jpg", 8, ("JPEG", "PNG", "TIFF", "WEBP", "BMP"))
     assert found.used == bool(found.sha256 and found.width)
     if found.used:
         assert min(found.width, found.height) >= 8
@@ -116,7 +116,7 @@ def test_any_damage_to_a_picture(which: bytes, place: float, junk: bytes, cut: b
 @given(content=st.binary(max_size=300))
 def test_any_bytes_named_as_a_picture(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(content)
-    found = image_files._check(tmp_path / "a.jpg", 8, ("JPEG",))
+    found = checking._check(tmp_path / "a.jpg", 8, ("JPEG",))
     assert found.reason.startswith("unreadable: ")
 
 

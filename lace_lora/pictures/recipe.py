@@ -127,6 +127,18 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if set(value) & set(',:"\n') else value
 
 
+def is_drawn(content: bytes) -> bool:
+    """Whether a picture file that can be decoded is this program's own: it has a recipe, or our text chunk at least."""
+    with Image.open(io.BytesIO(content)) as picture:
+        if TEXT in picture.info:
+            return True
+        try:
+            comment = json.loads(picture.info.get("comment", b""))
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(comment, dict) and {"prompt", "seed", "settings", "batch"} <= comment.keys()
+
+
 def read(path: Path) -> Recipe:
     """The recipe that `save_picture` wrote into a file.
 
