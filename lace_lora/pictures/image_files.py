@@ -24,7 +24,7 @@ _FORMATS = dict(zip(IMAGE_EXTENSIONS, ("JPEG", "JPEG", "PNG", "WEBP", "BMP", "TI
 # What Pillow's decoders raise on broken files, besides OSError (truncated, unidentified, unreadable).
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 MAX_PIXELS = 250_000_000  # phones make up to 201 million, an A4 page scanned at 1200 dpi has 139
-_LARGE = 60_000_000  # pixels; above it, pictures are decoded one at a time
+_LARGE = 40_000_000  # pixels; above it, pictures are decoded one at a time
 _MAX_TEXT = 2**26  # bytes of a text or colour profile in a PNG
 _SAVE_AGAIN = "save it again with 8 or 16 bits per colour"
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
@@ -201,10 +201,10 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF":
         image, alpha = _grey_in_8_bits(image)
     elif image.has_transparency_data:
-        layer = image.convert("LA") if image.mode == "La" else image
-        layer = layer.convert("RGBA")
-        alpha = layer.getchannel("A")
-        image = layer.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
+        is_grey = image.mode in ("1", "L", "LA", "La")
+        if image.mode not in ("LA", "RGBA"):
+            image = image.convert("LA" if image.mode == "La" else "RGBA")
+        alpha, image = image.getchannel("A"), image.convert("L" if is_grey else "RGB")
     if alpha and alpha.getextrema()[1] == 0:
         raise Unsuitable("all of it is transparent")
     picture = _by_its_profile(image)
