@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import data_utils
-from helpers import gradient, jpg, jpgs, truncated_jpg
+from helpers import as_file, gradient, jpg, jpgs, truncated_jpg
 from lace_lora import files
 from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.errors import UserError
@@ -58,17 +58,23 @@ def test_the_report_counts_everything(tmp_path: Path) -> None:
     jpg(tmp_path / "tiny.jpg", gradient(20, 20))
     truncated_jpg(tmp_path / "cut.jpg")
     (tmp_path / "lace_0.txt").write_text("a rosette")
+    (tmp_path / "cut.txt").write_text("of a picture that is skipped")
+    (tmp_path / "lace 2.txt").write_text("of none")
+    frames = {"save_all": True, "append_images": [gradient(turn=9)]}
+    (tmp_path / "pages.jpg").write_bytes(as_file(gradient(turn=8), "TIFF", **frames).getvalue())
     for name in ("a.png", "b.PNG", "c.heic"):
         (tmp_path / name).write_bytes(b"x")
     text = report(tmp_path)
-    assert "5 used, 2 skipped" in text
+    assert "6 used, 2 skipped" in text
+    assert "unused .txt  1: lace 2.txt (no picture of that name)" in text
+    assert "pages        1 have several, of which the first is used: pages.jpg (2)" in text
     assert "64x48 to 90x200" in text
     assert "tiny.jpg (20x20" in text
     assert "cut.jpg (" in text
     assert "copy.jpg = lace_1.jpg" in text
     assert "other files  1 .heic, 2 .png" in text
     assert "image_extensions: [.jpg, .png]" in text
-    assert "5: 1 from .txt files next to the pictures, the others 'lace'" in text
+    assert "6: 1 from .txt files next to the pictures, the others 'lace'" in text
 
 
 def test_the_report_suggests_extensions_including_those_in_use(tmp_path: Path) -> None:

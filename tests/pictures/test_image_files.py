@@ -4,7 +4,6 @@ import io
 import struct
 import tempfile
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageCms, ImageStat, PngImagePlugin
 
-from helpers import as_file, gradient, jpg, swapped_profile
+from helpers import UPRIGHT, Fields, Tags, Transpose, as_file, exif_of, gradient, jpg, swapped_profile, tiff
 from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.pictures import checking, image_files
-
-Transpose = Image.Transpose
-# What a viewer has to do with a picture of each EXIF orientation (Exif 2.3, tag 0x0112).
-UPRIGHT: dict[int, tuple[Transpose, ...]] = {
-    1: (),
-    2: (Transpose.FLIP_LEFT_RIGHT,),
-    3: (Transpose.ROTATE_180,),
-    4: (Transpose.FLIP_TOP_BOTTOM,),
-    5: (Transpose.ROTATE_270, Transpose.FLIP_LEFT_RIGHT),
-    6: (Transpose.ROTATE_270,),
-    7: (Transpose.ROTATE_90, Transpose.FLIP_LEFT_RIGHT),
-    8: (Transpose.ROTATE_90,),
-}
-
 
 ANY = image_files.formats_of(IMAGE_EXTENSIONS)
 
@@ -137,33 +122,6 @@ def test_a_broken_profile_is_ignored(profile: bytes) -> None:
 
 
 # Formats and depths, each against known numbers.
-
-Tags = dict[int, tuple[str, Sequence[int]]]  # of a TIFF: struct's type and values
-
-
-def tiff(pixels: bytes, width: int, height: int, order: str = "<", tags: Tags | None = None) -> bytes:
-    """An uncompressed TIFF of one strip; `tags` are added to the size, or replace what is here."""
-    all_tags: Tags = {
-        256: ("H", [width]), 257: ("H", [height]), 258: ("H", [8]), 262: ("H", [1]), 273: ("I", [0]),
-        277: ("H", [1]), 278: ("H", [height]), 279: ("I", [len(pixels)]),
-    }  # fmt: skip
-    all_tags |= tags or {}
-    extra, start = b"", 8 + 2 + 12 * len(all_tags) + 4
-    all_tags[273] = ("I", [0])
-    types = {"B": 1, "s": 2, "H": 3, "I": 4, "II": 5}
-    sizes = {tag: len(struct.pack(order + kind[0] * len(values), *values)) for tag, (kind, values) in all_tags.items()}
-    all_tags[273] = ("I", [start + sum(size for size in sizes.values() if size > 4)])
-    fields = b""
-    for tag, (kind, values) in sorted(all_tags.items()):
-        value = struct.pack(order + kind[0] * len(values), *values)
-        field = struct.pack(order + "HHI", tag, types[kind], len(values) // len(kind))
-        if len(value) > 4:
-            fields += field + struct.pack(order + "I", start + len(extra))
-            extra += value
-        else:
-            fields += field + value.ljust(4, b"\0")
-    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IH", 8, len(all_tags))
-    return head + fields + bytes(4) + extra + pixels
 
 
 def shown(content: bytes | io.BytesIO) -> np.ndarray:
@@ -383,15 +341,6 @@ def test_fit_crops_the_centre(
     part, found = image_files.fit(gradient(*size), shape)
     assert found == corner
     assert mean_difference(part, whole.crop((corner[1], corner[0], corner[1] + shape[1], corner[0] + shape[0]))) == 0
-
-
-Fields = Sequence[tuple[int, int, int, bytes]]  # of EXIF: tag, type, count, and the value or its place
-
-
-def exif_of(fields: Fields, order: str = "<", rest: bytes = b"") -> bytes:
-    """EXIF data, field by field, and what comes after them."""
-    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IH", 8, len(fields))
-    return head + b"".join(struct.pack(order + "HHI", *field[:3]) + field[3].ljust(4, b"\0") for field in fields) + rest
 
 
 def with_exif(kind: str, exif: bytes) -> io.BytesIO:
