@@ -128,14 +128,14 @@ def _quoted(value: str) -> str:
 
 
 def is_drawn(content: bytes) -> bool:
-    """Whether a picture file that can be decoded is this program's own: it has a recipe, or our text chunk at least."""
-    with Image.open(io.BytesIO(content)) as picture:
-        if TEXT in picture.info:
-            return True
-        try:
+    """Whether a picture file is this program's own: it has a recipe, or at least our text chunk."""
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as picture:
+            if TEXT in picture.info:
+                return True
             comment = json.loads(picture.info.get("comment", b""))
-        except (ValueError, RecursionError):
-            return False
+    except (*BROKEN, RecursionError):  # another format, no comment, or another program's
+        return False
     return isinstance(comment, dict) and {"prompt", "seed", "settings", "batch"} <= comment.keys()
 
 
