@@ -116,28 +116,25 @@ Tags = dict[int, tuple[str, Sequence[int]]]  # of a TIFF: struct's type and valu
 
 
 def tiff(pixels: bytes, width: int, height: int, order: str = "<", tags: Tags | None = None) -> bytes:
-    """An uncompressed TIFF of one strip; `tags` are added to the size, or replace what is here."""
-    all_tags: Tags = {
-        256: ("H", [width]), 257: ("H", [height]), 258: ("H", [8]), 262: ("H", [1]), 273: ("I", [0]),
-        277: ("H", [1]), 278: ("H", [height]), 279: ("I", [len(pixels)]),
+    """A TIFF, uncompressed and of one strip unless `tags`, which are added to these or replace them, say otherwise."""
+    fields: Tags = {
+        256: ("H", [width]), 257: ("H", [height]), 258: ("H", [8]), 262: ("H", [1]), 277: ("H", [1]),
+        278: ("H", [height]), 279: ("I", [len(pixels)]), **(tags or {}),
     }  # fmt: skip
-    all_tags |= tags or {}
-    extra, start = b"", 8 + 2 + 12 * len(all_tags) + 4
-    all_tags[273] = ("I", [0])
-    types = {"B": 1, "s": 2, "H": 3, "I": 4, "II": 5}
-    sizes = {tag: len(struct.pack(order + kind[0] * len(values), *values)) for tag, (kind, values) in all_tags.items()}
-    all_tags[273] = ("I", [start + sum(size for size in sizes.values() if size > 4)])
-    fields = b""
-    for tag, (kind, values) in sorted(all_tags.items()):
-        value = struct.pack(order + kind[0] * len(values), *values)
-        field = struct.pack(order + "HHI", tag, types[kind], len(values) // len(kind))
+    lengths = fields[279][1]
+    fields[273] = ("I", [8 + sum(lengths[:number]) for number in range(len(lengths))])
+    directory, beyond = struct.pack(order + "H", len(fields)), b""
+    start = 8 + len(pixels) + 2 + 12 * len(fields) + 4
+    for tag, (kind, values) in sorted(fields.items()):
+        value = struct.pack(order + kind * len(values), *values)
+        directory += struct.pack(order + "HHI", tag, {"B": 1, "s": 2, "H": 3, "I": 4}[kind], len(values))
         if len(value) > 4:
-            fields += field + struct.pack(order + "I", start + len(extra))
-            extra += value
+            directory += struct.pack(order + "I", start + len(beyond))
+            beyond += value
         else:
-            fields += field + value.ljust(4, b"\0")
-    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IH", 8, len(all_tags))
-    return head + fields + bytes(4) + extra + pixels
+            directory += value.ljust(4, b"\0")
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "I", 8 + len(pixels))
+    return head + pixels + directory + bytes(4) + beyond
 
 
 Fields = Sequence[tuple[int, int, int, bytes]]  # of EXIF: tag, type, count, and the value or its place

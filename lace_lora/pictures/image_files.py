@@ -27,7 +27,7 @@ MAX_PIXELS = 250_000_000  # phones make up to 201 million, an A4 page scanned at
 _LARGE = 40_000_000  # pixels; above it, pictures are decoded one at a time
 _MAX_TEXT = 2**26  # bytes of a text or colour profile in a PNG
 _SAVE_AGAIN = "save it again with 8 or 16 bits per colour"
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 262, 284, 339  # tags of a TIFF
 
 # How to turn a picture of each EXIF orientation.
 _TURNS = {
@@ -172,17 +172,22 @@ def _exif_orientation(exif: bytes) -> int | None:
     return None
 
 
-def _check_tiff(image: Image.Image) -> None:
-    """Refuse a TIFF that Pillow would open, though it cannot know how."""
+def _check_tiff(image: ImageFile.ImageFile) -> None:
+    """Refuse a TIFF that Pillow would open wrongly."""
     tags = getattr(image, "tag_v2", None)
     if tags is None:
         return
     if not isinstance(tags.get(ExifTags.Base.Orientation, 1), numbers.Real):
         raise Unsuitable(f"its orientation is not a number: {_SAVE_AGAIN}")
+    if _PHOTOMETRIC not in tags:
+        raise Unsuitable(f"it does not say whether 0 is black or white: {_SAVE_AGAIN}")
     if image.mode == "I" or tags.get(_SAMPLE_FORMAT, (1,))[0] == 2:
-        raise Unsuitable(
-            f"its whole numbers are signed or of 32 bits, so that nothing says which is white: {_SAVE_AGAIN}"
-        )
+        raise Unsuitable(f"its numbers are signed or of 32 bits, so that nothing says which is white: {_SAVE_AGAIN}")
+    is_compressed = image.tile[0][0] == "libtiff"
+    if image.mode == "F" and tags.prefix == b"MM" and is_compressed:
+        raise Unsuitable(f"its floating-point numbers are compressed with the high byte first: {_SAVE_AGAIN}")
+    if tags.get(_PLANES) == 2 and max(tags.get(_BITS_PER_SAMPLE, (1,))) > 8 and not is_compressed:
+        raise Unsuitable("its colours of more than 8 bits are stored one after another: save it again, interleaved")
 
 
 def _scale_transparent_colour(image: ImageFile.ImageFile) -> None:

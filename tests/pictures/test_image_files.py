@@ -131,20 +131,28 @@ def shown(content: bytes | io.BytesIO) -> np.ndarray:
 RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)
 
 
+@pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("white_is", [1, 0])
-@pytest.mark.parametrize(
-    ("bits", "dtype"), [(8, "u1"), (16, "<u2"), (16, ">u2"), (32, "<f4"), (32, ">f4")]
-)  # fmt: skip
-def test_every_grey_tiff_is_scaled_by_the_range_of_its_format(bits: int, dtype: str, white_is: int) -> None:
+@pytest.mark.parametrize(("bits", "dtype"), [(8, "u1"), (16, "<u2"), (16, ">u2"), (32, "<f4"), (32, ">f4")])
+def test_every_grey_tiff_is_scaled_by_the_range_of_its_format(
+    bits: int, dtype: str, white_is: int, compressed: bool
+) -> None:
     highest = 1 if "f" in dtype else 2**bits - 1
     pixels = (RAMP * highest if "f" in dtype else np.round(RAMP * highest)).astype(dtype).tobytes()
+    pixels = zlib.compress(pixels) if compressed else pixels
     tags: Tags = {258: ("H", [bits]), 262: ("H", [white_is]), 339: ("H", [3 if "f" in dtype else 1])}
-    content = tiff(pixels, 64, 48, ">" if ">" in dtype else "<", tags)
-    if white_is == 0 and dtype == ">u2":  # Pillow does not know it
+    content = tiff(pixels, 64, 48, ">" if ">" in dtype else "<", tags | {259: ("H", [8 if compressed else 1])})
+    if (dtype, white_is) == (">u2", 0) or (dtype, compressed) == (">f4", True):  # Pillow does not know them
         assert "save it again" in reason_of(content)
         return
     expected = RAMP if white_is else 1 - RAMP
     assert np.abs(shown(content)[..., 1] - expected * 255).max() <= 1
+
+
+def test_a_tiff_that_does_not_say_what_black_is() -> None:
+    content = tiff((RAMP * 255).astype("u1").tobytes(), 64, 48)
+    content = content.replace(struct.pack("<HHI", 262, 3, 1), struct.pack("<HHI", 261, 3, 1))
+    assert "whether 0 is black or white" in reason_of(content)
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
@@ -264,6 +272,24 @@ def test_associated_and_other_alpha_of_a_tiff(bits: int, channels: int, extra: i
         assert "save it again" in reason_of(content)
         return
     assert np.abs(shown(content)[..., 0] - (RAMP * alpha + 1 - alpha) * 255).max() <= 3
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("order", "<>")
+def test_colours_stored_one_after_another(order: str, bits: int, compressed: bool) -> None:
+    colours = np.moveaxis(np.asarray(gradient()), -1, 0) * np.array(257 if bits == 16 else 1, f"{order}u{bits // 8}")
+    strips = [plane.astype(colours.dtype.newbyteorder(order)).tobytes() for plane in colours]
+    strips = [zlib.compress(strip) if compressed else strip for strip in strips]
+    tags: Tags = {
+        258: ("H", [bits] * 3), 259: ("H", [8 if compressed else 1]), 262: ("H", [2]), 277: ("H", [3]),
+        279: ("I", list(map(len, strips))), 284: ("H", [2]),
+    }  # fmt: skip
+    content = tiff(b"".join(strips), 64, 48, order, tags)
+    if bits == 16 and not compressed:
+        assert "interleaved" in reason_of(content)
+    else:
+        assert mean_difference(opened(io.BytesIO(content)), gradient()) == 0
 
 
 def test_lab_equals_its_definition() -> None:
