@@ -67,6 +67,17 @@ class Picture:
 
 def check_pictures(paths: Sequence[Path], min_image_size: int, formats: Sequence[str] = ("JPEG",)) -> list[Picture]:
     """Decode every picture once, in other processes, and return for each, in order, whether it is used or why not."""
+    processes = max(1, min(8, os.cpu_count() or 1, len(paths) // 8))
+    found = _check_all(paths, processes, min_image_size, formats)
+    if processes > 1:  # once more, alone: it may have been the others that used up the memory
+        crashed = [path for path, picture in found.items() if picture.reason == _CRASHED]
+        found |= _check_all(crashed, 1, min_image_size, formats)
+    return [found[path] for path in paths]
+
+
+def _check_all(
+    paths: Sequence[Path], processes: int, min_image_size: int, formats: Sequence[str]
+) -> dict[Path, Picture]:
     found: dict[Path, Picture] = {}
     left = iter(dict.fromkeys(paths))
     with ExitStack() as started, selectors.DefaultSelector() as busy:
@@ -77,7 +88,7 @@ def check_pictures(paths: Sequence[Path], min_image_size: int, formats: Sequence
             busy.register(worker.answers, selectors.EVENT_READ, worker)
             worker.ask(path)
 
-        for path in islice(left, max(1, min(8, os.cpu_count() or 1, len(paths) // 8))):
+        for path in islice(left, processes):
             start(path)
         while busy.get_map():
             for key, _ in busy.select():
@@ -88,9 +99,10 @@ def check_pictures(paths: Sequence[Path], min_image_size: int, formats: Sequence
                     worker.ask(following)
                     continue
                 busy.unregister(worker.answers)
+                worker.end()
                 if following:  # the process is gone: the rest goes on in a new one
                     start(following)
-    return [found[path] for path in paths]
+    return found
 
 
 class _Worker:

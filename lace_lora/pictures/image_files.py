@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # Pillow's names of formats, by extension.
 _FORMATS = dict(zip(IMAGE_EXTENSIONS, ("JPEG", "JPEG", "PNG", "WEBP", "BMP", "TIFF", "TIFF"), strict=True))
 # What Pillow's decoders raise on broken files, besides OSError (truncated, unidentified, unreadable).
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 MAX_PIXELS = 250_000_000  # phones make up to 201 million, an A4 page scanned at 1200 dpi has 139
 _LARGE = 40_000_000  # pixels; above it, pictures are decoded one at a time
 _MAX_TEXT = 2**26  # bytes of a text or colour profile in a PNG
