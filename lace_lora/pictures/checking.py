@@ -29,6 +29,8 @@ from lace_lora.process import environment
 
 _CRASHED = "unreadable: it crashes the decoder, or exhausts memory"
 _COPY = "copy or download it again"
+# What Pillow raises as well, on files that are made to mislead it.
+_RARE = (MemoryError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
 # How files begin that are not pictures, or pictures that this program does not read.
 _OTHERS = {
     rb"GIF8": "a GIF: save it as PNG",
@@ -167,7 +169,7 @@ def _check(path: Path, min_image_size: int, formats: Sequence[str]) -> Picture:
         pages, drawn = count_pages(content, formats), recipe.is_drawn(content)
     except Unsuitable as error:
         return Picture(path, reason=f"unreadable: {error}")
-    except (*BROKEN, MemoryError) as error:
+    except (*BROKEN, *_RARE) as error:
         return Picture(path, reason=f"unreadable: {_what_it_is(content, formats, error)}")
     is_small = min(width, height) < min_image_size
     reason = f"too small: {width}x{height}, min_image_size is {min_image_size}" if is_small else ""

@@ -120,7 +120,7 @@ def _set_limits() -> None:
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Of all processes and threads of this program on a machine, one only is in here: a large picture takes 3 GB."""
+    """Of all processes and threads of this program, only one is in here: a large picture takes up to 4 GB."""
     descriptor = os.open(Path(__file__).parent, os.O_RDONLY)
     try:
         with suppress(OSError):  # of a folder without locks
@@ -138,12 +138,13 @@ def count_pages(content: bytes, formats: Sequence[str]) -> int:
 
 def _orientation(image: Image.Image) -> int | None:
     """The orientation of a loaded picture as in EXIF or, where that has none, XMP; None where neither has one."""
-    exif = image.info.get("exif", b"")
+    # A PNG's texts can have any name, also these.
+    exif, xmp = (data if isinstance(data := image.info.get(name), bytes) else b"" for name in ("exif", "xmp"))
     with suppress(ValueError):
         if as_text := image.info.get("Raw profile type exif"):  # of a PNG by ImageMagick
             exif = exif or bytes.fromhex("".join(as_text.split("\n")[3:]))
     found = _exif_orientation(exif)
-    if found is None and (in_xmp := re.search(rb"tiff:Orientation(?:=[\"']|>)([1-8])", image.info.get("xmp", b""))):
+    if found is None and (in_xmp := re.search(rb"tiff:Orientation(?:=[\"']|>)([1-8])", xmp)):
         return int(in_xmp[1])
     return found
 

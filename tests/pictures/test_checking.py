@@ -240,3 +240,14 @@ def test_a_picture_drawn_by_this_program_is_recognised(suffix: str, tmp_path: Pa
     gradient().save(tmp_path / "e.jpg", comment=b'{"prompt": "of another program"}')
     found = checking.check_pictures(sorted(tmp_path.iterdir()), 32, ("PNG", "JPEG"))
     assert [picture.drawn for picture in found] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_texts_that_are_named_as_something_else(mode: str, tmp_path: Path) -> None:
+    """Pillow has a PNG's texts in the same dictionary as what it found out about the picture."""
+    for name in ("exif", "xmp", "transparency", "icc_profile", "Raw profile type exif", "comment", "gamma", "bbox"):
+        text = PngImagePlugin.PngInfo()
+        text.add_text(name, "tiff:Orientation>6 [1")
+        gradient().convert(mode).save(tmp_path / "a.png", pnginfo=text)
+        found = checking._check(tmp_path / "a.png", 32, ("PNG",))
+        assert found.reason.startswith("unreadable: damaged") if name in ("transparency", "bbox") else found.used, name
