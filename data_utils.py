@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lace_lora.config import IMAGE_EXTENSIONS
-from lace_lora.errors import DISK_OR_DRIVE, UserError
-from lace_lora.files import file_sha256, write_atomically
-from lace_lora.pictures.image_files import Picture, named_as_pictures, visible_entries
+from lace_lora.errors import DISK_OR_DRIVE, UserError, first_line
+from lace_lora.files import CONTROL, file_sha256, one_line, read_text, write_atomically
+from lace_lora.pictures.checking import Picture
+from lace_lora.pictures.image_files import named_as_pictures, visible_entries
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +44,23 @@ def plan_annotations(
 ) -> Annotations:
     """What `create_annotations` would write for `images`, or what the user's own file already says; writes nothing.
 
+    A file is ours if we recorded its hash, or if it says exactly what we would write now, as a copy of ours beside
+    copied pictures does.
+
     Raises:
-        UserError: a path with a tab or line break, a caption file that is not UTF-8, a broken line in a user's file.
+        UserError: a path with a tab or line break, caption files that are not text, a broken line in a user's file.
     """
+    images = list(images)
     beside = Path(image_dir, ANNOTATIONS)
     path = beside if os.access(image_dir, os.W_OK) else Path(fallback_dir, ANNOTATIONS)
     for candidate in (path, beside):  # a user's file in a read-only folder is used too
         if candidate.exists() and file_sha256(candidate) not in _recorded(candidate):
-            return Annotations(candidate, read_annotations(candidate), by_user=True)
-    return Annotations(path, {image: _caption(image, prompt) for image in images}, by_user=False)
+            lines = _read_lines(candidate)
+            captions = {_meant(line, Path(image_dir), candidate): caption for line, caption in lines}
+            if not captions or captions != _generated_or_none(image_dir, prompt, images):
+                _warn_about_lines(candidate, [line for line, _ in lines], Path(image_dir))
+                return Annotations(candidate, captions, by_user=True)
+    return Annotations(path, _generated(image_dir, prompt, images), by_user=False)
 
 
 def create_annotations(
@@ -98,23 +107,57 @@ def read_annotations(path: Path) -> dict[Path, str]:
     """Captions by picture, in the order of the file.
 
     Raises:
-        UserError: the file is not UTF-8, or a line is not `<image_path>\\t<prompt>`.
+        UserError: the file is not text, or a line is not `<image_path>\\t<prompt>`.
     """
+    return dict(_read_lines(path))
+
+
+def _read_lines(path: Path) -> list[tuple[Path, str]]:
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8, or delete it") from error
-    captions: dict[Path, str] = {}
-    for number, line in enumerate(lines, 1):
-        image, tab, caption = line.rstrip("\r").partition("\t")
+    lines = []
+    for number, line in enumerate(text.split("\n"), 1):
+        image, tab, caption = line.partition("\t")
         if not line.strip():
             continue
         if not tab or not image or not caption.strip():
             raise UserError(
                 f"{path}:{number}: expected a picture's path, a tab and its caption; fix the line, or delete the file"
             )
-        captions[Path(image)] = caption.strip()
-    return captions
+        lines.append((Path(image), " ".join(caption.strip().splitlines())))
+    return lines
+
+
+def _meant(line: Path, image_dir: Path, file: Path) -> Path:
+    """The picture that a line means, as `list_images` names it: the one of that name in `image_dir`, if it has one.
+
+    Relative paths start at the current folder, as those of `list_images` do, or at the file's own folder.
+    """
+    here, folder = image_dir / line.name, image_dir.resolve()
+    candidates = (line, file.parent / line)
+    for candidate in candidates:
+        if candidate.parent.resolve() == folder:
+            return here
+        if folder in candidate.resolve().parents and os.path.exists(candidate):  # in a folder inside
+            return candidate
+    return next((path for path in (here, *candidates) if os.path.exists(path)), line)
+
+
+def _warn_about_lines(file: Path, lines: Sequence[Path], image_dir: Path) -> None:
+    """What a user may not expect of a file of their own."""
+    meant = [_meant(line, image_dir, file) for line in lines]
+    moved = [
+        line.name
+        for line, picture in zip(lines, meant, strict=True)
+        if line.is_absolute() and picture == image_dir / line.name and line.parent.resolve() != image_dir.resolve()
+    ]
+    if moved:
+        logger.warning("%s names another folder; pictures of the same name in %s are used: %s",
+                       file, image_dir, _few(moved))  # fmt: skip
+    if repeated := [picture.name for picture, count in Counter(meant).items() if count > 1]:
+        logger.warning("%s has more than one line for a picture, of which the last counts: %s", file, _few(repeated))
 
 
 def _recorded(annotations: Path) -> list[str]:
@@ -123,19 +166,64 @@ def _recorded(annotations: Path) -> list[str]:
     return record.read_text(errors="replace").split() if record.exists() else []
 
 
-def _caption(image: Path, prompt: str) -> str:
-    name = str(image)
-    if any(letter in "\t\n\r" or "\udc80" <= letter <= "\udcff" for letter in name):
-        raise UserError(
-            f"{name!r}: a path in {ANNOTATIONS} cannot have a tab, a line break or invalid UTF-8; rename the file"
-        )
-    beside = image.with_suffix(".txt")
-    if beside.name != ANNOTATIONS and beside.is_file():
+def _generated(image_dir: str | Path, prompt: str, images: Sequence[Path]) -> dict[Path, str]:
+    """The caption of each picture: its caption file's, or the prompt."""
+    files, _ = caption_files(image_dir, images)
+    captions: dict[Path, str] = {}
+    unreadable: dict[Path, str] = {}
+    for image in images:
+        name = str(image)
+        if CONTROL.search(name) or any(letter in "\t\n\r\ufeff" or "\udc80" <= letter <= "\udcff" for letter in name):
+            what = "a tab, a line break, a control character or invalid UTF-8"
+            raise UserError(f"{name!r}: a path in {ANNOTATIONS} cannot have {what}; rename the file")
         try:
-            prompt = " ".join(beside.read_bytes().decode("utf-8-sig").split()) or prompt
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{beside}: this caption cannot be read as UTF-8 text; save it again as UTF-8") from error
-    return " ".join(prompt.split())
+            captions[image] = (one_line(read_text(files[image])) if image in files else "") or one_line(prompt)
+        except (OSError, ValueError) as error:
+            unreadable[files[image]] = first_line(error)
+    if unreadable:
+        first, *others = unreadable
+        paths = ", ".join([str(first), *(path.name for path in others)])
+        raise UserError(
+            f"{paths}: captions cannot be read as UTF-8 text ({unreadable[first]}); save them again as UTF-8"
+        )
+    return captions
+
+
+def _generated_or_none(image_dir: str | Path, prompt: str, images: Sequence[Path]) -> dict[Path, str] | None:
+    try:
+        return _generated(image_dir, prompt, images)
+    except UserError:  # beside a file of the user's own, caption files do not matter
+        return None
+
+
+def caption_files(image_dir: str | Path, images: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
+    """The caption file of each picture that has one, and the .txt files that are not used, each with the reason.
+
+    `IMG_1.txt` belongs to `IMG_1.jpg`, then `IMG_1.jpg.txt`, then either in other capitals if nothing else fits.
+    """
+    texts = {path.name: path for path in visible_entries(image_dir)
+             if path.suffix.lower() == ".txt" and path.name.lower() != ANNOTATIONS and path.is_file()}  # fmt: skip
+    exact: dict[Path, list[str]] = {}
+    fitting = defaultdict(list)  # pictures, by a name in small letters
+    for image in images:
+        names = (f"{image.stem}.txt", f"{image.name}.txt")
+        exact[image] = [name for name in names if name in texts]
+        for name in names:
+            fitting[name.lower()].append(image)
+    taken = {name for names in exact.values() for name in names}
+    near = defaultdict(list)
+    for name in texts.keys() - taken:
+        if len(pictures := fitting[name.lower()]) == 1:
+            near[pictures[0]].append(name)
+    used = {image: names[0] for image, names in exact.items() if names}
+    used |= {image: names[0] for image, names in near.items() if len(names) == 1 and image not in used}
+    unused = []
+    for name in sorted(texts.keys() - set(used.values())):
+        pictures = fitting[name.lower()]
+        instead = next((used[image] for image in pictures if image in used), None)
+        why = f"{instead} is used" if instead else "ambiguous" if pictures else "no picture of that name"
+        unused.append(f"{name} ({why})")
+    return {image: texts[name] for image, name in used.items()}, unused
 
 
 def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations: Annotations, prompt: str) -> str:
@@ -165,7 +253,12 @@ def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations:
         if readable := [kind for kind in counts if kind in IMAGE_EXTENSIONS]:
             all_kinds = dict.fromkeys([".jpg", *sorted(extensions), *readable])
             lines.append(f"               to use them, set image_extensions: [{', '.join(all_kinds)}]")
-    plain = " ".join(prompt.split())
+    if several := [f"{picture.path.name} ({picture.pages})" for picture in used if picture.pages > 1]:
+        lines.append(f"  pages        {len(several)} have several, of which the first is used: {_few(several)}")
+    if not annotations.by_user:
+        _, unused = caption_files(image_dir, [picture.path for picture in pictures])
+        lines += [f"  unused .txt  {len(unused)}: {_few(unused)}"] if unused else []
+    plain = one_line(prompt)
     own = sum(caption != plain for caption in annotations.captions.values())
     generated = f"{own} from .txt files next to the pictures, the others {plain!r}"
     origin = f"from your own {annotations.path}" if annotations.by_user else generated

@@ -5,6 +5,7 @@ No model is loaded here and torch is not imported: whatever is wrong with the in
 
 import json
 import logging
+import os
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,14 +20,15 @@ import data_utils
 from lace_lora import files, process
 from lace_lora.config import LORA_FILE, TRAINING, Config, dump_config
 from lace_lora.errors import DISK_OR_DRIVE, UserError
-from lace_lora.pictures import image_files
-from lace_lora.pictures.image_files import Picture
+from lace_lora.pictures import checking, image_files
+from lace_lora.pictures.checking import Picture
 from lace_lora.sdxl import hub
 from lace_lora.training import checkpoint, class_pictures, diffusers_script, launch
 
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED = 0.1  # share of the pictures
+MISSING = "not found"  # the reason for a line of the annotations without a picture
 START_OVER = "set lora_output_dir to a new folder to start over"
 
 
@@ -63,10 +65,9 @@ def run(config: Config, dry_run: bool = False) -> None:
             job_file, accelerate_file = Path(folder, "job.json"), Path(folder, "accelerate.yaml")
             command = launch.build_command(config, accelerate_file, job_file)
             _write_run_files(config, annotations)
-            captions = data_utils.read_annotations(annotations.path)
             to_draw = class_pictures.to_draw(config, class_files) if config.with_prior_preservation else {}
             job = launch.Job(
-                captions={str(picture.path): captions[picture.path] for picture in pictures},
+                captions={str(picture.path): annotations.captions[picture.path] for picture in pictures},
                 contents={str(picture.path): picture.sha256 for picture in pictures},
                 fingerprint=fingerprint,
                 resume=str(resume) if resume else None,
@@ -87,14 +88,15 @@ def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations
     Raises:
         UserError: the pictures are too few, or too many are bad; the report cannot be written (exit 4).
     """
-    kinds = image_files.formats_of(config.image_extensions)
     images = image_files.named_as_pictures(config.images_dir, config.image_extensions)
-    pictures = image_files.check_pictures(images, config.min_image_size, kinds)
+    pictures = _checked(config, images)
     annotations = data_utils.plan_annotations(
         config.images_dir, config.instance_prompt, [p.path for p in pictures if p.used], config.lora_output_dir
     )
     others = [path for path in annotations.captions if path not in images]
-    pictures += image_files.check_pictures(others, config.min_image_size, kinds)
+    missing = [path for path in others if not os.path.exists(path)]
+    pictures += _checked(config, [path for path in others if path not in missing])
+    pictures += [Picture(path, reason=f"{MISSING}: a line of {annotations.path.name}") for path in missing]
     print(data_utils.report_text(config.images_dir, pictures, annotations, config.instance_prompt))
     if config.report:
         # A file name's undecodable bytes become JSON's own escapes.
@@ -108,18 +110,31 @@ def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations
     return _trainable(config, pictures, annotations), annotations
 
 
+def _checked(config: Config, paths: Sequence[Path]) -> list[Picture]:
+    """Pictures as checked; those that this program drew are skipped."""
+    formats = image_files.formats_of(config.image_extensions)
+    pictures = checking.check_pictures(paths, config.min_image_size, formats)
+    return [replace(one, reason="not a photo: drawn by this program") if one.drawn else one for one in pictures]
+
+
 def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_utils.Annotations) -> list[Picture]:
     """The pictures that are both usable and annotated."""
-    good = [picture for picture in pictures if picture.used]
-    bad = len(pictures) - len(good)
-    if bad > len(pictures) * MAX_SKIPPED and good and not config.skip_bad_images:
+    rewrite = f"correct {annotations.path}, or delete it to have it written again"
+    photos = [picture for picture in pictures if not picture.drawn]
+    good = [picture for picture in photos if picture.used]
+    bad = len(photos) - len(good)
+    if bad > len(photos) * MAX_SKIPPED and good and not config.skip_bad_images:
+        missing = any(picture.reason.startswith(MISSING) for picture in photos)
         raise UserError(
-            f"{bad} of {len(pictures)} pictures cannot be used: fix or remove those in the list above, "
-            "or set skip_bad_images: true to train without them"
+            f"{bad} of {len(photos)} pictures cannot be used: fix or remove those in the list above, "
+            f"{rewrite + ', ' if missing else ''}or set skip_bad_images: true to train without them"
         )
     pictures = [picture for picture in good if picture.path in annotations.captions]
     if left_out := len(good) - len(pictures):
-        logger.warning("%d pictures are skipped, because your own %s does not list them", left_out, annotations.path)
+        message = "%d pictures are skipped, because your own %s does not list them; delete it to have it written again"
+        logger.warning(message, left_out, annotations.path)
+    if not pictures and annotations.by_user:
+        raise UserError(f"no pictures to train on: see the list above, then {rewrite}")
     if not pictures:
         raise UserError("no pictures to train on: see the list above, then check images_dir and image_extensions")
     if len(pictures) < config.min_images:

@@ -1,5 +1,6 @@
-"""Atomic writes, unused file names, digests, and a lock that lets only one run use a folder."""
+"""Atomic writes, text files, unused file names, digests, and a lock that lets only one run use a folder."""
 
+import codecs
 import fcntl
 import hashlib
 import itertools
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 _UNFINISHED = re.compile(r"\..+\.\d+\.tmp")  # as `write_atomically` and checkpoint.publish name them
 
+# Control characters that are no white space. What has them is a binary file, or UTF-16 without a mark.
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f]")
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file atomically: after a kill it has its old content or its new one, never half."""
@@ -31,6 +35,26 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_text(path: Path) -> str:
+    r"""A file that a user wrote: UTF-8, or UTF-16 with a byte order mark; lines end with `\n`.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not text.
+    """
+    content = path.read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if utf16 else "utf-8").replace("\ufeff", "")
+    if control := CONTROL.search(text):
+        raise ValueError(f"it contains the control character {control[0]!r}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def one_line(text: str) -> str:
+    """Text as `read_text` reads it back from a single line: without line breaks and control characters."""
+    return " ".join(CONTROL.sub(" ", text).replace("\ufeff", "").split())
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -46,11 +46,8 @@ def run(command: list[str], folder: Path) -> str:
     Raises:
         UserError: the training failed, was killed, or was stopped (exit 130 or 143).
     """
-    python_path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-    # So that no file in the user's current folder is imported in place of a library.
-    environment = os.environ | {"PYTHONPATH": python_path, "PYTHONSAFEPATH": "1"}
     with _stop_requests() as stops:
-        launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
+        launcher = subprocess.Popen(command, env=environment(), start_new_session=True, preexec_fn=_die_with_parent)
         while True:
             running = launcher.poll() is None  # checked first: the launcher may start a training until it exits
             # Whatever their parents are: the kernel releases the lock of a dead one.
@@ -66,6 +63,12 @@ def run(command: list[str], folder: Path) -> str:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(launcher.pid, signal.SIGKILL)  # whatever else it has started
     return _closing_line(launcher.returncode, stops, folder)
+
+
+def environment() -> dict[str, str]:
+    """Of Python processes that import this program, and no file in the user's current folder in place of a library."""
+    python_path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": python_path, "PYTHONSAFEPATH": "1"}
 
 
 @contextmanager

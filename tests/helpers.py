@@ -3,9 +3,10 @@
 import hashlib
 import io
 import os
+import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,50 @@ def as_file(picture: Image.Image, image_format: str = "PNG", **options: Any) -> 
     picture.save(content, format=image_format, **options)
     content.seek(0)
     return content
+
+
+Transpose = Image.Transpose
+# What a viewer has to do with a picture of each EXIF orientation (Exif 2.3, tag 0x0112).
+UPRIGHT: dict[int, tuple[Transpose, ...]] = {
+    1: (),
+    2: (Transpose.FLIP_LEFT_RIGHT,),
+    3: (Transpose.ROTATE_180,),
+    4: (Transpose.FLIP_TOP_BOTTOM,),
+    5: (Transpose.ROTATE_270, Transpose.FLIP_LEFT_RIGHT),
+    6: (Transpose.ROTATE_270,),
+    7: (Transpose.ROTATE_90, Transpose.FLIP_LEFT_RIGHT),
+    8: (Transpose.ROTATE_90,),
+}
+
+Tags = dict[int, tuple[str, Sequence[int]]]  # of a TIFF: struct's type and values
+
+
+def tiff(pixels: bytes, width: int, height: int, order: str = "<", tags: Tags | None = None) -> bytes:
+    """A TIFF, uncompressed and of one strip unless `tags`, which are added to these or replace them, say otherwise."""
+    fields: Tags = {
+        256: ("H", [width]), 257: ("H", [height]), 258: ("H", [8]), 262: ("H", [1]), 277: ("H", [1]),
+        278: ("H", [height]), 279: ("I", [len(pixels)]), **(tags or {}),
+    }  # fmt: skip
+    lengths = fields[279][1]
+    fields[273] = ("I", [8 + sum(lengths[:number]) for number in range(len(lengths))])
+    directory, beyond = struct.pack(order + "H", len(fields)), b""
+    start = 8 + len(pixels) + 2 + 12 * len(fields) + 4
+    for tag, (kind, values) in sorted(fields.items()):
+        value = struct.pack(order + kind * len(values), *values)
+        directory += struct.pack(order + "HHI", tag, {"B": 1, "s": 2, "H": 3, "I": 4}[kind], len(values))
+        if len(value) > 4:
+            directory += struct.pack(order + "I", start + len(beyond))
+            beyond += value
+        else:
+            directory += value.ljust(4, b"\0")
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "I", 8 + len(pixels))
+    return head + pixels + directory + bytes(4) + beyond
+
+
+Fields = Sequence[tuple[int, int, int, bytes]]  # of EXIF: tag, type, count, and the value or its place
+
+
+def exif_of(fields: Fields, order: str = "<", rest: bytes = b"") -> bytes:
+    """EXIF data, field by field, and what comes after them."""
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IH", 8, len(fields))
+    return head + b"".join(struct.pack(order + "HHI", *field[:3]) + field[3].ljust(4, b"\0") for field in fields) + rest

@@ -1,6 +1,7 @@
 """Annotations and captions, which data_utils.py writes and training reads."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,6 +142,130 @@ def test_an_invalid_annotations_file_is_refused(content: bytes, part: str, tmp_p
 def test_a_users_file_may_have_blank_lines_crlf_and_a_bom(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffa b.jpg\tone\r\n\r\n ü.jpg\t two\tthree \r\n".encode())
     assert data_utils.read_annotations(tmp_path / "a.txt") == {Path("a b.jpg"): "one", Path(" ü.jpg"): "two\tthree"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["\ufeffweiß\r\n🧵".encode("utf-16-le"), "\ufeffweiß\r🧵".encode("utf-16-be"), "\ufeffweiß\n\ufeff🧵".encode()],
+)
+def test_a_caption_in_unicode_of_any_kind(content: bytes, tmp_path: Path) -> None:
+    [image] = jpgs(tmp_path, 1)
+    image.with_suffix(".txt").write_bytes(content)
+    assert data_utils.plan_annotations(tmp_path, PROMPT, [image], tmp_path).captions == {image: "weiß 🧵"}
+
+
+def test_all_captions_that_are_not_text_are_named_at_once(tmp_path: Path) -> None:
+    for image, content in zip(
+        jpgs(tmp_path, 4), [b"a\0b\0", b"\x89PNG\r\n\x1a\n\0", b"fine", b"\xff\xfea"], strict=True
+    ):
+        image.with_suffix(".txt").write_bytes(content)
+    message = refused(
+        lambda: data_utils.create_annotations(tmp_path, PROMPT), "lace_0.txt, lace_1.txt, lace_3.txt: .*UTF-8"
+    )
+    assert "\n" not in message
+    assert not (tmp_path / "annotations.txt").exists()
+
+
+def test_lines_of_annotations_may_end_as_on_an_old_mac(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("a.jpg\tone\rb.jpg\ttwo\vthree\r".encode("utf-16"))
+    assert data_utils.read_annotations(tmp_path / "a.txt") == {Path("a.jpg"): "one", Path("b.jpg"): "two three"}
+
+
+@pytest.mark.parametrize(
+    ("pictures", "texts", "used", "unused"),
+    [
+        (["a.jpg"], ["a.txt"], {"a.jpg": "a.txt"}, []),
+        (["a.jpg"], ["a.jpg.txt"], {"a.jpg": "a.jpg.txt"}, []),
+        (["IMG_1.jpg"], ["img_1.TXT"], {"IMG_1.jpg": "img_1.TXT"}, []),
+        (["IMG_1.JPG"], ["IMG_1.jpg.txt"], {"IMG_1.JPG": "IMG_1.jpg.txt"}, []),
+        (["a.jpg"], ["a.txt", "a.jpg.txt"], {"a.jpg": "a.txt"}, ["a.jpg.txt (a.txt is used)"]),
+        (["a.jpg"], ["a.txt", "A.TXT"], {"a.jpg": "a.txt"}, ["A.TXT (a.txt is used)"]),
+        (["a.jpg"], ["A.txt", "A.TXT"], {}, ["A.TXT (ambiguous)", "A.txt (ambiguous)"]),
+        (["a.jpg", "A.jpg"], ["a.txt"], {"a.jpg": "a.txt"}, []),
+        (["ab.jpg", "aB.jpg"], ["AB.txt"], {}, ["AB.txt (ambiguous)"]),
+        (["a.jpg", "a.png"], ["a.txt"], {"a.jpg": "a.txt", "a.png": "a.txt"}, []),
+        (["a.jpg"], ["b.txt"], {}, ["b.txt (no picture of that name)"]),
+        (["annotations.jpg"], ["annotations.txt", "Annotations.TXT"], {}, []),
+    ],
+)  # fmt: skip
+def test_which_caption_belongs_to_which_picture(
+    pictures: list[str], texts: list[str], used: dict[str, str], unused: list[str], tmp_path: Path
+) -> None:
+    for name in texts:
+        (tmp_path / name).write_text("x")
+    found, others = data_utils.caption_files(tmp_path, [tmp_path / name for name in pictures])
+    assert found == {tmp_path / picture: tmp_path / text for picture, text in used.items()}
+    assert others == unused
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+@pytest.mark.parametrize("old_is_gone", [True, False])
+def test_a_copied_folder_is_trained_on_itself(with_record: bool, old_is_gone: bool, tmp_path: Path) -> None:
+    jpgs(tmp_path / "old", 2)[0].with_suffix(".txt").write_text("a rosette")
+    data_utils.create_annotations(tmp_path / "old", PROMPT)
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    if not with_record:
+        (tmp_path / "new" / ".annotations.sha256").unlink()
+    if old_is_gone:
+        shutil.rmtree(tmp_path / "old")
+    path = data_utils.create_annotations(tmp_path / "new", PROMPT)
+    assert path.read_text() == f"{tmp_path}/new/lace_0.jpg\ta rosette\n{tmp_path}/new/lace_1.jpg\t{PROMPT}\n"
+
+
+@pytest.mark.parametrize("edit", [lambda text: text.splitlines()[1] + "\n", lambda text: text.replace("photo", "scan")])
+def test_a_users_choice_of_pictures_is_kept_and_copied_pictures_are_used(
+    edit: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    jpgs(tmp_path / "old", 2)
+    text = edit(data_utils.create_annotations(tmp_path / "old", PROMPT).read_text())
+    images = jpgs(tmp_path / "new", 2)
+    (tmp_path / "new" / "annotations.txt").write_text(text)
+    plan = data_utils.plan_annotations(tmp_path / "new", PROMPT, images, tmp_path)
+    assert plan.by_user
+    assert {path.parent for path in plan.captions} == {tmp_path / "new"}
+    assert caplog.text.count("names another folder") == 1
+    assert data_utils.create_annotations(tmp_path / "new", PROMPT).read_text() == text
+
+
+@pytest.mark.parametrize("images_dir", ["photos", "./photos/../photos", "link", "/photos", "/link"])
+@pytest.mark.parametrize("line", ["lace_0.jpg", "photos/lace_0.jpg", "link/lace_0.jpg", "/photos/lace_0.jpg",
+                                  "/photos/../photos/lace_0.jpg", "/link/lace_0.jpg", "/gone/lace_0.jpg"])  # fmt: skip
+def test_a_line_means_the_picture_in_the_folder_however_either_is_written(
+    line: str, images_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jpgs(tmp_path / "photos", 1)
+    (tmp_path / "link").symlink_to("photos")
+    monkeypatch.chdir(tmp_path)
+    folder, line = (str(tmp_path) + text if text[0] == "/" else text for text in (images_dir, line))
+    images = data_utils.list_images(folder)
+    (tmp_path / "photos" / "annotations.txt").write_text(f"{line}\tmine\n")
+    plan = data_utils.plan_annotations(folder, PROMPT, images, tmp_path)
+    assert plan.captions == {images[0]: "mine"}
+
+
+def test_our_own_relative_paths_are_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jpgs(tmp_path / "photos", 2)
+    monkeypatch.chdir(tmp_path)
+    data_utils.create_annotations("photos", "one")
+    (tmp_path / "photos" / ".annotations.sha256").unlink()
+    monkeypatch.chdir("photos")
+    plan = data_utils.plan_annotations(tmp_path / "photos", "two", [], tmp_path)
+    assert plan.captions == dict.fromkeys(data_utils.list_images(tmp_path / "photos"), "one")
+
+
+def test_pictures_elsewhere_and_in_folders_inside_stay_where_they_are(tmp_path: Path) -> None:
+    inside, outside = jpgs(tmp_path / "photos" / "more", 1)[0], jpgs(tmp_path / "other", 2)[1]
+    here = jpgs(tmp_path / "photos", 1)[0]
+    (tmp_path / "photos" / "annotations.txt").write_text(f"more/lace_0.jpg\tone\n{outside}\ttwo\n{here}\tthree\n")
+    plan = data_utils.plan_annotations(tmp_path / "photos", PROMPT, [], tmp_path)
+    assert plan.captions == {inside: "one", outside: "two", here: "three"}
+
+
+def test_two_lines_for_one_picture_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    [image] = jpgs(tmp_path, 1)
+    (tmp_path / "annotations.txt").write_text(f"{image}\tone\nlace_0.jpg\ttwo\n")
+    assert data_utils.plan_annotations(tmp_path, PROMPT, [image], tmp_path).captions == {image: "two"}
+    assert "has more than one line for a picture, of which the last counts: lace_0.jpg" in caplog.text
 
 
 def as_unprivileged_user(folder: Path, work: Callable[[], object]) -> int:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import data_utils
-from helpers import gradient, jpg, jpgs, truncated_jpg
+from helpers import as_file, gradient, jpg, jpgs, truncated_jpg
 from lace_lora import files
 from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.errors import UserError
-from lace_lora.pictures import image_files
+from lace_lora.pictures import checking, image_files
 
 
 def test_list_images(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_missing_folder_or_a_file_is_refused(name: str, part: str, tmp_path: P
 
 def report(folder: Path, *extensions: str) -> str:
     paths = data_utils.list_images(folder, extensions or (".jpg",))
-    pictures = image_files.check_pictures(paths, 32, image_files.formats_of(IMAGE_EXTENSIONS))
+    pictures = checking.check_pictures(paths, 32, image_files.formats_of(IMAGE_EXTENSIONS))
     annotations = data_utils.plan_annotations(folder, "lace", [p.path for p in pictures if p.used], folder)
     return data_utils.report_text(folder, pictures, annotations, "lace")
 
@@ -58,17 +58,23 @@ def test_the_report_counts_everything(tmp_path: Path) -> None:
     jpg(tmp_path / "tiny.jpg", gradient(20, 20))
     truncated_jpg(tmp_path / "cut.jpg")
     (tmp_path / "lace_0.txt").write_text("a rosette")
+    (tmp_path / "cut.txt").write_text("of a picture that is skipped")
+    (tmp_path / "lace 2.txt").write_text("of none")
+    frames = {"save_all": True, "append_images": [gradient(turn=9)]}
+    (tmp_path / "pages.jpg").write_bytes(as_file(gradient(turn=8), "TIFF", **frames).getvalue())
     for name in ("a.png", "b.PNG", "c.heic"):
         (tmp_path / name).write_bytes(b"x")
     text = report(tmp_path)
-    assert "5 used, 2 skipped" in text
+    assert "6 used, 2 skipped" in text
+    assert "unused .txt  1: lace 2.txt (no picture of that name)" in text
+    assert "pages        1 have several, of which the first is used: pages.jpg (2)" in text
     assert "64x48 to 90x200" in text
     assert "tiny.jpg (20x20" in text
     assert "cut.jpg (" in text
     assert "copy.jpg = lace_1.jpg" in text
     assert "other files  1 .heic, 2 .png" in text
     assert "image_extensions: [.jpg, .png]" in text
-    assert "5: 1 from .txt files next to the pictures, the others 'lace'" in text
+    assert "6: 1 from .txt files next to the pictures, the others 'lace'" in text
 
 
 def test_the_report_suggests_extensions_including_those_in_use(tmp_path: Path) -> None:
@@ -79,8 +85,8 @@ def test_the_report_suggests_extensions_including_those_in_use(tmp_path: Path) -
 
 
 def test_the_report_fits_a_screen_however_many_there_are(tmp_path: Path) -> None:
-    pictures = [image_files.Picture(tmp_path / f"{n}.jpg", 9, 9, str(n % 50)) for n in range(500)]
-    pictures += [image_files.Picture(tmp_path / f"{n}.jpg", reason=f"unreadable: because {n}") for n in range(500)]
+    pictures = [checking.Picture(tmp_path / f"{n}.jpg", 9, 9, str(n % 50)) for n in range(500)]
+    pictures += [checking.Picture(tmp_path / f"{n}.jpg", reason=f"unreadable: because {n}") for n in range(500)]
     text = data_utils.report_text(tmp_path, pictures, data_utils.Annotations(tmp_path, {}, False), "lace")
     assert len(text.splitlines()) < 24
     assert "and 497 more" in text
@@ -88,8 +94,8 @@ def test_the_report_fits_a_screen_however_many_there_are(tmp_path: Path) -> None
 
 def test_the_report_as_json() -> None:
     pictures = [
-        image_files.Picture(Path("ü 🧵.jpg"), 9, 8, "x"),
-        image_files.Picture(Path("b.jpg"), reason="too small: x"),
+        checking.Picture(Path("ü 🧵.jpg"), 9, 8, "x"),
+        checking.Picture(Path("b.jpg"), reason="too small: x"),
     ]
     rows = json.loads(data_utils.report_json(pictures))["pictures"]
     assert rows[0] == {"path": "ü 🧵.jpg", "taken": True, "reason": None, "width": 9, "height": 8}

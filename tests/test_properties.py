@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import struct
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +17,14 @@ import torch
 import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 import data_utils
-from helpers import ROOT, as_file, gradient, names, refused
+from helpers import ROOT, UPRIGHT, as_file, exif_of, gradient, names, refused, tiff
+from lace_lora import files
 from lace_lora.config import Config, dump_config, load_config
 from lace_lora.errors import UserError
-from lace_lora.pictures import image_files
+from lace_lora.pictures import checking, image_files
 from lace_lora.sdxl import hub, models, sampling
 from lace_lora.training import checkpoint
 from sdxl_helpers import CPU, run_unet
@@ -111,7 +114,7 @@ def test_any_damage_to_a_picture(which: bytes, place: float, junk: bytes, cut: b
     at = int(place * len(which))
     content = which[:at] + junk + (b"" if cut else which[at + len(junk) :])
     (tmp_path / "a.jpg").write_bytes(content)
-    found = image_files._check(tmp_path / "a.jpg", 8, ("JPEG", "PNG", "TIFF", "WEBP", "BMP"))
+    found = checking._check(tmp_path / "a.jpg", 8, ("JPEG", "PNG", "TIFF", "WEBP", "BMP"))
     assert found.used == bool(found.sha256 and found.width)
     if found.used:
         assert min(found.width, found.height) >= 8
@@ -124,7 +127,7 @@ def test_any_damage_to_a_picture(which: bytes, place: float, junk: bytes, cut: b
 @given(content=st.binary(max_size=300))
 def test_any_bytes_named_as_a_picture(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(content)
-    found = image_files._check(tmp_path / "a.jpg", 8, ("JPEG",))
+    found = checking._check(tmp_path / "a.jpg", 8, ("JPEG",))
     assert found.reason.startswith("unreadable: ")
 
 
@@ -153,12 +156,91 @@ def test_any_name_and_caption_survives_a_round_trip(
         path.write_bytes(b"x")
     except (OSError, UnicodeEncodeError):
         assume(False)
-    if any(letter in name for letter in "\t\n\r"):
+    if any(letter == "\ufeff" or (is_control(letter) and letter not in "\v\f\x1c\x1d\x1e\x85") for letter in name):
         refused(lambda: data_utils.plan_annotations(folder, caption, [path], folder), "rename the file")
         assert names(folder) == {path.name}
         return
-    written = data_utils.write_annotations(data_utils.plan_annotations(folder, caption, [path], folder))
-    assert data_utils.read_annotations(written) == {path: " ".join(caption.split())}
+    plan = data_utils.plan_annotations(folder, caption, [path], folder)
+    assert not any(map(is_control, plan.captions[path]))
+    if not any(is_control(letter) or letter == "\ufeff" for letter in caption):
+        assert plan.captions == {path: " ".join(caption.split())}
+    if plan.captions[path]:
+        assert data_utils.read_annotations(data_utils.write_annotations(plan)) == plan.captions
+
+
+def is_control(letter: str) -> bool:
+    return unicodedata.category(letter) == "Cc"
+
+
+PLAIN_TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\ufeff"), max_size=60)
+
+
+@often
+@given(
+    lines=st.lists(PLAIN_TEXT, max_size=4), end=st.sampled_from(["\n", "\r\n", "\r"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"]),
+)  # fmt: skip
+def test_any_text_is_read_back(lines: list[str], end: str, encoding: str, tmp_path: Path) -> None:
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    (tmp_path / "a.txt").write_bytes((mark + end.join(lines)).encode(encoding))
+    assert files.read_text(tmp_path / "a.txt") == "\n".join(lines)
+
+
+@often
+@given(
+    content=st.binary(max_size=80) | PLAIN_TEXT.map(lambda text: text.encode("utf-16"))
+    | st.text(max_size=80).map(lambda text: text.encode("utf-8", "surrogatepass"))
+)  # fmt: skip
+def test_any_bytes_are_a_caption_or_a_refusal(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "a.txt").write_bytes(content)
+
+    def plan() -> data_utils.Annotations:
+        return data_utils.plan_annotations(tmp_path, "lace", [tmp_path / "a.jpg"], tmp_path)
+
+    try:
+        caption = plan().captions[tmp_path / "a.jpg"]
+    except UserError:
+        caption = refused(plan, "a.txt: captions cannot be read")
+    assert caption
+    assert not any(map(is_control, caption))
+
+
+FIELDS = st.tuples(st.integers(0, 65535), st.integers(0, 16), st.integers(0, 12), st.binary(min_size=4, max_size=4))
+
+
+@often
+@pytest.mark.filterwarnings("ignore")
+@given(
+    kind=st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF"]), orientation=st.integers(1, 8), order=st.sampled_from("<>"),
+    before=st.lists(FIELDS, max_size=3), after=st.lists(FIELDS, max_size=3), rest=st.binary(max_size=60),
+)  # fmt: skip
+def test_any_exif_beside_an_orientation(
+    kind: str, orientation: int, order: str, before: list[Any], after: list[Any], rest: bytes, tmp_path: Path
+) -> None:
+    """A picture is turned as it says, or refused; never used as it lies."""
+    others = [field for field in [*before, *after] if field[0] != 274]
+    own = (274, 3, 1, struct.pack(order + "H", orientation).ljust(4, b"\0"))
+    fields = [*others[: len(before)], own, *others[len(before) :]]
+    if kind == "TIFF":  # most fields are the picture's, and these are not
+        free = [269, 270, 271, 272, 305, 306, 315, 700, 33723, 34377, 34665, 34853, 40965]
+        extra = {free[tag % len(free)]: ("B", list(value)) for tag, _, _, value in others}
+        rgb = {258: ("H", [8, 8, 8]), 262: ("H", [2]), 277: ("H", [3]), 274: ("H", [orientation])}
+        content = tiff(gradient().tobytes(), 64, 48, order, {**extra, **rgb})
+    else:
+        exif = exif_of(fields, order, rest)
+        content = as_file(gradient(), kind, exif=b"Exif\0\0" + exif, quality=98).getvalue()
+    (tmp_path / "a").write_bytes(content)
+    found = checking._check(tmp_path / "a", 8, ("JPEG", "PNG", "TIFF", "WEBP"))
+    if found.used:
+        picture, size = image_files.open_picture(io.BytesIO(content), formats=("JPEG", "PNG", "TIFF", "WEBP"))
+        upright = gradient()
+        for turn in UPRIGHT[orientation]:
+            upright = upright.transpose(turn)
+        assert picture.size == size == (found.width, found.height) == upright.size
+        assert max(ImageStat.Stat(ImageChops.difference(picture, upright)).mean) < 3
+    else:
+        assert kind == "TIFF"
 
 
 @often

@@ -18,6 +18,7 @@ from helpers import ROOT, Make, gradient, jpg, jpgs, names, snapshot, truncated_
 from lace_lora import process
 from lace_lora.config import Config, load_config
 from lace_lora.errors import UserError
+from lace_lora.pictures import recipe
 from lace_lora.training import checkpoint, launch
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -265,6 +266,46 @@ def test_the_users_annotations_choose_the_pictures(
     [job] = launched.jobs
     assert job["captions"] == {f"{tmp_path}/photos/lace_2.jpg": "two", f"{tmp_path}/elsewhere.jpg": "one"}
     assert "2 pictures are skipped, because" in caplog.text
+
+
+@pytest.mark.parametrize("images_dir", ["photos", "./photos/../photos", "link"])
+def test_an_unresolved_folder_makes_no_picture_a_duplicate(
+    images_dir: str, tmp_path: Path, launched: FakeLaunch, make: Make, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "link").symlink_to("photos")
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "photos" / "annotations.txt", f"{tmp_path}/photos/lace_1.jpg\tmine\nlace_2.jpg\tmine too\n")
+    train.run(make(images_dir=images_dir, lora_output_dir="lora"))
+    assert len(launched.jobs[0]["captions"]) == 2
+    assert "3 used, 0 skipped" in capsys.readouterr().out
+
+
+def test_lines_without_a_picture_are_listed_with_advice(
+    tmp_path: Path, launched: FakeLaunch, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "photos" / "annotations.txt", "lace_0.jpg\tone\ngone.jpg\ttwo\n/nowhere/x.jpg\tthree\n")
+    advice = "correct .*/photos/annotations.txt, or delete it to have it written again"
+    refused(make(skip_bad_images=False), f"2 of 5 pictures cannot be used.*{advice}")
+    assert "not found    2: gone.jpg (a line of annotations.txt); x.jpg (a line" in capsys.readouterr().out
+    put(tmp_path / "photos" / "annotations.txt", "/nowhere/x.jpg\tthree\n")
+    refused(make(), f"no pictures to train on: .*{advice}")
+
+
+def test_drawings_among_the_photos_are_left_out(
+    tmp_path: Path, launched: FakeLaunch, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    design = recipe.Design(0, "lace", 7)
+    drawn = recipe.Recipe(design, True, [design], vars(Config()) | {"lora_sha256": None})
+    for index in range(9):
+        recipe.save_picture(tmp_path / "photos" / f"refined_output_{index}.jpg", gradient(), drawn)
+    put(tmp_path / "photos" / "refined_output_0.txt", "no caption of a photo")
+    train.run(make(skip_bad_images=False, lora_output_dir=str(tmp_path / "photos")))
+    assert [Path(path).name for path in launched.jobs[0]["captions"]] == [f"lace_{index}.jpg" for index in range(3)]
+    assert "refined" not in (tmp_path / "photos" / "annotations.txt").read_text()
+    printed = capsys.readouterr().out
+    assert "3 used, 9 skipped" in printed
+    assert "not a photo  9: refined_output_0.jpg (drawn by this program); " in printed
 
 
 def test_finished_already(tmp_path: Path, launched: FakeLaunch, make: Make, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lace_lora.config import LORA_FILE, PICTURE, Config
 from lace_lora.errors import NO_SECRETS, UserError, holds_secret
-from lace_lora.files import file_sha256, free_space
+from lace_lora.files import file_sha256, free_space, read_text
 from lace_lora.sdxl import hub
 
 
@@ -23,8 +23,8 @@ def read_prompts(config: Config) -> list[str]:
         return list(config.prompt or [config.instance_prompt])
     path = Path(config.prompts_file)
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"prompts_file: cannot read {path} ({reason}): check the path, or save it as UTF-8") from error
     prompts = [line.strip() for line in lines if line.strip()]

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from lace_lora.pictures.image_files import PNG_OPTIONS, open_finished
-from lace_lora.pictures.recipe import Design
+from lace_lora.pictures.recipe import TEXT, Design
 
 CONTACT_SHEET, PAGE, MANIFEST = "contact_sheet.png", "gallery.html", "manifest.json"
 SMALL, LARGE = 320, 1024  # longer side of a picture in pixels, at most: on the contact sheet, on the page
@@ -59,8 +59,9 @@ def contact_sheet(pictures: Sequence[Image.Image], side: int = SMALL) -> bytes:
         (row, column), small = divmod(position, columns), _shrink(picture, side)
         left, top = (side - small.width) // 2, (side - small.height) // 2
         sheet.paste(small, (GAP + column * cell + left, GAP + row * cell + top))
-    content = io.BytesIO()
-    sheet.save(content, format="PNG", **PNG_OPTIONS)
+    content, text = io.BytesIO(), PngImagePlugin.PngInfo()
+    text.add_itxt(TEXT, "contact sheet")  # so that nobody trains on it by mistake
+    sheet.save(content, format="PNG", pnginfo=text, **PNG_OPTIONS)
     return content.getvalue()
 
 

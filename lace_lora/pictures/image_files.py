@@ -1,49 +1,46 @@
-"""Picture files: finding them in a folder, checking them in processes that may crash, opening and cropping them."""
+"""Picture files: finding them in a folder, opening and cropping them."""
 
-import hashlib
+import fcntl
 import io
 import logging
-import multiprocessing
+import numbers
 import os
-import signal
-import stat
+import re
 import struct
-import threading
 import zlib
-from collections.abc import Collection, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
 from lace_lora.config import IMAGE_EXTENSIONS
-from lace_lora.errors import DISK_OR_DRIVE, UserError, first_line
+from lace_lora.errors import DISK_OR_DRIVE, UserError
 
 logger = logging.getLogger(__name__)
 
 # Pillow's names of formats, by extension.
 _FORMATS = dict(zip(IMAGE_EXTENSIONS, ("JPEG", "JPEG", "PNG", "WEBP", "BMP", "TIFF", "TIFF"), strict=True))
 # What Pillow's decoders raise on broken files, besides OSError (truncated, unidentified, unreadable).
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+MAX_PIXELS = 250_000_000  # phones make up to 201 million, an A4 page scanned at 1200 dpi has 139
+_LARGE = 40_000_000  # pixels; above it, pictures are decoded one at a time
+_MAX_TEXT = 2**26  # bytes of a text or colour profile in a PNG
+_SAVE_AGAIN = "save it again with 8 or 16 bits per colour"
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 262, 284, 339  # tags of a TIFF
+
+# How to turn a picture of each EXIF orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+# Types of EXIF, by their code, as struct names them; 2 is text.
+_EXIF_TYPES = {1: "B", 2: "c", 3: "H", 4: "I", 5: "II", 6: "b", 7: "B", 8: "h", 9: "i", 10: "ii", 11: "f", 12: "d"}
 
 
-@dataclass(frozen=True)
-class Picture:
-    """The result of checking one file. Sizes are in pixels, with the picture upright."""
-
-    path: Path
-    width: int = 0
-    height: int = 0
-    sha256: str = ""
-    reason: str = ""  # why it is skipped; empty when it is used
-
-    @property
-    def used(self) -> bool:
-        return not self.reason
+class Unsuitable(ValueError):
+    """A picture that is whole, but cannot be used; the text says why, and what to do."""
 
 
 def named_as_pictures(image_dir: str | Path, extensions: Collection[str]) -> list[Path]:
@@ -69,61 +66,6 @@ def visible_entries(image_dir: str | Path) -> list[Path]:
         raise UserError(f"{image_dir} cannot be read ({error.strerror}): {advice}", DISK_OR_DRIVE) from error
 
 
-def check_pictures(paths: Sequence[Path], min_image_size: int, formats: Sequence[str] = ("JPEG",)) -> list[Picture]:
-    """Decode every picture once, in other processes, and return for each, in order, whether it is used or why not."""
-    check = partial(_check, min_image_size=min_image_size, formats=formats)
-    found: dict[Path, Picture] = {}
-    with _processes(min(8, os.cpu_count() or 1, len(paths) // 8 or 1)) as pool, suppress(BrokenProcessPool):
-        for picture in pool.map(check, paths, chunksize=8):
-            found[picture.path] = picture
-    while left := [path for path in paths if path not in found]:
-        with _processes(1) as pool:  # one at a time, to see which one crashes its process
-            for path in left:
-                try:
-                    found[path] = pool.submit(check, path).result()
-                except BrokenProcessPool:
-                    found[path] = Picture(path, reason="unreadable: it crashes the decoder, or exhausts memory")
-                    break
-    return [found[path] for path in paths]
-
-
-def _processes(count: int) -> ProcessPoolExecutor:
-    # Not forked from this process: a notebook's has threads, and a fork of it may hang.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(count, context, initializer=_exit_with_the_main_process)
-
-
-def _exit_with_the_main_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
-    main_process = multiprocessing.parent_process()
-
-    def wait_and_exit() -> None:
-        if main_process:
-            main_process.join()
-            os._exit(1)
-
-    threading.Thread(target=wait_and_exit, daemon=True).start()
-
-
-def _check(path: Path, min_image_size: int, formats: Sequence[str]) -> Picture:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return Picture(path, reason=f"unreadable: {'a folder' if path.is_dir() else 'not a file'}")
-        content = path.read_bytes()
-        _, (width, height) = open_picture(io.BytesIO(content), at_least=64, formats=formats)
-    except Image.UnidentifiedImageError:
-        return Picture(path, reason=f"unreadable: not a valid {' or '.join(formats)} file")
-    except FileNotFoundError:
-        return Picture(path, reason="unreadable: a broken link" if path.is_symlink() else "unreadable: it was deleted")
-    except (*BROKEN, MemoryError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        return Picture(path, reason=f"unreadable: {reason}")
-    is_small = min(width, height) < min_image_size
-    reason = f"too small: {width}x{height}, min_image_size is {min_image_size}" if is_small else ""
-    return Picture(path, width, height, hashlib.sha256(content).hexdigest(), reason)
-
-
 def formats_of(extensions: Collection[str]) -> tuple[str, ...]:
     """Pillow's names for the formats of extensions: no other decoder gets to read the file."""
     return tuple(dict.fromkeys(_FORMATS[extension.lower()] for extension in extensions))
@@ -132,7 +74,7 @@ def formats_of(extensions: Collection[str]) -> tuple[str, ...]:
 def open_picture(
     source: str | Path | io.BytesIO, at_least: int | None = None, formats: Sequence[str] = ("JPEG",)
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """Decode one picture upright in sRGB.
+    """Decode one picture upright in sRGB; the first, where a file has several pages or frames.
 
     Args:
         source: a file or its bytes; opened for reading only.
@@ -144,43 +86,168 @@ def open_picture(
         The RGB picture, and the (width, height) of the original.
 
     Raises:
-        OSError, SyntaxError, ValueError, EOFError, struct.error, DecompressionBombError: it cannot be decoded.
+        Unsuitable: it is too large, or nothing says how bright its numbers are.
+        OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error: it cannot be decoded.
     """
+    _set_limits()
     with Image.open(source, formats=tuple(formats)) as image:
         full = image.size
+        if full[0] * full[1] > MAX_PIXELS:
+            raise Unsuitable(f"{full[0]}x{full[1]} are over {MAX_PIXELS // 10**6} megapixels: scale it down")
+        _check_tiff(image)
+        _scale_transparent_colour(image)
         if at_least:
             shrink = min(full) / at_least
             image.draft(None, (int(full[0] / shrink), int(full[1] / shrink)))
-        image.load()  # all of it: verify() accepts truncated JPEGs
-        upright, turned = _upright(image)
-    return _to_srgb(upright), (full[1], full[0]) if turned else full
+        # A progressive JPEG is decoded at full size, whatever size is asked for.
+        width, height = full if "progressive" in image.info else image.size
+        with _one_at_a_time() if width * height > _LARGE else nullcontext():
+            image.load()  # all of it: verify() accepts truncated JPEGs
+            picture = _to_srgb(image)
+        if image.format == "TIFF":  # Pillow has turned it while loading
+            return picture, picture.size
+        orientation = _orientation(image)
+    if (turn := _TURNS.get(orientation or 1)) is not None:
+        picture = picture.transpose(turn)
+    return picture, full[::-1] if orientation in (5, 6, 7, 8) else full
 
 
-def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The picture turned as its EXIF says, and whether width and height were swapped."""
+def _set_limits() -> None:
+    """Pillow's limits are lower than what phones, scanners and picture editors write."""
+    Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS in its place
+    PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT, 4 * _MAX_TEXT
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Of all processes and threads of this program, only one is in here: a large picture takes up to 4 GB."""
+    descriptor = os.open(Path(__file__).parent, os.O_RDONLY)
     try:
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return ImageOps.exif_transpose(image), turned
-    except (*BROKEN, KeyError, TypeError) as error:  # broken EXIF: the picture itself is fine
-        logger.debug("EXIF data cannot be read: %s", error)
-        return image.copy(), False
+        with suppress(OSError):  # of a folder without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def count_pages(content: bytes, formats: Sequence[str]) -> int:
+    """How many pages or frames a picture file has, of which the first is used; a JPEG's others are previews."""
+    with Image.open(io.BytesIO(content), formats=tuple(formats)) as image:
+        return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The orientation of a loaded picture as in EXIF or, where that has none, XMP; None where neither has one."""
+    # A PNG's texts can have any name, also these.
+    exif, xmp = (data if isinstance(data := image.info.get(name), bytes) else b"" for name in ("exif", "xmp"))
+    with suppress(ValueError):
+        if as_text := image.info.get("Raw profile type exif"):  # of a PNG by ImageMagick
+            exif = exif or bytes.fromhex("".join(as_text.split("\n")[3:]))
+    found = _exif_orientation(exif)
+    if found is None and (in_xmp := re.search(rb"tiff:Orientation(?:=[\"']|>)([1-8])", xmp)):
+        return int(in_xmp[1])
+    return found
+
+
+def _exif_orientation(exif: bytes) -> int | None:
+    """EXIF's orientation, read without the other fields: Pillow does not get past one that is broken.
+
+    A number of any type is accepted.
+    """
+    while exif.startswith(b"Exif\0\0"):
+        exif = exif[6:]
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
+        return None
+    with suppress(struct.error, ZeroDivisionError, ValueError, OverflowError):
+        [directory] = struct.unpack_from(order + "I", exif, 4)
+        [count] = struct.unpack_from(order + "H", exif, directory)
+        for at in range(directory + 2, directory + 2 + 12 * count, 12):
+            tag, kind, length = struct.unpack_from(order + "HHI", exif, at)
+            if tag == ExifTags.Base.Orientation and kind in _EXIF_TYPES:
+                layout = order + _EXIF_TYPES[kind]
+                inline = struct.calcsize(layout) * length <= 4
+                place = at + 8 if inline else struct.unpack_from(order + "I", exif, at + 8)[0]
+                value, *divisor = struct.unpack_from(layout, exif, place)
+                return int(value / divisor[0] if divisor else value)
+    return None
+
+
+def _check_tiff(image: ImageFile.ImageFile) -> None:
+    """Refuse a TIFF that Pillow would open wrongly."""
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:
+        return
+    if not isinstance(tags.get(ExifTags.Base.Orientation, 1), numbers.Real):
+        raise Unsuitable(f"its orientation is not a number: {_SAVE_AGAIN}")
+    if _PHOTOMETRIC not in tags:
+        raise Unsuitable(f"it does not say whether 0 is black or white: {_SAVE_AGAIN}")
+    if image.mode == "I" or tags.get(_SAMPLE_FORMAT, (1,))[0] == 2:
+        raise Unsuitable(f"its numbers are signed or of 32 bits, so that nothing says which is white: {_SAVE_AGAIN}")
+    is_compressed = image.tile[0][0] == "libtiff"
+    if image.mode == "F" and tags.prefix == b"MM" and is_compressed:
+        raise Unsuitable(f"its floating-point numbers are compressed with the high byte first: {_SAVE_AGAIN}")
+    if tags.get(_PLANES) == 2 and max(tags.get(_BITS_PER_SAMPLE, (1,))) > 8 and not is_compressed:
+        raise Unsuitable("its colours of more than 8 bits are stored one after another: save it again, interleaved")
+
+
+def _scale_transparent_colour(image: ImageFile.ImageFile) -> None:
+    """A PNG names its transparent colour in its own bits per channel, and Pillow decodes to 8."""
+    if image.format == "PNG" and "transparency" in image.info and image.tile:
+        match image.tile[0][3]:
+            case "L;2" | "L;4" as rawmode:
+                image.info["transparency"] = min(255, image.info["transparency"] * (85 if rawmode == "L;2" else 17))
+            case "RGB;16B":
+                raise Unsuitable("it has 16 bits per colour and one that is transparent: save it again with 8 bits")
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
+    """A loaded picture in RGB: as its colour profile says, and white where it is transparent."""
+    alpha = None
+    if image.mode[0] in "IF":
+        image, alpha = _grey_in_8_bits(image)
+    elif image.has_transparency_data:
+        is_grey = image.mode in ("1", "L", "LA", "La")
+        if image.mode not in ("LA", "RGBA"):
+            image = image.convert("LA" if image.mode == "La" else "RGBA")
+        alpha, image = image.getchannel("A"), image.convert("L" if is_grey else "RGB")
+    if alpha and alpha.getextrema()[1] == 0:
+        raise Unsuitable("all of it is transparent")
+    picture = _by_its_profile(image)
+    if alpha:
+        opaque, picture = picture, Image.new("RGB", picture.size, "white")
+        picture.paste(opaque, mask=alpha)
+    return picture
+
+
+def _grey_in_8_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """A greyscale picture of more bits, scaled by the range of its format, and what of it is transparent."""
+    tags = getattr(image, "tag_v2", {})
+    alpha = None
+    if image.mode == "F":
+        low, high = image.getextrema()
+        # The mean is not a number if any pixel is not, which extrema do not show.
+        mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+        if not (low >= 0 and high <= 1 and mean >= 0):  # type: ignore[operator]
+            raise Unsuitable(f"its numbers are not all from 0 to 1, so that nothing says which is white: {_SAVE_AGAIN}")
+        grey = image.point(lambda value: value * 255 + 0.5).convert("L")
+    else:
+        highest = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+        wide = image.convert("I")
+        grey = wide.point([min(255, 255 * value / highest) for value in range(2**16)], "L")
+        if (colour := image.info.get("transparency")) is not None:
+            alpha = wide.point([0 if value == colour else 255 for value in range(2**16)], "L")
+    if tags.get(_PHOTOMETRIC) == 0:  # 0 is white, which Pillow heeds up to 8 bits only
+        grey = ImageOps.invert(grey)
+    return grey, alpha
+
+
+def _by_its_profile(image: Image.Image) -> Image.Image:
+    """An opaque picture in sRGB."""
     profile = image.info.get("icc_profile")
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a channel: Pillow's convert() would clip at 255
-        wide = image if image.mode == "F" else image.convert("I")
-        _, high = wide.getextrema()
-        # A picture that uses no more than 8 of its bits keeps its brightness.
-        factor = 255 / 65535 if isinstance(high, int | float) and high > 255 else 1.0
-        image = wide.point(lambda value: value * factor + 0).convert("L")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.new("RGB", image.size, "white")
-        image.paste(layer, mask=layer.getchannel("A"))
-    elif image.mode == "P":
-        image = image.convert("RGB")
-    if profile and image.mode in ("RGB", "CMYK", "L"):
+    if image.mode not in ("RGB", "CMYK", "L"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")

@@ -128,6 +128,18 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if set(value) & set(',:"\n') else value
 
 
+def is_drawn(content: bytes) -> bool:
+    """Whether a picture file is this program's own: it has a recipe, or at least our text chunk."""
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as picture:
+            if TEXT in picture.info:
+                return True
+            comment = json.loads(picture.info.get("comment", b""))
+    except (*BROKEN, RecursionError):  # another format, no comment, or another program's
+        return False
+    return isinstance(comment, dict) and {"prompt", "seed", "settings", "batch"} <= comment.keys()
+
+
 def read(path: Path) -> Recipe:
     """The recipe that `save_picture` wrote into a file.
 

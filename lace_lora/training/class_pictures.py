@@ -13,7 +13,7 @@ from typing import Any
 from lace_lora.config import CLASS_PICTURE, IMAGE_EXTENSIONS, Config
 from lace_lora.errors import UserError
 from lace_lora.files import json_digest
-from lace_lora.pictures import image_files
+from lace_lora.pictures import checking, image_files
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def existing(config: Config) -> dict[Path, str]:
         return {}
     found = sorted(image_files.named_as_pictures(folder, IMAGE_EXTENSIONS), key=_is_drawn)  # the user's own first
     usable = [path for path in found if not _is_drawn(path) or path.name.startswith(_prefix(config))]
-    pictures = image_files.check_pictures(usable, 1, image_files.formats_of(IMAGE_EXTENSIONS))
+    pictures = checking.check_pictures(usable, 1, image_files.formats_of(IMAGE_EXTENSIONS))
     for picture in pictures:
         if not picture.used:
             logger.warning("class picture %s is skipped: %s", picture.path, picture.reason)

@@ -26,7 +26,7 @@ from lace_lora.training import cache
 
 Shape = tuple[int, int]  # height and width in pixels
 
-_VERSION = 1  # of the cached latents: count up when pictures are encoded in another way
+_VERSION = 2  # of the cached latents: count up when pictures are encoded in another way
 
 
 @dataclass(frozen=True)

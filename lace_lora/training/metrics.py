@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from lace_lora.config import Config
 from lace_lora.errors import LOSS_NOT_FINITE, UserError
 from lace_lora.files import write_atomically
+from lace_lora.pictures.recipe import TEXT
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
 # This many updates skipped in a row, because one of these is not finite, end the training. fp16 starts with a
@@ -147,5 +148,6 @@ def _plot(rows: list[dict[str, float]]) -> bytes:
     axes.set(xlabel="step", ylabel="loss", title="Training loss")
     axes.legend()
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
+    # With the text, nobody trains on it by mistake.
+    figure.savefig(image, format="png", dpi=120, metadata={TEXT: "loss"})
     return image.getvalue()

@@ -34,9 +34,14 @@ def test_a_prompts_file(tmp_path: Path, settings: Make) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffein Rand, weiß 🧵\r\n\r\n  net: 'fine'  \n# no comment\n".encode())
     assert plan.read_prompts(settings(prompts_file=str(path))) == ["ein Rand, weiß 🧵", "net: 'fine'", "# no comment"]
+    path.write_bytes("\ufeffein Rand\r🧵\r".encode("utf-16-be"))
+    assert plan.read_prompts(settings(prompts_file=str(path))) == ["ein Rand", "🧵"]
 
 
-@pytest.mark.parametrize(("content", "part"), [(None, "No such file"), (b" \n\n", "is empty"), (b"\xe4", "UTF-8")])
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [(None, "No such file"), (b" \n\n", "is empty"), (b"\xe4", "UTF-8"), (b"l\0a\0c\0e\0", "UTF-8")],
+)
 def test_a_prompts_file_that_cannot_be_used(content: bytes | None, part: str, tmp_path: Path, settings: Make) -> None:
     if content is not None:
         (tmp_path / "prompts.txt").write_bytes(content)

@@ -1,36 +1,19 @@
 """Opening, checking and cropping pictures."""
 
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Sequence
+import io
+import struct
+import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-from PIL import Image, ImageChops, ImageCms, ImageStat
+from PIL import Image, ImageChops, ImageCms, ImageStat, PngImagePlugin
 
-import data_utils
-from helpers import ROOT, as_file, gradient, jpg, jpgs, snapshot, swapped_profile, truncated_jpg
+from helpers import UPRIGHT, Fields, Tags, Transpose, as_file, exif_of, gradient, jpg, swapped_profile, tiff
 from lace_lora.config import IMAGE_EXTENSIONS
-from lace_lora.pictures import image_files
-
-Transpose = Image.Transpose
-# What a viewer has to do with a picture of each EXIF orientation (Exif 2.3, tag 0x0112).
-UPRIGHT: dict[int, tuple[Transpose, ...]] = {
-    1: (),
-    2: (Transpose.FLIP_LEFT_RIGHT,),
-    3: (Transpose.ROTATE_180,),
-    4: (Transpose.FLIP_TOP_BOTTOM,),
-    5: (Transpose.ROTATE_270, Transpose.FLIP_LEFT_RIGHT),
-    6: (Transpose.ROTATE_270,),
-    7: (Transpose.ROTATE_90, Transpose.FLIP_LEFT_RIGHT),
-    8: (Transpose.ROTATE_90,),
-}
-
+from lace_lora.pictures import checking, image_files
 
 ANY = image_files.formats_of(IMAGE_EXTENSIONS)
 
@@ -45,12 +28,6 @@ def mean_difference(one: Image.Image, other: Image.Image) -> float:
     """The mean difference of two pictures, 0 to 255."""
     assert one.size == other.size
     return float(max(ImageStat.Stat(ImageChops.difference(one.convert("RGB"), other.convert("RGB"))).mean))
-
-
-def test_a_broken_link_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    [found] = image_files.check_pictures(data_utils.list_images(tmp_path), 16)
-    assert found.reason == "unreadable: a broken link"
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
@@ -114,11 +91,6 @@ def test_sixteen_bits_are_scaled_not_clipped(kind: str, order: str) -> None:
     assert np.abs(np.asarray(picture)[..., 1] - values / 257).max() <= 1
 
 
-def test_eight_bits_in_a_wider_file_keep_their_brightness() -> None:
-    values = np.arange(48 * 5, dtype=np.uint16).reshape(48, 5)
-    assert np.array_equal(np.asarray(opened(as_file(Image.fromarray(values))))[..., 0], values)
-
-
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_ground_becomes_white(mode: str) -> None:
     picture = Image.new("RGBA", (32, 32), (200, 0, 0, 0))
@@ -149,87 +121,233 @@ def test_a_broken_profile_is_ignored(profile: bytes) -> None:
     assert mean_difference(opened(as_file(grey, icc_profile=swapped_profile())), grey) == 0
 
 
-def test_checking_says_what_is_wrong_with_each(tmp_path: Path) -> None:
-    jpg(tmp_path / "good.jpg", gradient(64, 48), orientation=6)
-    jpg(tmp_path / "small.jpg", gradient(100, 31))
-    truncated_jpg(tmp_path / "cut.jpg")
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("not a picture")
-    gradient().save(tmp_path / "other.jpg", format="PPM")
-    gradient().save(tmp_path / "really a png.jpg", format="PNG")
-    (tmp_path / "folder.jpg").mkdir()
-    os.mkfifo(tmp_path / "pipe.jpg")
-    (tmp_path / "bomb.jpg").write_bytes(bomb())
-    paths = image_files.named_as_pictures(tmp_path, [".jpg"])
-    before = snapshot(tmp_path)
-    found = image_files.check_pictures(paths, 32)
-    assert snapshot(tmp_path) == before
-    assert [picture.path for picture in found] == paths
-    reasons = {picture.path.name: picture.reason for picture in found}
-    assert reasons.pop("cut.jpg").startswith("unreadable: ")
-    assert "exceeds limit" in reasons.pop("bomb.jpg")
-    unknown = "unreadable: not a valid JPEG file"
-    assert reasons == {
-        "good.jpg": "",
-        "really a png.jpg": unknown,
-        "folder.jpg": "unreadable: a folder",
-        "pipe.jpg": "unreadable: not a file",
-        "small.jpg": "too small: 100x31, min_image_size is 32",
-        "empty.jpg": unknown,
-        "text.jpg": unknown,
-        "other.jpg": unknown,
-    }
-    good = found[paths.index(tmp_path / "good.jpg")]
-    assert (good.width, good.height, good.used) == (48, 64, True)
+# Formats and depths, each against known numbers.
 
 
-def bomb() -> bytes:
-    """A JPEG of a few bytes that says it is 60,000 pixels wide and high."""
-    content = bytearray(as_file(gradient(), "JPEG").getvalue())
-    frame = content.index(b"\xff\xc0")
-    content[frame + 5 : frame + 9] = (60_000).to_bytes(2, "big") * 2
-    return bytes(content)
+def shown(content: bytes | io.BytesIO) -> np.ndarray:
+    return np.asarray(opened(io.BytesIO(content) if isinstance(content, bytes) else content), dtype=np.float64)
 
 
-def test_other_formats_are_used_when_asked_for(tmp_path: Path) -> None:
-    gradient().save(tmp_path / "really a png.jpg", format="PNG")
-    formats = image_files.formats_of([".JPG", ".jpeg", ".png"])
-    assert formats == ("JPEG", "PNG")
-    [found] = image_files.check_pictures(data_utils.list_images(tmp_path), 32, formats)
-    assert found.used
+RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)
 
 
-def test_only_the_picture_that_crashes_its_worker_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = jpgs(tmp_path, 20)
-    paths[3].write_bytes(b"die")
-    paths[15].write_bytes(b"die")
-    monkeypatch.setattr(image_files, "_check", check_or_crash)
-    found = image_files.check_pictures(paths, 32)
-    assert [picture.path for picture in found] == paths
-    crashed = [picture.path for picture in found if "it crashes the decoder" in picture.reason]
-    assert crashed == [paths[3], paths[15]]
-    assert sum(picture.used for picture in found) == 18
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("white_is", [1, 0])
+@pytest.mark.parametrize(("bits", "dtype"), [(8, "u1"), (16, "<u2"), (16, ">u2"), (32, "<f4"), (32, ">f4")])
+def test_every_grey_tiff_is_scaled_by_the_range_of_its_format(
+    bits: int, dtype: str, white_is: int, compressed: bool
+) -> None:
+    highest = 1 if "f" in dtype else 2**bits - 1
+    pixels = (RAMP * highest if "f" in dtype else np.round(RAMP * highest)).astype(dtype).tobytes()
+    pixels = zlib.compress(pixels) if compressed else pixels
+    tags: Tags = {258: ("H", [bits]), 262: ("H", [white_is]), 339: ("H", [3 if "f" in dtype else 1])}
+    content = tiff(pixels, 64, 48, ">" if ">" in dtype else "<", tags | {259: ("H", [8 if compressed else 1])})
+    if (dtype, white_is) == (">u2", 0) or (dtype, compressed) == (">f4", True):  # Pillow does not know them
+        assert "save it again" in reason_of(content)
+        return
+    expected = RAMP if white_is else 1 - RAMP
+    assert np.abs(shown(content)[..., 1] - expected * 255).max() <= 1
 
 
-def check_or_crash(path: Path, min_image_size: int, formats: Sequence[str]) -> image_files.Picture:
-    """As a buggy decoder does on some files."""
-    if path.read_bytes() == b"die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return image_files.Picture(path, 64, 48, "0")
+def test_a_tiff_that_does_not_say_what_black_is() -> None:
+    content = tiff((RAMP * 255).astype("u1").tobytes(), 64, 48)
+    content = content.replace(struct.pack("<HHI", 262, 3, 1), struct.pack("<HHI", 261, 3, 1))
+    assert "whether 0 is black or white" in reason_of(content)
 
 
-def test_a_file_without_permission_is_skipped(tmp_path: Path) -> None:
-    [path] = jpgs(tmp_path, 1)
-    path.chmod(0)
-    tmp_path.chmod(0o755)
-    reader, writer = os.pipe()
-    child = os.fork()  # root may read everything: a child gives that up
-    if not child:
-        os.seteuid(65534)
-        os.write(writer, image_files._check(path, 32, ("JPEG",)).reason.encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(reader, 200).decode() == "unreadable: Permission denied"
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """Rows of numbers below 256 as rows of bytes, without gaps."""
+    return np.packbits(np.unpackbits(values.astype(np.uint8)[..., None], axis=-1)[..., -bits:].reshape(48, -1), axis=-1)
+
+
+@pytest.mark.parametrize("white_is", [1, 0])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_few_bits_of_grey(bits: int, white_is: int) -> None:
+    values = np.arange(48 * 64).reshape(48, 64) % 2**bits
+    packed = np.packbits(
+        np.unpackbits(values.astype(np.uint8)[..., None], axis=-1)[..., -bits:].reshape(48, -1), axis=-1
+    )
+    expected = values * 255 // (2**bits - 1)
+    content = tiff(packed.tobytes(), 64, 48, tags={258: ("H", [bits]), 262: ("H", [white_is])})
+    assert np.array_equal(shown(content)[..., 0], expected if white_is else 255 - expected)
+
+
+def test_twelve_bits_reach_white() -> None:
+    values = np.round(RAMP * 4095).astype(np.uint16).reshape(-1, 2)
+    packed = np.stack([values[:, 0] >> 4, values[:, 0] << 4 & 0xF0 | values[:, 1] >> 8, values[:, 1] & 0xFF], -1)
+    content = tiff(packed.astype(np.uint8).tobytes(), 64, 48, tags={258: ("H", [12])})
+    assert np.abs(shown(content)[..., 2] - RAMP * 255).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sample_format", "part"),
+    [
+        ("<i1", 2, "signed or of 32 bits"),
+        ("<i2", 2, "signed or of 32 bits"),
+        ("<u4", 1, "signed or of 32 bits"),
+        ("<i4", 2, "signed or of 32 bits"),
+        ("<f4", 3, "not all from 0 to 1"),
+        ("<f8", 3, "save it again"),
+    ],
+)
+def test_numbers_without_a_known_white_are_refused(dtype: str, sample_format: int, part: str) -> None:
+    pixels = (RAMP * 200).astype(dtype)
+    tags: Tags = {258: ("H", [8 * pixels.itemsize]), 339: ("H", [sample_format])}
+    assert part in reason_of(tiff(pixels.tobytes(), 64, 48, tags=tags))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf, -0.01, 1.01])
+def test_a_float_outside_its_range_is_refused(wrong: float) -> None:
+    pixels = RAMP.astype("<f4")
+    pixels[20, 30] = wrong
+    tags: Tags = {258: ("H", [32]), 339: ("H", [3])}
+    assert "not all from 0 to 1" in reason_of(tiff(pixels.tobytes(), 64, 48, tags=tags))
+
+
+def reason_of(content: bytes) -> str:
+    """Why a file is skipped."""
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(content)
+        reason = checking._check(Path(file.name), 8, ANY).reason
+    assert "\n" not in reason
+    return reason
+
+
+def png(pixels: np.ndarray, bits: int, colour_type: int, chunks: bytes = b"") -> bytes:
+    """A PNG of rows of bytes as the format packs them."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = pixels.reshape(48, -1)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", 64, 48, bits, colour_type, 0, 0, 0)
+    transparent = chunk(b"tRNS", chunks) if chunks else b""
+    data = chunk(b"IDAT", zlib.compress(lines))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + transparent + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("key", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_every_grey_png_and_its_transparent_colour(bits: int, key: bool) -> None:
+    values = np.arange(48 * 64).reshape(48, 64) * (21 if bits == 16 else 1) % 2**bits
+    pixels = pack(values, bits) if bits < 8 else values.astype(f">u{bits // 8}")
+    expected, colour = values * 255 / (2**bits - 1), values[3, 7]
+    if key:
+        expected[values == colour] = 255
+    content = png(pixels, bits, 0, struct.pack(">H", colour) if key else b"")
+    assert np.abs(shown(content)[..., 0] - expected).max() <= 1
+
+
+def test_a_transparent_colour_of_sixteen_bits_per_channel_is_refused() -> None:
+    """Pillow keeps the upper eight bits only, which other colours have too."""
+    values = np.dstack([RAMP * 65535] * 3).round().astype(">u2")
+    assert "16 bits per colour and one that is transparent" in reason_of(png(values, 16, 2, values[10, 20].tobytes()))
+    assert np.abs(shown(png(values, 16, 2)) - values / 257).max() <= 1
+
+
+@pytest.mark.parametrize("colour_type", [4, 6])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_alpha_of_a_png(bits: int, colour_type: int) -> None:
+    alpha = RAMP[::-1]
+    channels = [RAMP, alpha] if colour_type == 4 else [RAMP, RAMP, RAMP, alpha]
+    pixels = (np.dstack(channels) * (2**bits - 1)).round().astype(f">u{bits // 8}")
+    expected = (RAMP * alpha + 1 - alpha) * 255
+    assert np.abs(shown(png(pixels, bits, colour_type))[..., 1] - expected).max() <= 2
+
+
+@pytest.mark.parametrize("extra", [1, 2])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_associated_and_other_alpha_of_a_tiff(bits: int, channels: int, extra: int) -> None:
+    alpha = 0.2 + 0.8 * RAMP[::-1]
+    colour = RAMP * alpha if extra == 1 else RAMP
+    pixels = (np.dstack([colour] * channels + [alpha]) * (2**bits - 1)).round().astype(f"<u{bits // 8}")
+    tags: Tags = {
+        258: ("H", [bits] * (channels + 1)), 262: ("H", [1 if channels == 1 else 2]), 277: ("H", [channels + 1]),
+        338: ("H", [extra]),
+    }  # fmt: skip
+    content = tiff(pixels.tobytes(), 64, 48, tags=tags)
+    if (bits, channels) == (16, 1):  # Pillow does not know it
+        assert "save it again" in reason_of(content)
+        return
+    assert np.abs(shown(content)[..., 0] - (RAMP * alpha + 1 - alpha) * 255).max() <= 3
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("order", "<>")
+def test_colours_stored_one_after_another(order: str, bits: int, compressed: bool) -> None:
+    colours = np.moveaxis(np.asarray(gradient()), -1, 0) * np.array(257 if bits == 16 else 1, f"{order}u{bits // 8}")
+    strips = [plane.astype(colours.dtype.newbyteorder(order)).tobytes() for plane in colours]
+    strips = [zlib.compress(strip) if compressed else strip for strip in strips]
+    tags: Tags = {
+        258: ("H", [bits] * 3), 259: ("H", [8 if compressed else 1]), 262: ("H", [2]), 277: ("H", [3]),
+        279: ("I", list(map(len, strips))), 284: ("H", [2]),
+    }  # fmt: skip
+    content = tiff(b"".join(strips), 64, 48, order, tags)
+    if bits == 16 and not compressed:
+        assert "interleaved" in reason_of(content)
+    else:
+        assert mean_difference(opened(io.BytesIO(content)), gradient()) == 0
+
+
+def test_lab_equals_its_definition() -> None:
+    """CIE L*a*b* at D50, as TIFF has it: a* and b* are signed."""
+    expected = [(255, 255, 255), (0, 0, 0), (200, 100, 50), (60, 140, 200), (90, 170, 80)]
+    colours = [(100, 0, 0), (0, 0, 0), (54, 38, 46), (55, -10, -39), (63, -39, 38)]
+    values = np.array([[[round(light * 2.55), a & 255, b & 255] for light, a, b in colours]] * 8, np.uint8)
+    tags: Tags = {258: ("H", [8, 8, 8]), 262: ("H", [8]), 277: ("H", [3])}
+    assert np.abs(shown(tiff(values.tobytes(), 5, 8, tags=tags))[0] - expected).max() < 7
+
+
+@pytest.mark.parametrize(
+    ("space", "modes"),
+    [("swapped", "L LA 1 CMYK I;16"), ("LAB", "L LA 1 P RGB RGBA CMYK I;16"), ("grey", "P RGB RGBA CMYK")],
+)
+def test_a_profile_that_does_not_fit_is_ignored(space: str, modes: str) -> None:
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    profile = {"swapped": swapped_profile(), "LAB": lab, "grey": linear_grey_profile()}[space]
+    for mode in modes.split():
+        wide = Image.fromarray((RAMP * 65535).astype(np.uint16))
+        picture, kind = wide if mode == "I;16" else gradient().convert(mode), "TIFF" if mode == "CMYK" else "PNG"
+        with_profile = opened(as_file(picture, kind, icc_profile=profile))
+        assert mean_difference(with_profile, opened(as_file(picture, kind))) == 0, mode
+
+
+def test_grey_with_alpha_heeds_its_profile() -> None:
+    """A made-up profile of gamma 1: middle grey, 0.5 of white's light, is 188 in sRGB."""
+    picture = Image.new("LA", (32, 32), (128, 255))
+    plain = opened(as_file(picture.convert("L"), icc_profile=linear_grey_profile()))
+    assert plain.getpixel((5, 5)) == opened(as_file(picture, icc_profile=linear_grey_profile())).getpixel((5, 5))
+    assert plain.getpixel((5, 5)) == pytest.approx((188, 188, 188), abs=2)
+
+
+def linear_grey_profile() -> bytes:
+    """An ICC profile (ICC.1:2001-04) of greyscale with a linear curve."""
+    white = b"XYZ \0\0\0\0" + struct.pack(">iii", 63190, 65536, 54061)
+    curve = b"curv\0\0\0\0" + struct.pack(">I", 0)
+    text = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + bytes(12 + 67 + 6)
+    tags, place, table = [(b"wtpt", white), (b"kTRC", curve), (b"desc", text)], 128 + 4 + 36, b""
+    for name, data in tags:
+        table += name + struct.pack(">II", place, len(data))
+        place += len(data)
+    body = struct.pack(">I", 3) + table + white + curve + text
+    head = struct.pack(">I4sI4s4s4s", 128 + len(body), b"\0" * 4, 0x02100000, b"mntr", b"GRAY", b"XYZ ")
+    return (head + bytes(12) + b"acsp").ljust(68, b"\0") + struct.pack(">iii", 63190, 65536, 54061) + bytes(48) + body
+
+
+def test_a_picture_that_is_all_transparent_is_refused() -> None:
+    assert "all of it is transparent" in reason_of(as_file(Image.new("RGBA", (32, 32), (9, 9, 9, 0))).getvalue())
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG", "WEBP"])
+def test_the_first_of_several_pages_is_used(kind: str, tmp_path: Path) -> None:
+    others: dict[str, Any] = {"save_all": True, "append_images": [gradient(turn=3), gradient(turn=5)]}
+    path = tmp_path / "pages"
+    path.write_bytes(as_file(gradient(), kind, **others, **({"lossless": True} if kind == "WEBP" else {})).getvalue())
+    assert mean_difference(opened(path), gradient()) < 1
+    assert checking._check(path, 8, ANY).pages == 3
 
 
 @pytest.mark.parametrize(
@@ -251,24 +369,83 @@ def test_fit_crops_the_centre(
     assert mean_difference(part, whole.crop((corner[1], corner[0], corner[1] + shape[1], corner[0] + shape[0]))) == 0
 
 
-def test_no_process_is_left_when_the_main_one_is_killed(tmp_path: Path) -> None:
-    code = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-from lace_lora.pictures import image_files
-if __name__ == "__main__":
-    with image_files._processes(2) as pool:
-        pool.submit(time.time).result()
-        print("ready", flush=True)
-        pool.submit(time.sleep, 60).result()
-"""
-    (tmp_path / "check.py").write_text(code)
-    process = psutil.Popen([sys.executable, str(tmp_path / "check.py")], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
-    family = process.children(recursive=True)
-    process.kill()
-    process.wait(10)
-    _, left = psutil.wait_procs(family, timeout=10)
-    for member in left:
-        member.kill()
-    assert not left
+def with_exif(kind: str, exif: bytes) -> io.BytesIO:
+    near_lossless: dict[str, dict[str, Any]] = {"JPEG": {"quality": 98, "subsampling": 0}, "WEBP": {"lossless": True}}
+    return as_file(gradient(), kind, exif=b"Exif\0\0" + exif, **near_lossless.get(kind, {}))
+
+
+TURNED = (274, 3, 1, b"\x06\0")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [(271, 2, 9999, b"\xff\0\0\0"), TURNED],  # a text that is not there
+        [TURNED, (282, 5, 1, b"\xff\xff\xff\xff")],
+        [(270, 77, 3, b"abc"), TURNED],  # a type that does not exist
+        [TURNED, (305, 3, 2, b"\x01\0\x02\0")],  # a number where Pillow writes text
+        [TURNED, (34665, 4, 1, b"\xf0\xff\xff\0")],  # directories that are not there
+        [TURNED, (34853, 2, 4, b"gps\0")],
+        [TURNED, (50341, 7, 4, b"Prin"), (40965, 1, 1, b"\1")],
+    ],
+)
+def test_a_broken_field_of_exif_does_not_hide_the_orientation(kind: str, fields: Fields) -> None:
+    picture = opened(with_exif(kind, exif_of(fields, rest=bytes(4))))
+    assert mean_difference(picture, gradient().transpose(Transpose.ROTATE_270)) < 1.5
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 6, 7, 8, 9, 5, 10, 11, 12])
+def test_an_orientation_of_another_type_is_read(number: int, kind: str, order: str) -> None:
+    layout = {1: "B", 2: "s", 3: "H", 4: "I", 5: "II", 6: "b", 7: "B", 8: "h", 9: "i", 10: "ii", 11: "f", 12: "d"}[
+        number
+    ]
+    values: list[Any] = [b"6"] if number == 2 else [12, 2] if len(layout) == 2 else [6]
+    value = struct.pack(order + layout, *values)
+    place = value if len(value) <= 4 else struct.pack(order + "I", 8 + 2 + 12 + 4)
+    exif = exif_of([(274, number, 1, place)], order, rest=bytes(4) + value)
+    assert opened(with_exif(kind, exif)).size == (48, 64)
+
+
+def test_only_the_main_directory_of_exif_has_the_orientation() -> None:
+    """The second one describes the thumbnail."""
+    second = 8 + 2 + 12 + 4
+    thumbnail = struct.pack("<H", 1) + struct.pack("<HHI", *TURNED[:3]) + b"\x06\0\0\0" + bytes(4)
+    exif = exif_of([(274, 3, 1, b"\x01\0")], rest=struct.pack("<I", second) + thumbnail)
+    assert opened(with_exif("JPEG", exif)).size == (64, 48)
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_is_upright(value: int) -> None:
+    exif = exif_of([(274, 3, 1, struct.pack("<H", value))], rest=bytes(4))
+    assert mean_difference(opened(with_exif("JPEG", exif)), gradient()) < 1.5
+
+
+@pytest.mark.parametrize("xmp", ['tiff:Orientation="6"', "<tiff:Orientation>6</tiff:Orientation>"])
+def test_an_orientation_in_xmp_counts_where_exif_has_none(xmp: str) -> None:
+    packet = f"<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:Description {xmp}/></x:xmpmeta>".encode()
+    for kind in ("JPEG", "WEBP"):
+        assert opened(as_file(gradient(), kind, xmp=packet)).size == (48, 64)
+        upright = exif_of([(274, 3, 1, b"\x01\0")], rest=bytes(4))
+        assert opened(as_file(gradient(), kind, xmp=packet, exif=b"Exif\0\0" + upright)).size == (64, 48)
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", packet.decode())
+    assert opened(as_file(gradient(), pnginfo=text)).size == (48, 64)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("extra", [{}, {271: ("s", [b"x"])}, {34665: ("I", [0xFFFFF0])}, {34853: ("H", [7])}])
+def test_a_tiff_is_turned_or_refused_whatever_else_it_says(extra: Tags, order: str) -> None:
+    pixels = np.asarray(gradient()).tobytes()
+    tags: Tags = {258: ("H", [8, 8, 8]), 262: ("H", [2]), 277: ("H", [3])}
+    values: list[tuple[str, Any]] = [("H", 6), ("I", 6), ("B", 6), ("s", b"6")]
+    for kind, value in values:
+        content = tiff(pixels, 64, 48, order, {**tags, 274: (kind, [value]), **extra})
+        if reason := reason_of(content):
+            assert extra or ("orientation" in reason and kind in "Bs")
+        else:
+            assert mean_difference(opened(io.BytesIO(content)), gradient().transpose(Transpose.ROTATE_270)) == 0
