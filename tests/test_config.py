@@ -232,7 +232,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         Config(),
         Config(prompt=("a: b", "no", "# c", "émoji 🧵", "two\nlines", "null"), negative_prompt="~", lora_alpha=2.5),
         Config(learning_rate=3e-7, seed=2**63 - 1, refine=False, mixed_precision="no", prompts_file="1e3"),
-        Config(images_dir=" a\tb\udc80", image_extensions=(".JPG", ".png"), resume_from_checkpoint=None),
+        Config(images_dir=" a\tb\u0080", image_extensions=(".JPG", ".png"), resume_from_checkpoint=None),
     ],
 )
 def test_dumped_settings_read_back_equal(tmp_path: Path, config: Config) -> None:

@@ -253,9 +253,8 @@ def test_no_file_in_the_current_folder_is_imported_in_place_of_a_library(
 
 
 def test_accelerates_launcher_is_the_training_process_if_that_is_a_single_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys\nfrom pathlib import Path\nfrom lace_lora import process\n"
@@ -263,7 +262,7 @@ def test_accelerates_launcher_is_the_training_process_if_that_is_a_single_one(
         "output += [str('LACE_LORA_LAUNCHER' in os.environ), str(os.getpgrp() == os.getpid())]\n"
         "sys.exit(process.report_outcome(lambda _: ' '.join(output), Path(sys.argv[1])))\n"
     )
-    (tmp_path / "accelerate.yaml").write_text(ACCELERATE_SETTINGS)
+    (tmp_path / "accelerate.yaml").write_text(ACCELERATE_SETTINGS.replace("use_cpu: false", "use_cpu: true"))
     command = [sys.executable, "-m", "lace_lora.process", "--config_file", str(tmp_path / "accelerate.yaml")]
     command += ["--num_cpu_threads_per_process", "3", "--quiet", str(script), str(tmp_path)]
     assert process.run(command, tmp_path) == f"__main__ {tmp_path} 3 no False True"

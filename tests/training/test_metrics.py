@@ -26,7 +26,7 @@ from lace_lora.training.metrics import Metrics
 def test_how_many_updates_may_be_skipped(
     losses: list[float], norms: list[float], ending: bool, good: bool | None, settings: Make
 ) -> None:
-    log = Metrics(settings(), first_step=0, quiet=True)
+    log = Metrics(settings(), first_step=0, is_main=False)
     log.rows = [{"step": 7, "loss": loss, "grad_norm": norm} for loss, norm in zip(losses, norms, strict=True)]
     if good is None:
         refused(lambda: log.check_finite(ending), "NaN or inf.* step 7: lower learning_rate", LOSS_NOT_FINITE)
