@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # On a CPU shared with another program, OpenMP threads waste time spinning at barriers: spin less.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
-        _check_paths(options.config)
+        _check_surroundings(options.config)
         config = load_config(options.config, options.overrides)
         drive.ensure_mounted(config)
         if options.mode == "train":
@@ -84,8 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_paths(settings_file: str) -> None:
-    """Raises UserError: the current folder is gone, there is none for temporary files, or a path is not UTF-8."""
+def _check_surroundings(settings_file: str) -> None:
+    """Raises UserError: Python drops docstrings, a folder is missing, or a path is not UTF-8."""
+    if sys.flags.optimize > 1:
+        raise UserError("transformers does not work without docstrings: unset PYTHONOPTIMIZE, and do not use -OO")
     try:
         current = os.getcwd()
     except FileNotFoundError:

@@ -1,9 +1,14 @@
-"""Standard input, output and error that cannot end a run: closed, a pipe whose reader is gone, a log on a full disk."""
+"""Printing cannot end a run: to a pipe whose reader is gone, a log on a full disk, a closed or an ASCII terminal.
+
+Nor can a library's warning, which PYTHONWARNINGS=error would make an error.
+"""
 
 import io
 import os
 import select
 import sys
+import warnings
+from contextlib import suppress
 from typing import Any
 
 
@@ -11,12 +16,14 @@ class _Output(io.FileIO):
     """A file descriptor for output; what it cannot write is dropped."""
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
-        try:
-            while (written := super().write(data)) is None:  # it does not block, and is full
-                select.select([], [self], [])
-        except OSError:
-            return len(data)
-        return written
+        rest = memoryview(data)
+        with suppress(OSError):
+            while rest:
+                written = super().write(rest)
+                if written is None:  # it does not block, and is full
+                    select.select([], [self], [])
+                rest = rest[written or 0 :]
+        return len(data)
 
 
 def protect() -> None:
@@ -32,8 +39,10 @@ def protect() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name) or io.TextIOWrapper(io.FileIO(number, "w", closefd=False), encoding="utf-8")
         if type(stream) is io.TextIOWrapper and stream.fileno() == number:
-            output: Any = _Output(number, "w", closefd=False)
-            lines, through = stream.line_buffering, stream.write_through  # through: with PYTHONUNBUFFERED
-            output = output if through else io.BufferedWriter(output)
-            text = io.TextIOWrapper(output, stream.encoding, "backslashreplace", None, lines, through)
+            raw: Any = _Output(number, "w", closefd=False)
+            lines, unbuffered = stream.line_buffering, stream.write_through
+            output = raw if unbuffered else io.BufferedWriter(raw)
+            text = io.TextIOWrapper(output, stream.encoding, "backslashreplace", None, lines, unbuffered)
             setattr(sys, name, text)
+    if any(option.startswith("error") for option in sys.warnoptions):
+        warnings.resetwarnings()
