@@ -351,7 +351,7 @@ def _scalar(node: yaml.Node, wanted: Any) -> Any:
     shown = shown if len(shown) <= 40 else shown[:40] + "…"
     if wanted is str:
         if reason := not_utf8(text):
-            raise ValueError(f"is {shown!r}, which {reason}")
+            raise ValueError(f"is {redact(text)!r}, which {reason}")
         path = os.path.expanduser(text) if text.startswith("~/") else text  # no prompt begins so
         if path.startswith("~/"):
             raise ValueError(f"is {shown!r}, but your home folder is not known: write the full path, or set HOME")

@@ -121,8 +121,7 @@ def _closing_line(code: int, stops: list[int], folder: Path) -> str:
         stops = [-code]  # the launcher alone was stopped
     if ended in _STOPPED or (stops and ended is None):
         message = message or (
-            "stopped immediately; run the same command again to resume from the last checkpoint, or to start if there "
-            "is none"
+            "stopped immediately; run the same command again: it resumes from the last checkpoint, if there is one"
         )
         raise UserError(message, 128 + stops[0] if stops else outcome["exit_code"])
     if ended is not None:

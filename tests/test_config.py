@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers import ROOT
+from helpers import ROOT, refused
 from lace_lora.config import Config, describe, dump_config, load_config
 from lace_lora.errors import UserError
 
@@ -248,3 +248,11 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HOME", "/home/ada")
     config = load(tmp_path, "images_dir: ~/photos\n", "lora_output_dir=~/lora")
     assert (config.images_dir, config.lora_output_dir) == ("/home/ada/photos", "/home/ada/lora")
+
+
+def test_without_a_home_folder_a_path_that_begins_with_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it is for a user without an entry, and no HOME
+    message = refused(lambda: load(tmp_path, "images_dir: ~/photos\n"), "images_dir is '~/photos'")
+    assert "your home folder is not known: write the full path, or set HOME" in message

@@ -115,18 +115,18 @@ class Metrics:
                     raise UserError(
                         "the loss or its gradients are not finite (NaN or inf) in several steps up to step "
                         f"{self.rows[-1]['step']}: lower learning_rate ({self.learning_rate:g}) or, if training in "
-                        "fp16, set mixed_precision: bf16 or no, then run the same command again to resume",
+                        "fp16, set mixed_precision: bf16 or no, then run the same command again",
                         LOSS_NOT_FINITE,
                     )
         return ending or math.isfinite(self.rows[-1]["loss"])
 
     def write_rows(self) -> None:
         """Write metrics.csv. Before the checkpoint, so that a resume from that finds its rows."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([row["step"], *(f"{row[name]:.6g}" for name in COLUMNS[1:])] for row in self.rows)
         with self._only_warn("metrics.csv"):
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows([row["step"], *(f"{row[name]:.6g}" for name in COLUMNS[1:])] for row in self.rows)
             write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
 
     def draw_curve(self) -> None:
