@@ -55,7 +55,7 @@ def _run(config: Config, dry_run: bool) -> Path:
         print("Finished already. With other settings, the pictures go to a new folder.")
         shutil.rmtree(folder.path / UNFINISHED, ignore_errors=True)
     else:
-        folder.path.mkdir(parents=True, exist_ok=True)
+        files.make_output_folder(folder.path, "output_dir")
         with files.lock_for_one_run(folder.path):
             if folder.has_other_pictures(folder.path):
                 raise UserError(f"another run has written to {folder.path} in the meantime: run the same command again")
