@@ -152,8 +152,8 @@ def _read_rows(path: Path, before: int) -> list[dict[str, float]]:
     try:
         with open(path, newline="") as file:
             rows = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
-    except (ValueError, KeyError, TypeError):
-        logger.warning("%s is damaged: the loss curve starts at the step resumed from", path)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        logger.warning("%s cannot be read or is damaged: the loss curve starts at the step resumed from", path)
         return []
     return [row | {"step": int(row["step"])} for row in rows if row["step"] <= before]
 

@@ -116,3 +116,14 @@ def test_only_the_first_process_watches(settings: Make, tmp_path: Path, capsys: 
     log.close()
     assert not (tmp_path / "lora").exists()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [None, b"", b"step,loss\n1,2\n", b"\xff\xfe\0", b'step,loss\n"' + b"x" * 200_000])
+def test_a_resume_does_not_need_the_rows_of_before(content: bytes | None, settings: Make, tmp_path: Path) -> None:
+    path = tmp_path / "lora" / "metrics.csv"
+    path.parent.mkdir()
+    path.mkdir() if content is None else path.write_bytes(content)
+    log = Metrics(settings(), 1, is_main=False)
+    log.record(2, torch.tensor(0.5), 1e-4, torch.tensor(1.0))
+    log.read(latest=True)
+    assert [row["step"] for row in log.rows] == [2]
