@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lace_lora.config import IMAGE_EXTENSIONS
-from lace_lora.errors import DISK_OR_DRIVE, UserError, first_line
+from lace_lora.errors import DISK_OR_DRIVE, UserError, disk_advice, first_line
 from lace_lora.files import CONTROL, file_sha256, one_line, read_text, write_atomically
 from lace_lora.pictures.checking import Picture
 from lace_lora.pictures.image_files import named_as_pictures, visible_entries
@@ -98,7 +98,7 @@ def write_annotations(plan: Annotations) -> Path:
         write_atomically(plan.path.with_name(_RECORD), "".join(f"{digest}\n" for digest in hashes).encode())
         write_atomically(plan.path, content)
     except OSError as error:
-        advice = "free some disk space, or check the folder's permissions"
+        advice = disk_advice(error) or "rename what is there, or choose another folder"
         raise UserError(f"cannot write {plan.path} ({error.strerror}): {advice}", DISK_OR_DRIVE) from error
     return plan.path
 

@@ -9,18 +9,28 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from lace_lora.errors import BAD_INPUT, UserError, explain
-
 INSTALL = "{} is not installed: run `make install && source .venv/bin/activate`, or `pip install -r requirements.txt`"
+NOT_TO_INSTALL = {
+    "lace_lora": "Python does not search main.py's own folder: unset PYTHONSAFEPATH, and do not use -P or -I",
+    "fcntl": "this program needs Linux or macOS: on Windows, run it in WSL",
+}
+
+
+def missing_module(error: ModuleNotFoundError) -> str:
+    return NOT_TO_INSTALL.get(str(error.name), INSTALL.format(error.name))
+
+
 try:
-    from lace_lora import drive
-    from lace_lora.config import describe, load_config
+    from lace_lora import console, drive
+    from lace_lora.config import describe, load_config, not_utf8
+    from lace_lora.errors import BAD_INPUT, DISK_OR_DRIVE, UserError, explain
 except ModuleNotFoundError as missing:
-    print(f"error: {INSTALL.format(missing.name)}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    print(f"error: {missing_module(missing)}", file=sys.stderr)
+    sys.exit(2)
 
 SETTINGS = """settings (set them in config.yaml, or as key=value on the command line; an empty value means not set):
 
@@ -44,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # On a CPU shared with another program, OpenMP threads waste time spinning at barriers: spin less.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
+        _check_surroundings(options.config)
         config = load_config(options.config, options.overrides)
         drive.ensure_mounted(config)
         if options.mode == "train":
@@ -63,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(str(explained) if stopped else f"error: {explained}", file=sys.stderr)
         return explained.exit_code
     except ModuleNotFoundError as error:
-        print(f"error: {INSTALL.format(error.name)}", file=sys.stderr)
+        print(f"error: {missing_module(error)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt as stop:
         print("stopped; run the same command again to continue", file=sys.stderr)
@@ -71,6 +82,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)  # in a notebook, the process continues
     return 0
+
+
+def _check_surroundings(settings_file: str) -> None:
+    """Raises UserError: Python drops docstrings, a folder is missing, or a path is not UTF-8."""
+    if sys.flags.optimize > 1:
+        raise UserError("transformers does not work without docstrings: unset PYTHONOPTIMIZE, and do not use -OO")
+    try:
+        current = os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder has been deleted: change to another one with `cd`") from None
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError:
+        advice = "free some disk space, or set the environment variable TMPDIR to a folder that you can write to"
+        raise UserError(f"temporary files cannot be written anywhere: {advice}", DISK_OR_DRIVE) from None
+    for name, path in (("--config", settings_file), ("the current folder", current), ("TMPDIR", temporary)):
+        if reason := not_utf8(path):
+            raise UserError(f"{name}: {path!r} {reason}")
 
 
 def _stop(number: int, _frame: Any) -> None:
@@ -96,4 +125,5 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    console.protect()
     sys.exit(main())

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 import data_utils
 from lace_lora import files, process
 from lace_lora.config import LORA_FILE, TRAINING, Config, dump_config
-from lace_lora.errors import DISK_OR_DRIVE, UserError
+from lace_lora.errors import DISK_OR_DRIVE, UserError, disk_advice
 from lace_lora.pictures import checking, image_files
 from lace_lora.pictures.checking import Picture
 from lace_lora.sdxl import hub
@@ -38,6 +38,7 @@ def run(config: Config, dry_run: bool = False) -> None:
     Raises:
         UserError: whatever the user can fix, with its exit code.
     """
+    launch.check_packages(config)
     if config.accelerate_config:
         launch.check_accelerate_config(Path(config.accelerate_config))
     if config.train_script:
@@ -269,11 +270,9 @@ def _disk_errors(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or output_dir} ({error.strerror}): "
-            "free some disk space, or set lora_output_dir to a folder that you can write to",
-            DISK_OR_DRIVE,
-        ) from error
+        advice = disk_advice(error) or "set lora_output_dir to a folder that you can write to"
+        reason = f"cannot write {error.filename or output_dir} ({error.strerror})"
+        raise UserError(f"{reason}: {advice}", DISK_OR_DRIVE) from error
 
 
 def _print_plan(config: Config, annotations: data_utils.Annotations, class_count: int, resume: Path | None) -> None:

@@ -22,7 +22,7 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lace_lora import seeds
+from lace_lora import console, seeds
 from lace_lora.config import LORA_FILE, Config
 from lace_lora.errors import UserError
 from lace_lora.process import Stopped, StopSignal
@@ -100,7 +100,7 @@ def train(config: Config, job: launch.Job, stop: StopSignal) -> str:
     first_step = restore(run, Path(job.resume)) if job.resume else 0
 
     stop.deferred = True
-    log = Metrics(config, first_step, quiet=not accelerator.is_main_process)
+    log = Metrics(config, first_step, accelerator.is_main_process)
     try:
         steps = loop(run, log, first_step, stop)
     finally:
@@ -142,8 +142,9 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
             saving = log.check_finite(ending) and saving
         if saving and is_main:
             run.publisher.wait()
-            log.publish()
+            log.write_rows()
             save_checkpoint(run, done)
+            log.draw_curve()  # while the checkpoint is written
         if run.sample_inputs and done % config.validation_steps == 0 and not stopping:
             samples.draw_samples(config, done, run.train_step, run.noise_scheduler, run.sample_inputs)
     run.publisher.wait()
@@ -230,4 +231,5 @@ def restore(run: Run, folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    console.protect()
     sys.exit(main())

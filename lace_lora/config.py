@@ -10,6 +10,7 @@ import enum
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -349,7 +350,12 @@ def _scalar(node: yaml.Node, wanted: Any) -> Any:
     shown = redact(text)  # before it is cut, which could hide what it is
     shown = shown if len(shown) <= 40 else shown[:40] + "…"
     if wanted is str:
-        return os.path.expanduser(text) if text.startswith("~/") else text  # no prompt begins so
+        if reason := not_utf8(text):
+            raise ValueError(f"is {redact(text)!r}, which {reason}")
+        path = os.path.expanduser(text) if text.startswith("~/") else text  # no prompt begins so
+        if path.startswith("~/"):
+            raise ValueError(f"is {shown!r}, but your home folder is not known: write the full path, or set HOME")
+        return path
     if get_origin(wanted) is Literal:
         if text in get_args(wanted):
             return text
@@ -363,6 +369,13 @@ def _scalar(node: yaml.Node, wanted: Any) -> Any:
         if wanted is float and tag in ("int", "float", "str") and math.isfinite(float(text)):
             return float(text)
     raise ValueError(f"is {shown!r}, not {_name(wanted)}")
+
+
+def not_utf8(text: str) -> str:
+    """Why an argument or a path is not UTF-8 text; an empty string if it is."""
+    encoding = sys.getfilesystemencoding()
+    advice = "change or rename it" if encoding == "utf-8" else f"Python reads it as {encoding}: set PYTHONUTF8=1"
+    return f"is not UTF-8 text: {advice}" if any("\ud800" <= letter <= "\udfff" for letter in text) else ""
 
 
 def _name(wanted: Any) -> str:

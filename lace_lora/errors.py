@@ -11,11 +11,18 @@ NO_SECRETS = "remove it, because settings are saved in files and pictures; log i
 # An access token of the Hub, or the user's name and password in a URL.
 _SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|(?<=://)[^/@\s]+(?=@)")
 
-_DISK_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOTCONN, errno.ESTALE, errno.ENOENT, errno.ENOTDIR,
-    errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ETIMEDOUT, errno.ENODEV, errno.EBUSY,
-    errno.ENAMETOOLONG,
-)  # fmt: skip
+# What to do about an error of a disk, by its number.
+_DISK_ADVICE = (
+    dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some disk space")
+    | dict.fromkeys((errno.EACCES, errno.EPERM), "you have no permission: change that, or choose another folder")
+    | {errno.EROFS: "it is read-only: choose another folder, or check the disk or Drive"}
+    | {errno.ENAMETOOLONG: "choose a shorter name", errno.EFBIG: "choose a disk for larger files"}
+    | dict.fromkeys(
+        (errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO, errno.EBUSY),
+        "check that the disk or Drive is connected and works",
+    )
+)
+_FOLDER_IS_GONE = "its folder is not there: check that the disk or Drive is mounted"
 _MEMORY_ERRORS = ("OutOfMemoryError", "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
@@ -50,12 +57,27 @@ def explain(error: Exception, advice: str) -> UserError | None:
     message = f"{type(error).__name__}: {error}" if isinstance(error, RuntimeError) else ""
     if isinstance(error, MemoryError) or any(words in message for words in _MEMORY_ERRORS):
         return UserError(f"out of memory: {advice}", OUT_OF_MEMORY)
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        fix = "free some disk space, or make sure that the folder exists, then run the same command again"
+    if isinstance(error, OSError) and (fix := disk_advice(error)):
         name = error.filename2 or error.filename or "a file"  # when copying: the destination
         name = os.fsdecode(name) if isinstance(name, bytes) else name
-        return UserError(f"{name} could not be read or written ({error.strerror}): {fix}", DISK_OR_DRIVE)
+        reason = f"{name} could not be read or written ({error.strerror})"
+        return UserError(f"{reason}: {fix}, then run the same command again", DISK_OR_DRIVE)
     return None
+
+
+def disk_advice(error: OSError) -> str:
+    """What to do about a disk or Drive that is full, gone, failing or not ours to use; empty if that is not it.
+
+    A missing file whose folder is there, or one that exists already, is not.
+    """
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        return "" if all(map(os.path.isdir, map(_folder_of, names))) else _FOLDER_IS_GONE
+    return _DISK_ADVICE.get(error.errno or 0, "")
+
+
+def _folder_of(name: str) -> str:
+    return os.path.dirname(os.path.abspath(name))
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

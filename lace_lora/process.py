@@ -13,16 +13,18 @@ import fcntl
 import json
 import logging
 import os
+import re
 import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lace_lora import console
 from lace_lora.errors import OUT_OF_MEMORY, UserError, explain
 from lace_lora.files import write_atomically
 
@@ -34,6 +36,11 @@ ADVICE = (
 _BUG = "training failed because of a bug in this program; see the traceback above"
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes
 _ROOT = Path(__file__).resolve().parent.parent
+# Set by the launchers of torch, accelerate and MPI for the processes that they start, and read by them.
+_OF_A_LAUNCH = re.compile(
+    r"(LOCAL_|NODE_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|NPROC|FORK_LAUNCHED|LACE_LORA_LAUNCHER"
+    r"|(MASTER|TORCHELASTIC|PET|ACCELERATE|FSDP|DEEPSPEED|MEGATRON_LM|PARALLELISM_CONFIG|OMPI|PMIX?|MPI|MV2)_.*"
+)
 _LAUNCHER_PID = "LACE_LORA_LAUNCHER"  # environment variable of the processes that the launcher starts
 _PR_SET_PDEATHSIG = 1
 
@@ -47,7 +54,8 @@ def run(command: list[str], folder: Path) -> str:
         UserError: the training failed, was killed, or was stopped (exit 130 or 143).
     """
     with _stop_requests() as stops:
-        launcher = subprocess.Popen(command, env=environment(), start_new_session=True, preexec_fn=_die_with_parent)
+        environment = launch_environment(os.environ)
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
         while True:
             running = launcher.poll() is None  # checked first: the launcher may start a training until it exits
             # Whatever their parents are: the kernel releases the lock of a dead one.
@@ -65,10 +73,12 @@ def run(command: list[str], folder: Path) -> str:
     return _closing_line(launcher.returncode, stops, folder)
 
 
-def environment() -> dict[str, str]:
-    """Of Python processes that import this program, and no file in the user's current folder in place of a library."""
-    python_path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": python_path, "PYTHONSAFEPATH": "1"}
+def launch_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The launcher's environment: the user's, without what another launch has left, which would join or break ours."""
+    python_path = os.pathsep.join(filter(None, [str(_ROOT), environ.get("PYTHONPATH")]))
+    kept = {name: value for name, value in environ.items() if not _OF_A_LAUNCH.fullmatch(name)}
+    # So that no file in the user's current folder is imported in place of a library.
+    return kept | {"PYTHONPATH": python_path, "PYTHONSAFEPATH": "1"}
 
 
 @contextmanager
@@ -110,14 +120,16 @@ def _closing_line(code: int, stops: list[int], folder: Path) -> str:
     if not stops and code in (-signal.SIGINT, -signal.SIGTERM):
         stops = [-code]  # the launcher alone was stopped
     if ended in _STOPPED or (stops and ended is None):
-        message = message or "stopped immediately; run the same command again to resume from the last checkpoint"
+        message = message or (
+            "stopped immediately; run the same command again: it resumes from the last checkpoint, if there is one"
+        )
         raise UserError(message, 128 + stops[0] if stops else outcome["exit_code"])
     if ended is not None:
         raise UserError(message, ended)
     if not any(folder.glob("*.alive")):
         raise UserError(f"accelerate could not start the training (exit code {code}); see its output above")
     reason = "the training process was killed, most likely because the machine ran out of memory"
-    advice = "close other programs or choose a machine with more memory, then run the same command again to resume"
+    advice = "close other programs or choose a machine with more memory, then run the same command again"
     raise UserError(f"{reason}: {advice}", OUT_OF_MEMORY)
 
 
@@ -209,6 +221,7 @@ def _read_outcome(folder: Path) -> dict[str, Any]:
 
 def launch() -> None:
     """Run accelerate's own launcher. A single training process is this one, so that torch is imported once."""
+    console.protect()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no KeyboardInterrupt
     os.environ[_LAUNCHER_PID] = str(os.getpid())
     # accelerate sets it for the processes that it starts; here torch reads it when it is imported.
@@ -217,6 +230,8 @@ def launch() -> None:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     accelerate_launch.simple_launcher = _run_here
+    start_several = accelerate_launch.multi_gpu_launcher
+    accelerate_launch.multi_gpu_launcher = lambda arguments: start_several(_with_use_cpu(arguments))
     try:
         accelerate_launch.launch_command(accelerate_launch.launch_command_parser().parse_args())
     except Exception as error:
@@ -228,6 +243,14 @@ def launch() -> None:
         if type(error).__name__ != "ChildFailedError":
             raise
         sys.exit(1)
+
+
+def _with_use_cpu(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Pass `use_cpu` on, which accelerate does for a single process only. Without a GPU, each would train alone."""
+    import torch
+
+    os.environ["ACCELERATE_USE_CPU"] = str(arguments.use_cpu or not torch.accelerator.is_available())
+    return arguments
 
 
 def _run_here(arguments: argparse.Namespace) -> None:

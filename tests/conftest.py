@@ -87,12 +87,11 @@ def settings(tiny: Path, photos: Path, tmp_path: Path) -> Make:
 
 
 @pytest.fixture
-def two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def two_processes(tmp_path: Path) -> str:
     """An accelerate file for two processes, which share the CPU in place of a GPU each."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     path = tmp_path / "two_processes.yaml"
     path.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\n"
-                    "num_processes: 2\nmachine_rank: 0\nmixed_precision: 'no'\nuse_cpu: false\n")  # fmt: skip
+                    "num_processes: 2\nmachine_rank: 0\nmixed_precision: 'no'\nuse_cpu: true\n")  # fmt: skip
     return str(path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers import ROOT
+from helpers import ROOT, refused
 from lace_lora.config import Config, describe, dump_config, load_config
 from lace_lora.errors import UserError
 
@@ -232,7 +232,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         Config(),
         Config(prompt=("a: b", "no", "# c", "émoji 🧵", "two\nlines", "null"), negative_prompt="~", lora_alpha=2.5),
         Config(learning_rate=3e-7, seed=2**63 - 1, refine=False, mixed_precision="no", prompts_file="1e3"),
-        Config(images_dir=" a\tb\udc80", image_extensions=(".JPG", ".png"), resume_from_checkpoint=None),
+        Config(images_dir=" a\tb\u0080", image_extensions=(".JPG", ".png"), resume_from_checkpoint=None),
     ],
 )
 def test_dumped_settings_read_back_equal(tmp_path: Path, config: Config) -> None:
@@ -248,3 +248,11 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HOME", "/home/ada")
     config = load(tmp_path, "images_dir: ~/photos\n", "lora_output_dir=~/lora")
     assert (config.images_dir, config.lora_output_dir) == ("/home/ada/photos", "/home/ada/lora")
+
+
+def test_without_a_home_folder_a_path_that_begins_with_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it is for a user without an entry, and no HOME
+    message = refused(lambda: load(tmp_path, "images_dir: ~/photos\n"), "images_dir is '~/photos'")
+    assert "your home folder is not known: write the full path, or set HOME" in message

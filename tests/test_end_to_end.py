@@ -111,8 +111,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(
     for single, double in zip(*rows, strict=True):
         assert single.split(",")[0] == double.split(",")[0]
     assert float(rows[0][-1].split(",")[1]) == pytest.approx(float(rows[1][-1].split(",")[1]), rel=1e-3)
-    # A known fault, issue 21: each process opens a writer of its own. One is right.
-    assert len(event_files(tmp_path / "two")) == 2
+    assert len(event_files(tmp_path / "two")) == 1
 
 
 def test_class_pictures_are_drawn_once_and_user_files_kept(settings: Make, run_here: RunHere, tmp_path: Path) -> None:

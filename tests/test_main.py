@@ -113,6 +113,67 @@ def test_without_any_package_it_is_a_one_line_error_too() -> None:
     assert re.fullmatch(r"error: \w+ is not installed: .*`pip install -r requirements.txt`\n", done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-P"], "Python does not search main.py's own folder: unset PYTHONSAFEPATH, and do not use -P or -I"),
+        (["-OO"], "transformers does not work without docstrings: unset PYTHONOPTIMIZE, and do not use -OO"),
+    ],
+)
+def test_options_of_python_that_do_not_fit_are_a_one_line_error(options: list[str], message: str) -> None:
+    command = [sys.executable, *options, str(ROOT / "main.py"), "--mode", "train", "--config", "demo/config.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
+
+
+def test_windows_is_told_to_use_wsl(tmp_path: Path) -> None:
+    missing = "raise ModuleNotFoundError(\"No module named 'fcntl'\", name='fcntl')"
+    (tmp_path / "fcntl.py").write_text(missing)
+    command = [sys.executable, str(ROOT / "main.py"), "--mode", "train", "--config", str(ROOT / "config.yaml")]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        2, "error: this program needs Linux or macOS: on Windows, run it in WSL\n"
+    )  # fmt: skip
+
+
+def test_a_current_folder_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main.main(["--mode", "train"]) == 2
+    assert capsys.readouterr().err == "error: the current folder has been deleted: change to another one with `cd`\n"
+
+
+def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/nowhere/at all"])
+    assert main.main(["--mode", "train"]) == 4
+    assert "set the environment variable TMPDIR to a folder that you can write to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["--config", "the current folder", "TMPDIR", "images_dir"])
+def test_a_path_that_is_not_utf8_is_refused_first(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd, settings = tmp_path / "\udcff", tmp_path / "c.yaml"
+    odd.mkdir()
+    settings.write_text("")
+    if where == "the current folder":
+        monkeypatch.chdir(odd)
+    if where == "TMPDIR":
+        monkeypatch.setattr("tempfile.tempdir", str(odd))
+    overrides = [f"images_dir={odd}"] if where == "images_dir" else []
+    assert main.main(["--mode", "train", "--config", str(odd if where == "--config" else settings), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        rf"error: (command line: )?{where}\W.*\\udcff.* is not UTF-8 text: change or rename it\n", error
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_while_drawing_is_a_one_line_message(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

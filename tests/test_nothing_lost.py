@@ -353,15 +353,38 @@ def test_a_folder_that_vanishes_is_a_disk_error_and_is_not_created_again(
 
 
 def test_a_lost_drive_is_a_one_line_error_and_no_traceback(settings: Make, start: Start, tmp_path: Path) -> None:
-    process = start(settings(max_train_steps=100_000, checkpointing_steps=100_000, report_to="tensorboard"))
+    process = start(settings(max_train_steps=100_000, checkpointing_steps=30, report_to="tensorboard"))
     wait_for(lambda: any((tmp_path / "lora").glob("logs/*")), process)
     (tmp_path / "lora").rename(tmp_path / "elsewhere")
     assert process.wait(300) == 4
     output = (tmp_path / "output.txt").read_text()
-    assert output.splitlines()[-1].startswith(f"error: {tmp_path}/lora/logs/events")
-    assert "could not be read or written (No such file or directory): free some disk space" in output.splitlines()[-1]
+    last = output.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path}/lora/.checkpoint-")
+    assert "could not be read or written (No such file or directory): its folder is not there: check that" in last
     assert "Traceback" not in output
     assert not (tmp_path / "lora").exists()
+
+
+def test_a_training_finishes_without_what_only_watches_it(settings: Make, tmp_path: Path) -> None:
+    """Nobody reads what it prints, and the variables of another launch and of a notebook are still set."""
+    config = settings(max_train_steps=3, report_to="tensorboard")
+    (tmp_path / "my.yaml").write_text(dump_config(config))
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "logs").write_text("a file where TensorBoard's folder should be")
+    (tmp_path / "lora" / "loss.png").mkdir()
+    left_over = {
+        "RANK": "3", "WORLD_SIZE": "seven", "LOCAL_RANK": "1", "MASTER_ADDR": "none.invalid",
+        "TORCHELASTIC_RUN_ID": "x", "ACCELERATE_USE_DEEPSPEED": "true", "OMPI_COMM_WORLD_SIZE": "4",
+        "MPLBACKEND": "module://none", "COLUMNS": "0", "PYTHONIOENCODING": "ascii", "PYTHONWARNINGS": "error",
+    }  # fmt: skip
+    reader, writer = os.pipe()
+    command = [sys.executable, str(ROOT / "main.py"), "--mode", "train", "--config", str(tmp_path / "my.yaml")]
+    process = subprocess.Popen(command, stdout=writer, stderr=writer, env=os.environ | left_over)
+    os.close(writer)
+    os.close(reader)
+    assert process.wait(120) == 0
+    assert checkpoint.newest(tmp_path / "lora") == (tmp_path / "lora" / "checkpoint-3", [])
+    assert {LORA_FILE, "metrics.csv"} < names(tmp_path / "lora")
 
 
 CANARY = "hf_" + "Canary" * 6

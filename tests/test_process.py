@@ -206,7 +206,9 @@ def test_a_second_stop_kills_an_unresponsive_training(start: Start, tmp_path: Pa
     main.send_signal(signal.SIGINT)
     _, output = main.communicate(timeout=15)
     assert main.returncode == 130
-    assert output == "stopped immediately; run the same command again to resume from the last checkpoint\n"
+    assert output.startswith(
+        "stopped immediately; run the same command again: it resumes from the last checkpoint, if "
+    )
     training_has_ended(tmp_path)
 
 
@@ -253,9 +255,8 @@ def test_no_file_in_the_current_folder_is_imported_in_place_of_a_library(
 
 
 def test_accelerates_launcher_is_the_training_process_if_that_is_a_single_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys\nfrom pathlib import Path\nfrom lace_lora import process\n"
@@ -263,7 +264,7 @@ def test_accelerates_launcher_is_the_training_process_if_that_is_a_single_one(
         "output += [str('LACE_LORA_LAUNCHER' in os.environ), str(os.getpgrp() == os.getpid())]\n"
         "sys.exit(process.report_outcome(lambda _: ' '.join(output), Path(sys.argv[1])))\n"
     )
-    (tmp_path / "accelerate.yaml").write_text(ACCELERATE_SETTINGS)
+    (tmp_path / "accelerate.yaml").write_text(ACCELERATE_SETTINGS.replace("use_cpu: false", "use_cpu: true"))
     command = [sys.executable, "-m", "lace_lora.process", "--config_file", str(tmp_path / "accelerate.yaml")]
     command += ["--num_cpu_threads_per_process", "3", "--quiet", str(script), str(tmp_path)]
     assert process.run(command, tmp_path) == f"__main__ {tmp_path} 3 no False True"
@@ -310,15 +311,36 @@ def test_of_several_processes_the_first_reports_success_and_any_a_failure(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "error", [PermissionError(13, "no", "x"), FileExistsError(17, "no", "x"), OSError(30, "no"), OSError(5, "no", 3)]
+    ("error", "advice"),
+    [
+        (PermissionError(13, "no", "x"), "you have no permission"),
+        (OSError(28, "no", "x"), "free some disk space"),
+        (OSError(122, "no", b"x"), "free some disk space"),
+        (OSError(30, "no"), "it is read-only"),
+        (OSError(5, "no", 3), "check that the disk or Drive is connected"),
+        (OSError(116, "no", "x"), "check that the disk or Drive is connected"),
+        (FileNotFoundError(2, "no", "/nowhere/at all/x"), "check that the disk or Drive is mounted"),
+        (NotADirectoryError(20, "no", f"{__file__}/x"), "check that the disk or Drive is mounted"),
+        (FileNotFoundError(2, "no", __file__, None, "/nowhere/x"), "check that the disk or Drive is mounted"),
+        (OSError(36, "no", "x" * 999), "choose a shorter name"),
+    ],
 )
-def test_disk_errors_are_user_errors(error: OSError) -> None:
+def test_disk_errors_are_user_errors_each_with_its_advice(error: OSError, advice: str) -> None:
     explained = errors.explain(error, "buy more")
     assert explained
     assert explained.exit_code == 4
+    assert advice in str(explained)
+    assert ("disk space" in str(explained)) == ("disk space" in advice)
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shape"), OSError("no number"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("x"), RuntimeError("shape"), OSError("no number"), KeyError("x"), FileExistsError(17, "no", "x"),
+        IsADirectoryError(21, "no", "x"), OSError(39, "not empty", "x"), FileNotFoundError(2, "no", __file__ + ".tmp"),
+        FileNotFoundError(2, "no"), BrokenPipeError(32, "no"),
+    ],
+)  # fmt: skip
 def test_a_bug_is_not_reported_as_a_user_error(error: Exception) -> None:
     assert errors.explain(error, "buy more") is None
 

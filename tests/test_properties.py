@@ -25,6 +25,7 @@ from lace_lora import files
 from lace_lora.config import Config, dump_config, load_config
 from lace_lora.errors import UserError
 from lace_lora.pictures import checking, image_files
+from lace_lora.process import launch_environment
 from lace_lora.sdxl import hub, models, sampling
 from lace_lora.training import checkpoint
 from sdxl_helpers import CPU, run_unet
@@ -354,3 +355,35 @@ def test_any_unet_config_is_refused_or_used_as_it_is(changes: dict[str, Any], mo
             key: value for key, value in content.items() if key[0] != "_"
         }
         run_unet(unet)
+
+
+# What other launches leave in the environment, and what is the user's own.
+LEFT_OVER = [
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE",
+    "PET_NNODES", "ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION", "FSDP_VERSION",
+    "MEGATRON_LM_TP_DEGREE", "PARALLELISM_CONFIG_TP_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK",
+    "MV2_COMM_WORLD_RANK", "MPI_LOCALRANKID", "FORK_LAUNCHED", "LACE_LORA_LAUNCHER",
+]  # fmt: skip
+OWN = [
+    "PATH", "HOME", "CUDA_VISIBLE_DEVICES", "HF_TOKEN", "HF_HOME", "OMP_NUM_THREADS", "TORCH_DISTRIBUTED_DEBUG",
+    "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "PYTORCH_CUDA_ALLOC_CONF", "XDG_CACHE_HOME", "FRANK",
+]  # fmt: skip
+
+
+@often
+@given(environ=st.dictionaries(st.sampled_from(LEFT_OVER + OWN), st.sampled_from(["", "0", "-1", "x", "true", "99"])))
+def test_any_environment_gives_a_clean_launch(environ: dict[str, str]) -> None:
+    built = launch_environment(environ)
+    assert not built.keys() & set(LEFT_OVER)
+    assert {name: value for name, value in environ.items() if name in OWN}.items() <= built.items()
+    assert built.keys() - set(OWN) == {"PYTHONPATH", "PYTHONSAFEPATH"}
+
+
+@often
+@given(
+    key=st.sampled_from(["images_dir", "instance_prompt", "prompt", "image_extensions"]),
+    before=st.text(max_size=5), byte=st.integers(0xDC80, 0xDCFF),
+)  # fmt: skip
+def test_any_argument_that_is_not_utf8_is_refused(key: str, before: str, byte: int, tmp_path: Path) -> None:
+    assert "not UTF-8 text" in refusal(tmp_path / "c.yaml", "", f"{key}={before.lstrip(' [')}{chr(byte)}")

@@ -19,6 +19,7 @@ from lace_lora.config import LORA_FILE
 from lace_lora.errors import LOSS_NOT_FINITE, UserError
 from lace_lora.process import Stopped
 from lace_lora.training import checkpoint, class_pictures
+from lace_lora.training.metrics import Metrics
 from training_helpers import StopAt, make_run, train_here
 
 
@@ -189,6 +190,25 @@ def test_a_checkpoint_has_the_weights_of_its_step_however_slow_the_write(
     for name in (LORA_FILE, "training_state.safetensors"):
         expected, got = (load_file(tmp_path / run / "checkpoint-2" / name) for run in ("quick", "slow"))
         assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_a_checkpoint_is_saved_before_the_curve_is_drawn(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def fail(_: Any) -> bytes:
+        raise Killed
+
+    monkeypatch.setattr("lace_lora.training.metrics._plot", fail)
+    run = make_run(settings(max_train_steps=2))
+    (tmp_path / "lora").mkdir()
+    with pytest.raises(Killed):
+        train_lora.loop(run, Metrics(run.config, 0, is_main=True), 0, StopAt(None))  # type: ignore[arg-type]
+    run.publisher.wait()
+    assert checkpoint.newest(tmp_path / "lora") == (tmp_path / "lora" / "checkpoint-2", [])
+    assert len((tmp_path / "lora" / "metrics.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.errors import first_line
 from lace_lora.pictures import recipe
 from lace_lora.pictures.image_files import BROKEN, Unsuitable, count_pages, formats_of, open_picture
-from lace_lora.process import environment
+from lace_lora.process import launch_environment
 
 _CRASHED = "unreadable: it crashes the decoder, or exhausts memory"
 _COPY = "copy or download it again"
@@ -114,7 +114,11 @@ class _Worker:
         command = [sys.executable, "-W", "ignore", "-m", __name__, str(min_image_size), *formats]
         # In a session of its own: Ctrl-C is the main process's to handle.
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=launch_environment(os.environ),
+            start_new_session=True,
         )
         assert self.process.stdin
         assert self.process.stdout

@@ -26,19 +26,21 @@ def cached(key: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[s
 
     The key is all that the tensors depend on, in types that JSON has.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "lace-lora")
+    folder = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "lace-lora")
+    if str(folder).startswith("~"):
+        logger.warning("no cache, because your home folder is not known: the next run has to encode again")
+        return make()
     name = json_digest(key, length=32)
-    for file in folder.glob(f"{name}-*.safetensors"):
-        try:
+    try:
+        for file in folder.glob(f"{name}-*.safetensors"):
             content = file.read_bytes()
-        except OSError as error:
-            logger.warning("%s cannot be read (%s): computing it again", file, error.strerror)
-            continue
-        if file.name == _file_name(name, content):
-            with suppress(OSError):
-                os.utime(file)
-            return load(content)
-        logger.warning("%s is damaged: computing it again", file)
+            if file.name == _file_name(name, content):
+                with suppress(OSError):
+                    os.utime(file)
+                return load(content)
+            logger.warning("%s is damaged: computing it again", file)
+    except OSError as error:
+        logger.warning("%s cannot be read (%s): computing it again", error.filename or folder, error.strerror)
     tensors = make()
     content = save(tensors)
     try:

@@ -1,6 +1,7 @@
 """How the training process is started: its job, the command, and accelerate's settings file."""
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -40,6 +41,20 @@ class Job:
     origin: str | None = None  # of the named checkpoint that the run began at, see checkpoint.origin_of
     class_pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that exist
     class_to_draw: dict[str, int] = field(default_factory=dict)  # each with the number that gives its seed
+
+
+def check_packages(config: Config) -> None:
+    """Raises UserError: a package that this training needs is not installed. None is imported, since that is slow."""
+    needed = dict.fromkeys(("torch", "diffusers", "transformers", "accelerate", "peft", "matplotlib"), "")
+    if config.report_to == "tensorboard":
+        needed["tensorboard"] = ", or set report_to: none"
+    if config.optimizer == "prodigy":
+        needed["prodigyopt"] = ", or set optimizer: adamw"
+    if config.attention == "xformers":
+        needed["xformers"] = ", or set attention: auto"
+    for package, otherwise in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed: run `pip install {package}`{otherwise}")
 
 
 def run_job(description: str, run: Callable[[Config, Job, Path, StopSignal], str]) -> int:

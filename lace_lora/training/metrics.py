@@ -4,7 +4,10 @@ import csv
 import io
 import logging
 import math
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lace_lora.config import Config
-from lace_lora.errors import LOSS_NOT_FINITE, UserError
+from lace_lora.errors import LOSS_NOT_FINITE, UserError, first_line
 from lace_lora.files import write_atomically
 from lace_lora.pictures.recipe import TEXT
 
@@ -43,43 +46,61 @@ class PendingScalars:
 
 
 class Metrics:
-    """Collects one row per step and publishes them with every checkpoint.
+    """Collects one row per step; the first process shows and writes them, and what fails of that is a warning.
 
-    metrics.csv is rewritten and renamed each time: appended lines may never reach Google Drive, and rows after the last
-    checkpoint would be duplicated by a resume.
+    metrics.csv is rewritten and renamed with every checkpoint: appended lines may never reach Google Drive, and rows
+    after the last checkpoint would be duplicated by a resume.
     """
 
-    def __init__(self, config: Config, first_step: int, quiet: bool) -> None:
+    def __init__(self, config: Config, first_step: int, is_main: bool) -> None:
         self.folder, self.learning_rate = Path(config.lora_output_dir), config.learning_rate
         self.rows = _read_rows(self.folder / "metrics.csv", before=first_step)
-        self.pending: list[tuple[int, float, PendingScalars]] = []
-        self.started = time.monotonic()
-        self.bar = tqdm(total=config.max_train_steps, initial=first_step, desc="training", unit="step", disable=quiet)
+        self.pending: list[tuple[int, float, float, PendingScalars]] = []
+        self.started = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0)
+        self.failed: set[str] = set()
+        self.bar = tqdm(disable=True)
         self.writer: Any = None
-        if config.report_to == "tensorboard":
-            from torch.utils.tensorboard.writer import SummaryWriter
+        if is_main:
+            with self._only_warn("the progress bar"):
+                self.bar = tqdm(total=config.max_train_steps, initial=first_step, desc="training", unit="step")
+        if is_main and config.report_to == "tensorboard":
+            with self._only_warn("TensorBoard"):
+                from torch.utils.tensorboard.writer import SummaryWriter
 
-            # purge_step: drops points after the step that a run resumes from.
-            self.writer = SummaryWriter(str(self.folder / "logs"), purge_step=first_step or None)
+                # purge_step: drops points after the step that a run resumes from.
+                self.writer = SummaryWriter(str(self.folder / "logs"), purge_step=first_step or None)
+
+    @contextmanager
+    def _only_warn(self, what: str) -> Iterator[None]:
+        """Training goes on without what only watches it; a warning says so the first time."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self.failed:
+                logger.warning("%s failed (%s): training goes on without", what, first_line(error))
+            self.failed.add(what)
 
     def record(self, step: int, loss: Tensor, learning_rate: float, grad_norm: Tensor) -> None:
-        """Record one step, counted from 1; loss and norm may still be pending."""
-        self.pending.append((step, learning_rate, PendingScalars(loss, grad_norm)))
-        self.bar.update()
+        """Record one step, counted from 1, and the time; loss and norm may still be pending."""
+        seconds = time.monotonic() - self.started
+        self.pending.append((step, learning_rate, seconds, PendingScalars(loss, grad_norm)))
+        with self._only_warn("the progress bar"):
+            self.bar.update()
 
     def read(self, latest: bool) -> None:
         """Read pending losses and norms into `rows` and show the last; without `latest`, leave the newest pending."""
         ready = self.pending if latest else self.pending[:-1] or self.pending
         self.pending = self.pending[len(ready) :]
-        for step, learning_rate, numbers in ready:
+        for step, learning_rate, seconds, numbers in ready:
             loss, grad_norm = numbers.read()
-            seconds = time.monotonic() - self.started
             row = dict(zip(COLUMNS, (step, loss, learning_rate, grad_norm, seconds), strict=True))
             self.rows.append(row)
-            if self.writer:
-                for name in COLUMNS[1:4]:
-                    self.writer.add_scalar(f"train/{name}", row[name], step)
-        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}")
+            if self.writer and "TensorBoard" not in self.failed:
+                with self._only_warn("TensorBoard"):
+                    for name in COLUMNS[1:4]:
+                        self.writer.add_scalar(f"train/{name}", row[name], step)
+        with self._only_warn("the progress bar"):
+            self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}")
 
     def check_finite(self, ending: bool) -> bool:
         """Whether the weights may be saved: the last loss is a finite number, or the run is ending.
@@ -95,26 +116,34 @@ class Metrics:
                     raise UserError(
                         "the loss or its gradients are not finite (NaN or inf) in several steps up to step "
                         f"{self.rows[-1]['step']}: lower learning_rate ({self.learning_rate:g}) or, if training in "
-                        "fp16, set mixed_precision: bf16 or no, then run the same command again to resume",
+                        "fp16, set mixed_precision: bf16 or no, then run the same command again",
                         LOSS_NOT_FINITE,
                     )
         return ending or math.isfinite(self.rows[-1]["loss"])
 
-    def publish(self) -> None:
-        """Write metrics.csv and loss.png as they stand."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([row["step"], *(f"{row[name]:.6g}" for name in COLUMNS[1:])] for row in self.rows)
-        write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
-        write_atomically(self.folder / "loss.png", _plot(self.rows))
+    def write_rows(self) -> None:
+        """Write metrics.csv. Before the checkpoint, so that a resume from that finds its rows."""
+        with self._only_warn("metrics.csv"):
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows([row["step"], *(f"{row[name]:.6g}" for name in COLUMNS[1:])] for row in self.rows)
+            write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
+
+    def draw_curve(self) -> None:
+        """Write loss.png, and what TensorBoard has so far."""
+        with self._only_warn("loss.png"):
+            write_atomically(self.folder / "loss.png", _plot(self.rows))
         if self.writer:
-            self.writer.flush()
+            with self._only_warn("TensorBoard"):
+                self.writer.flush()
 
     def close(self) -> None:
-        self.bar.close()
+        with self._only_warn("the progress bar"):
+            self.bar.close()
         if self.writer:
-            self.writer.close()
+            with self._only_warn("TensorBoard"):
+                self.writer.close()
 
 
 def _read_rows(path: Path, before: int) -> list[dict[str, float]]:
@@ -124,14 +153,15 @@ def _read_rows(path: Path, before: int) -> list[dict[str, float]]:
     try:
         with open(path, newline="") as file:
             rows = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
-    except (ValueError, KeyError, TypeError):
-        logger.warning("%s is damaged: the loss curve starts at the step resumed from", path)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        logger.warning("%s cannot be read or is damaged: the loss curve starts at the step resumed from", path)
         return []
     return [row | {"step": int(row["step"])} for row in rows if row["step"] <= before]
 
 
 def _plot(rows: list[dict[str, float]]) -> bytes:
     """The loss by step as a PNG: single steps faint, because they are noisy, and their running mean."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which may be set, need not be installed here
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     from matplotlib.figure import Figure
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from lace_lora import console
 from lace_lora.config import LORA_FILE, Config
 from lace_lora.errors import UserError, explain, first_line
 from lace_lora.files import write_atomically
@@ -29,7 +30,8 @@ _PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # accele
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s")
     models.prepare_process()
     return launch.run_job(
         "Run diffusers' training script", lambda config, job, folder, _stop: run(config, job, folder / "pictures")
@@ -92,4 +94,5 @@ def _run_as_main(script: Path, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    console.protect()
     sys.exit(main())

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from lace_lora import seeds
 from lace_lora.config import Config
-from lace_lora.errors import UserError, is_out_of_memory
+from lace_lora.errors import first_line, is_out_of_memory
 from lace_lora.files import write_atomically
 from lace_lora.pictures import gallery
 from lace_lora.sdxl import sampling
@@ -64,23 +64,18 @@ def draw_samples(
             pictures += decode_latents(vae, latents)
         return pictures
 
-    train_step.train(False)
-    try:
-        pictures = _within_memory(draw, train_step, config.train_batch_size)
-    except UserError as error:  # of the VAE, or of drawing in fp16: the LoRA need not be at fault
-        logger.warning("no sample pictures at step %d: %s", step, error)
-        return
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        logger.warning("no sample pictures at step %d: out of memory", step)
-        return
-    finally:
-        sample_inputs.vae.to("cpu")
-        train_step.train()
     path = Path(config.lora_output_dir, "samples", f"step-{step:06d}.png")
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, gallery.contact_sheet(pictures, side=512))
+    try:
+        train_step.train(False)
+        pictures = _within_memory(draw, train_step, config.train_batch_size)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, gallery.contact_sheet(pictures, side=512))
+    except Exception as error:  # whatever it is, the LoRA need not be at fault, and the next checkpoint has to be saved
+        reason = "out of memory" if is_out_of_memory(error) else first_line(error)
+        logger.warning("no sample pictures at step %d: %s", step, reason)
+    finally:
+        train_step.train()
+        sample_inputs.vae.to("cpu")
 
 
 def _within_memory(draw: Callable[[int], list[Image.Image]], train_step: TrainStep, at_once: int) -> list[Image.Image]:

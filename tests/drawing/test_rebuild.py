@@ -53,6 +53,9 @@ def test_a_picture_is_redrawn(
     }
     assert recipe.read(next((tmp_path / "again").iterdir())) == recipe.read(original)
     assert snapshot(tmp_path / "pictures") == before
+    (tmp_path / "file").write_text("x")
+    assert main.main([*again, f"output_dir={tmp_path / 'file'}"]) == 4
+    assert "error: output_dir: cannot make" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

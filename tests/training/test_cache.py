@@ -98,3 +98,25 @@ def test_stamps_change_with_the_file(tmp_path: Path) -> None:
     os.utime(file, (at, at))
     assert before != cache.stamps(tmp_path / "weights")
     assert cache.stamps(file) == cache.stamps(file.parent)
+
+
+@pytest.mark.parametrize("cannot", ["find", "list", "read"])
+def test_a_cache_that_cannot_be_had_is_a_warning(
+    cannot: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make = Counted()
+    cache.cached({}, make)
+    [file] = own_folder.iterdir()
+    if cannot == "find":  # a user without an entry, and no HOME
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)
+        monkeypatch.chdir(own_folder)
+    elif cannot == "list":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(file.parent / ("x" * 300)))
+    else:
+        file.unlink()
+        file.mkdir()
+    assert float(cache.cached({}, make)["value"]) == 2
+    assert "again" in caplog.text
+    assert [path.name for path in own_folder.iterdir()] == [file.name]

@@ -1,8 +1,13 @@
-"""How many updates with NaN or inf in loss or gradients may be skipped."""
+"""Skipped updates, the time of each step, and what only watches a training."""
 
+import csv
 import math
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from helpers import Make, refused
 from lace_lora.errors import LOSS_NOT_FINITE
@@ -26,9 +31,99 @@ from lace_lora.training.metrics import Metrics
 def test_how_many_updates_may_be_skipped(
     losses: list[float], norms: list[float], ending: bool, good: bool | None, settings: Make
 ) -> None:
-    log = Metrics(settings(), first_step=0, quiet=True)
+    log = Metrics(settings(), first_step=0, is_main=False)
     log.rows = [{"step": 7, "loss": loss, "grad_norm": norm} for loss, norm in zip(losses, norms, strict=True)]
     if good is None:
         refused(lambda: log.check_finite(ending), "NaN or inf.* step 7: lower learning_rate", LOSS_NOT_FINITE)
     else:
         assert log.check_finite(ending) == good
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_seconds_are_those_of_each_step_and_go_on_in_a_resumed_run(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    (tmp_path / "lora").mkdir()
+    for first_step, began in ((0, 1000.0), (3, 5000.0)):
+        now = began
+        log = Metrics(settings(), first_step, is_main=False)
+        for step in range(first_step + 1, first_step + 4):
+            now += step
+            log.record(step, torch.tensor(0.5), 1e-4, torch.tensor(1.0))
+        now += 60
+        log.read(latest=True)
+        log.write_rows()
+    assert [float(row["seconds"]) for row in rows(tmp_path / "lora")] == [1, 3, 6, 10, 15, 21]
+
+
+WATCHES = {
+    "the progress bar": "tqdm.std.tqdm.refresh",
+    "TensorBoard": "torch.utils.tensorboard.writer.SummaryWriter.add_scalar",
+    "loss.png": "matplotlib.figure.Figure.savefig",
+    "metrics.csv": "lace_lora.training.metrics.csv.writer",
+}
+
+
+@pytest.mark.parametrize("broken", WATCHES)
+def test_what_only_watches_a_training_cannot_end_it_and_says_so_once(
+    broken: str, settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError(f"a bug in {broken}")
+
+    monkeypatch.setattr(WATCHES[broken], fail)
+    (tmp_path / "lora").mkdir()
+    log = Metrics(settings(report_to="tensorboard"), 0, is_main=True)
+    for step in range(1, 5):
+        log.record(step, torch.tensor(0.5), 1e-4, torch.tensor(1.0))
+        log.read(latest=True)
+        log.write_rows()
+        log.draw_curve()
+    log.close()
+    assert [record.message for record in caplog.records] == [
+        f"{broken} failed (a bug in {broken}): training goes on without"
+    ]
+    written = {path.name for path in (tmp_path / "lora").iterdir()}
+    assert written == {"metrics.csv", "loss.png", "logs"} - {broken}
+
+
+def test_packages_that_are_broken_are_a_warning_too(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "lora").mkdir()
+    for package in ("matplotlib.figure", "torch.utils.tensorboard.writer"):
+        monkeypatch.setitem(sys.modules, package, None)  # importing it raises
+    log = Metrics(settings(report_to="tensorboard"), 0, is_main=True)
+    log.record(1, torch.tensor(0.5), 1e-4, torch.tensor(1.0))
+    log.read(latest=True)
+    log.write_rows()
+    log.draw_curve()
+    log.close()
+    assert [record.message.partition(" failed")[0] for record in caplog.records] == ["TensorBoard", "loss.png"]
+    assert len(rows(tmp_path / "lora")) == 1
+
+
+def test_only_the_first_process_watches(settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = Metrics(settings(report_to="tensorboard"), 0, is_main=False)
+    log.record(1, torch.tensor(0.5), 1e-4, torch.tensor(1.0))
+    log.read(latest=True)
+    log.close()
+    assert not (tmp_path / "lora").exists()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [None, b"", b"step,loss\n1,2\n", b"\xff\xfe\0", b'step,loss\n"' + b"x" * 200_000])
+def test_a_resume_does_not_need_the_rows_of_before(content: bytes | None, settings: Make, tmp_path: Path) -> None:
+    path = tmp_path / "lora" / "metrics.csv"
+    path.parent.mkdir()
+    path.mkdir() if content is None else path.write_bytes(content)
+    log = Metrics(settings(), 1, is_main=False)
+    log.record(2, torch.tensor(0.5), 1e-4, torch.tensor(1.0))
+    log.read(latest=True)
+    assert [row["step"] for row in log.rows] == [2]

@@ -95,3 +95,29 @@ def test_samples_and_class_pictures_do_not_depend_on_the_refiners_flow(settings:
     for pattern in ("samples/step-000001.png", "class_*.png"):
         [expected], [got] = ([Image.open(path).tobytes() for path in folder.glob(pattern)] for folder in folders)
         assert got == expected
+
+
+@pytest.mark.parametrize(
+    ("broken", "changes"),
+    [
+        ("lace_lora.sdxl.sampling.base_latents", {}),
+        ("lace_lora.pictures.gallery.contact_sheet", {"train_text_encoder": True, "lora_dropout": 0.1}),
+    ],
+)
+def test_a_grid_that_fails_leaves_the_training_as_it_was(
+    broken: str, changes: dict[str, Any], settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("a bug in drawing")
+
+    changes = {"max_train_steps": 2, **changes}
+    train_here(settings(lora_output_dir=str(tmp_path / "plain"), **changes))
+    monkeypatch.setattr(broken, fail)
+    train_here(settings(validation_steps=1, num_validation_images=1, **changes))
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
+        f"no sample pictures at step {step}: a bug in drawing" for step in (1, 2)
+    ]
+    for name in (LORA_FILE, "checkpoint-2/training_state.safetensors"):
+        expected, got = (load_file(tmp_path / run / name) for run in ("plain", "lora"))
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
