@@ -59,7 +59,7 @@ def _run(config: Config, dry_run: bool) -> Path:
     else:
         files.free_space(folder.path)  # where nothing can be written, raises before gigabytes are downloaded
         models = hub.fetch_models(config, folder.lora) if folder.missing() else {}
-        files.make_output_folder(folder.path, "output_dir")
+        folder.path.mkdir(parents=True, exist_ok=True)
         with files.lock_for_one_run(folder.path):
             if folder.has_other_pictures(folder.path):
                 raise UserError(f"another run has written to {folder.path} in the meantime: run the same command again")

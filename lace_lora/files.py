@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lace_lora.errors import DISK_OR_DRIVE, UserError, disk_advice
+from lace_lora.errors import DISK_OR_DRIVE, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -55,19 +55,6 @@ def read_text(path: Path) -> str:
 def one_line(text: str) -> str:
     """Text as `read_text` reads it back from a single line: without line breaks and control characters."""
     return " ".join(CONTROL.sub(" ", text).replace("\ufeff", "").split())
-
-
-def make_output_folder(folder: Path, setting: str) -> None:
-    """Make a folder that a setting names, if it is missing.
-
-    Raises:
-        UserError: that is not possible (exit 4).
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        advice = disk_advice(error) or f"set {setting} to a folder that you can write to"
-        raise UserError(f"{setting}: cannot make {folder} ({error.strerror}): {advice}", DISK_OR_DRIVE) from error
 
 
 def remove_unfinished(folder: Path) -> None:

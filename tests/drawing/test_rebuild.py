@@ -55,7 +55,7 @@ def test_a_picture_is_redrawn(
     assert snapshot(tmp_path / "pictures") == before
     (tmp_path / "file").write_text("x")
     assert main.main([*again, f"output_dir={tmp_path / 'file'}"]) == 4
-    assert "error: output_dir: cannot make" in capsys.readouterr().err
+    assert "cannot be used as a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
