@@ -12,7 +12,7 @@ from pathlib import Path
 from lace_lora import errors, files
 from lace_lora.config import Config
 from lace_lora.drawing import refining
-from lace_lora.drawing.output_folder import BEFORE, UNFINISHED, OutputFolder
+from lace_lora.drawing.output_folder import BEFORE, UNFINISHED, OutputFolder, is_there
 from lace_lora.drawing.plan import check_input, importing_torch, lora_name
 from lace_lora.errors import UserError
 from lace_lora.pictures import gallery, recipe
@@ -53,7 +53,8 @@ def _run(config: Config, dry_run: bool) -> Path:
         print("\n".join(f"prompt: {prompt}" for prompt in folder.prompts))
         check_input(config, folder.lora, folder.path)
         return folder.path
-    if not folder.missing() and (folder.path / gallery.PAGE).exists():
+    pages = [folder.path / name for name in (gallery.CONTACT_SHEET, gallery.PAGE)]
+    if not folder.missing() and all(map(is_there, pages)):
         print("Finished already. With other settings, the pictures go to a new folder.")
         shutil.rmtree(folder.path / UNFINISHED, ignore_errors=True)
     else:
@@ -95,7 +96,7 @@ def _draw(folder: OutputFolder, config: Config) -> dict[Path, Preview]:
     previews: dict[Path, Preview] = {}
 
     def save(drawn: Drawn) -> None:  # on several threads
-        missing = {kind: path for kind, path in folder.files(drawn.design).items() if not path.exists()}
+        missing = {kind: path for kind, path in folder.files(drawn.design).items() if not is_there(path)}
         if missing and drawn.refined and drawn.latent_change is not None:  # first, so that every picture has it
             refining.save_before(folder.before(drawn.design), drawn.base, drawn.refined, drawn.latent_change)
         for kind, path in missing.items():

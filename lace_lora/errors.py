@@ -8,8 +8,8 @@ import re
 BAD_INPUT, OUT_OF_MEMORY, DISK_OR_DRIVE, LOSS_NOT_FINITE = 2, 3, 4, 5
 
 NO_SECRETS = "remove it, because settings are saved in files and pictures; log in with `hf auth login`, or set HF_TOKEN"
-# An access token of the Hub, or the user's name and password in a URL.
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|(?<=://)[^/@\s]+(?=@)")
+# An access token of the Hub, or in a URL the user's name and password, or a token as CivitAI's.
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|(?<=://)[^/@\s]+(?=@)|(?<=[?&]token=)[^&\s]+")
 
 # What to do about an error of a disk, by its number.
 _DISK_ADVICE = (
@@ -51,7 +51,7 @@ def first_line(error: BaseException, most: int = 200) -> str:
     return lines[0][:most] if lines else type(error).__name__
 
 
-def explain(error: Exception, advice: str) -> UserError | None:
+def explain(error: BaseException, advice: str) -> UserError | None:
     """A memory or disk error as a UserError, None for any other; `advice` is the next step when memory ran out."""
     # Matched by text: this file does not import torch, and not all libraries raise torch.OutOfMemoryError.
     message = f"{type(error).__name__}: {error}" if isinstance(error, RuntimeError) else ""

@@ -28,13 +28,23 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file atomically: after a kill it has its old content or its new one, never half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with name_in_errors(path), open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Say in errors of a disk which path it was; those of a full one do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def read_text(path: Path) -> str:

@@ -18,6 +18,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -83,9 +84,9 @@ def launch_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """A list to which each SIGINT or SIGTERM is appended."""
+    """A list to which each SIGINT or SIGTERM is appended; Python lets the main thread alone handle signals."""
     stops: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, lambda got, _: stops.append(got)) for number in numbers}
     try:
         yield stops
@@ -183,7 +184,7 @@ def report_outcome(work: Callable[[StopSignal], str], folder: Path) -> int:
         message, code = str(reason), 128 + (stop.number or signal.SIGTERM)
     except UserError as error:
         message, code = str(error), error.exit_code
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         explained = explain(error, ADVICE)
         if explained is None:
             _write_outcome(folder, 1, _BUG)

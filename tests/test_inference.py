@@ -237,6 +237,12 @@ def test_finished_already(tmp_path: Path, fake: FakePhases, make: Make, capsys: 
     assert snapshot(tmp_path) == before
     assert fake.batches == [[0], [1], [2], [3]]
     assert "Finished already" in capsys.readouterr().out
+    (tmp_path / "out" / "contact_sheet.png").unlink()
+    (tmp_path / "out" / "refined_output_001.png").write_bytes(b"")  # of an unfinished copy
+    inference.run(make())
+    assert fake.batches == [[0], [1], [2], [3], [1]]
+    assert snapshot(tmp_path).keys() == before.keys()
+    assert all(path.stat().st_size for path in (tmp_path / "out").glob("*.png"))
 
 
 @pytest.mark.parametrize(

@@ -298,11 +298,11 @@ def test_a_full_disk_is_reported_wherever_it_is(
     fill(small_disk, leave=20_000)
     if kind == "local":
         monkeypatch.setattr("tempfile.tempdir", str(small_disk))
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=f"No space left.*{small_disk}"):  # it says which disk
             train_here(settings(max_train_steps=2))
         assert not names(tmp_path / "lora") & {"checkpoint-2", LORA_FILE}
         return
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left.*{LORA_FILE}"):
         lora_weights.save_lora(small_disk / LORA_FILE, {"weight": torch.zeros(10_000)}, {})
     assert names(small_disk) == {"ballast"}
 
@@ -394,6 +394,7 @@ CANARY = "hf_" + "Canary" * 6
     ("override", "message"),
     [
         (f"pretrained_model=https://lace:{CANARY}@hub.example/model", "pretrained_model contains an access token"),
+        (f"lora_path=https://models.example/1?type=x&token={CANARY[3:]}", "lora_path contains an access token"),
         (f"validation_prompt=lace {CANARY}", "validation_prompt contains an access token"),
         (f"prompt=[one, {CANARY}]", "prompt contains an access token"),
         (f"hub_token={CANARY}", "unknown key 'hub_token'; remove it, because settings are saved in files"),

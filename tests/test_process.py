@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,8 @@ def work(stop):
         raise OutOfMemoryError("CUDA out of memory")
     if KIND == "bug":
         raise ZeroDivisionError("a bug")
+    if KIND == "exits":
+        sys.exit("a library that ends the process")
     if KIND == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if KIND == "forks":
@@ -143,6 +146,7 @@ def test_a_success_returns_the_closing_line(tmp_path: Path) -> None:
         ("gpu", 3, "out of memory: set gradient_checkpointing"),
         ("killed", 3, "the training process was killed"),
         ("bug", 1, "a bug in this program"),
+        ("exits", 1, "a bug in this program"),
     ],
 )
 def test_the_error_message_of_a_failure_is_passed_on(
@@ -159,6 +163,11 @@ def test_a_launcher_that_never_starts_the_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="could not start the training \\(exit code 9\\)") as caught:
         process.run([sys.executable, "-c", "raise SystemExit(9)"], tmp_path)
     assert caught.value.exit_code == 2
+
+
+def test_a_thread_of_a_web_interface_can_train(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(process.run, launch(tmp_path, "good"), tmp_path).result() == "trained 8 steps"
 
 
 def test_signal_handlers_are_restored(tmp_path: Path) -> None:

@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 UNFINISHED, BEFORE = ".unfinished", ".before_refining"
 
 
+def is_there(file: Path) -> bool:
+    """Whether a file exists and is not empty, as one of an unfinished copy may be."""
+    return file.exists() and file.stat().st_size > 0
+
+
 class OutputFolder:
     """The folder of the pictures that the settings ask for.
 
@@ -69,7 +74,7 @@ class OutputFolder:
 
     def missing(self) -> list[Design]:
         """The designs with a missing file."""
-        return [design for design in self.designs if not all(path.exists() for path in self.files(design).values())]
+        return [design for design in self.designs if not all(map(is_there, self.files(design).values()))]
 
     def batch_size(self) -> int | None:
         """The batch size from the settings or an earlier run; None if neither has one."""
@@ -97,7 +102,7 @@ class OutputFolder:
         measured = [refining.read_changes(self.before(design)) for design in self.designs]
         rows = []
         for design, changes in zip(self.designs, measured, strict=True):
-            if names := {kind: path.name for kind, path in self.files(design).items() if path.exists()}:
+            if names := {kind: path.name for kind, path in self.files(design).items() if is_there(path)}:
                 row = {"prompt": design.prompt, "seed": design.seed, "files": names}
                 rows.append(row | {"refining": changes} if changes else row)
         content = {"recipe": self.recipe, "batch_size": batch_size, "pictures": rows}

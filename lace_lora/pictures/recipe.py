@@ -158,5 +158,7 @@ def read(path: Path) -> Recipe:
         own = next(one for one in batch if (one.prompt, one.seed) == (content["prompt"], content["seed"]))
         return Recipe(own, bool(content["refined"]), batch, dict(content["settings"]))
     except (*BROKEN, KeyError, IndexError, TypeError, StopIteration, RecursionError, OverflowError) as error:
-        advice = "name a PNG or JPEG that `--mode inference` wrote"
-        raise UserError(f"rebuild: no valid recipe in {path} ({first_line(error)}): {advice}") from error
+        reason = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
+        reason = "it contains none" if str(error) in (repr("comment"), repr(TEXT)) else reason
+        advice = "name a PNG or JPEG as `--mode inference` wrote it; other programs remove the recipe"
+        raise UserError(f"rebuild: no valid recipe in {path} ({reason}): {advice}") from error

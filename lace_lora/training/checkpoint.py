@@ -13,10 +13,11 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lace_lora.files import file_sha256, json_digest, remove_unfinished
+from lace_lora.files import file_sha256, json_digest, name_in_errors, remove_unfinished
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -39,17 +40,19 @@ def publish(output_dir: Path, step: int, write: Callable[[Path], None], keep: in
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         local.mkdir(mode=0o700)
-        write(local)
+        with name_in_errors(local):
+            write(local)
         written = sorted(local.iterdir())
         files = {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in written}
         temporary.mkdir()  # not its parents: a Drive that is gone must not be replaced by a folder of that name
-        for path in written:
-            shutil.copyfile(path, temporary / path.name)
-            _flush(temporary / path.name)
         manifest = temporary / MANIFEST
-        manifest.write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
-        _flush(manifest)
-        _flush(temporary)
+        with name_in_errors(folder):
+            for path in written:
+                shutil.copyfile(path, temporary / path.name)
+                _flush(temporary / path.name)
+            manifest.write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
+            _flush(manifest)
+            _flush(temporary)
         if folder.exists():  # one of the same step: a rename cannot replace a full folder
             os.replace(folder, output_dir / f".{folder.name}.{os.getpid()}.old")
         os.replace(temporary, folder)
@@ -110,6 +113,8 @@ def _flush(path: Path) -> None:
 
 def verify(folder: Path) -> str:
     """Why the checkpoint is not complete, or an empty string if every byte is as it was written."""
+    if not folder.is_dir():
+        return "no such folder"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         for name, written in manifest["files"].items():
@@ -140,10 +145,12 @@ def newest(output_dir: Path, origin: str = "") -> tuple[Path | None, list[str]]:
     """
     skipped: list[str] = []
     for path, _ in reversed(checkpoints(output_dir)):
-        if reason := verify(path):
-            skipped.append(f"{path.name}: {reason}")
-        elif not origin or read_state(path).get("origin") == origin:
+        with suppress(OSError, ValueError, AttributeError):  # damage, which `verify` finds
+            if origin and read_state(path).get("origin") != origin:
+                continue
+        if not (reason := verify(path)):
             return path, skipped
+        skipped.append(f"{path.name}: {reason}")
     return None, skipped
 
 
@@ -154,7 +161,7 @@ def named(output_dir: Path, setting: str | None) -> Path | None:
     """
     if not setting or setting == "latest":
         return None
-    return (output_dir if _NAME.fullmatch(setting) else Path()) / setting
+    return (output_dir if _NAME.fullmatch(setting.rstrip("/")) else Path()) / setting
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -75,9 +75,9 @@ class Metrics:
         """Training goes on without what only watches it; a warning says so the first time."""
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if what not in self.failed:
-                logger.warning("%s failed (%s): training goes on without", what, first_line(error))
+                logger.warning("%s failed (%s): training goes on", what, first_line(error))
             self.failed.add(what)
 
     def record(self, step: int, loss: Tensor, learning_rate: float, grad_norm: Tensor) -> None:

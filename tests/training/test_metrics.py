@@ -86,9 +86,7 @@ def test_what_only_watches_a_training_cannot_end_it_and_says_so_once(
         log.write_rows()
         log.draw_curve()
     log.close()
-    assert [record.message for record in caplog.records] == [
-        f"{broken} failed (a bug in {broken}): training goes on without"
-    ]
+    assert [record.message for record in caplog.records] == [f"{broken} failed (a bug in {broken}): training goes on"]
     written = {path.name for path in (tmp_path / "lora").iterdir()}
     assert written == {"metrics.csv", "loss.png", "logs"} - {broken}
 
