@@ -379,7 +379,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, fake: FakePhases, make:
         ({"pretrained_model": str(DEMO / "refiner")}, "is a refiner model"),
         ({"pretrained_vae": str(DEMO / "refiner")}, "has no VAE"),
         ({"pretrained_model": "no/such/folder"}, "no model found"),
-        ({"lora_path": "broken.safetensors"}, "cannot be read as a safetensors file"),
+        ({"lora_path": "broken.safetensors"}, "is damaged or incomplete"),
         ({"lora_path": "checkpoint.safetensors"}, "no weights for the UNet"),
     ],
 )

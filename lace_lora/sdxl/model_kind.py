@@ -128,7 +128,7 @@ def read_folder(folder: Path, source: str) -> Model:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         if isinstance(content, dict):
             return content
         reason = "it is not an object"
@@ -149,7 +149,11 @@ def read_header(file: Path) -> tuple[dict[str, tuple[list[int], str]], dict[str,
             tensors = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
             return tensors, content.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read as a safetensors file ({first_line(error)}): get it again") from error
+        if file.suffix.lower() != ".safetensors":
+            advice = "convert it first, because other formats can run code"
+            raise UserError(f"{file} is not a .safetensors file: {advice}") from error
+        reason = f"{file} is damaged or incomplete ({first_line(error)})"
+        raise UserError(f"{reason}: download it again, or with `git lfs pull`") from error
 
 
 def is_refiner(file: Path) -> bool:
@@ -191,8 +195,9 @@ def _check_names(model: Model, tensors: dict[str, tuple[list[int], str]], metada
             _refuse(model, f"is {kind}")
     if odd := next((dtype for _, dtype in tensors.values() if dtype not in _DTYPES), None):
         _refuse(model, f"has quantised weights ({odd})", _NOT_QUANTISED)
-    predicts = metadata.get("modelspec.prediction_type", "epsilon")
-    if {"v_pred", "ztsnr"} & tensors.keys() or predicts.startswith("v"):
+    predicts = metadata.get("modelspec.prediction_type", "epsilon").lower()
+    in_kohyas_words = metadata.get("ss_v_parameterization", "").lower() == "true"
+    if {"v_pred", "ztsnr"} & tensors.keys() or predicts.startswith("v") or in_kohyas_words:
         advice = "convert it to a folder in diffusers format, whose scheduler config contains the prediction type"
         _refuse(model, "is a v-prediction model, which is not supported as a single file", advice)
     if not predicts.startswith("eps"):

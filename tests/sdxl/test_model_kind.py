@@ -228,7 +228,7 @@ def test_single_files_of_sdxl_are_used(settings: Make, checkpoints: Any, tmp_pat
     base, refiner, vae = (
         str(tmp_path / name) for name in ("base.safetensors", "refiner.SAFETENSORS", "VAE.safetensors")
     )
-    save_file(checkpoints["base"], base, {"modelspec.prediction_type": "epsilon"})
+    save_file(checkpoints["base"], base, {"modelspec.prediction_type": "Epsilon"})
     save_file(checkpoints["refiner"], refiner)
     part = "first_stage_model."
     save_file({name.removeprefix(part): w for name, w in checkpoints["base"].items() if name.startswith(part)}, vae)
@@ -236,8 +236,12 @@ def test_single_files_of_sdxl_are_used(settings: Make, checkpoints: Any, tmp_pat
     assert hub.fetch_models(settings(**sources, refiner_flow="ensemble")) == sources
     refused(lambda: hub.fetch_models(settings(pretrained_model=refiner)), "is a refiner model")
     refused(lambda: hub.fetch_models(settings(refiner_model=base)), "is a base model")
-    save_file(checkpoints["base"], base, {"modelspec.prediction_type": "v"})
-    refused(lambda: hub.fetch_models(settings(pretrained_model=base)), "is a v-prediction model")
+    for metadata in ({"modelspec.prediction_type": "v"}, {"ss_v_parameterization": "True"}):
+        save_file(checkpoints["base"], base, metadata)
+        refused(lambda: hub.fetch_models(settings(pretrained_model=base)), "is a v-prediction model")
+    pickled = tmp_path / "model.ckpt"
+    pickled.write_bytes(b"PK not a zip either")
+    refused(lambda: hub.fetch_models(settings(pretrained_model=str(pickled))), "convert it first")
 
 
 LORA = {f"unet.mid_block.attn2.to_k.lora_{matrix}.weight": torch.ones(*shape) for matrix, shape in (
@@ -266,4 +270,4 @@ def test_a_lora_for_another_model_is_refused_by_its_header(
     save_file({"text_encoder.x.lora_A.weight": ONE} if added is None else LORA | added, path, metadata)
     refused(lambda: hub.check_models(settings(), path), part)
     path.write_text("a pickle, say")
-    refused(lambda: hub.check_models(settings(), path), "cannot be read as a safetensors file")
+    refused(lambda: hub.check_models(settings(), path), "is damaged or incomplete")

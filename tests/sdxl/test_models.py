@@ -106,12 +106,36 @@ def test_missing_weights_of_a_text_encoder_are_refused(tiny: Path, settings: Mak
     refused(lambda: prompts.load_text_encoders(config, CPU, torch.float32), "no weights for text_projection.weight")
 
 
+@pytest.mark.parametrize(
+    ("folder", "changes", "part"),
+    [
+        ("base/vae", {"use_post_quant_conv": False}, "post_quant_conv.bias"),
+        ("base/text_encoder", {"num_hidden_layers": 1}, "encoder.layers.1"),
+        ("base/unet", {"mid_block_type": None}, "mid_block"),
+    ],
+)
+def test_weights_that_a_config_has_no_place_for_are_refused(
+    folder: str, changes: dict[str, Any], part: str, tiny: Path, settings: Make, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    file = tmp_path / folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    config = settings(pretrained_model=str(tmp_path / "base"))
+
+    def load() -> None:
+        models.load_vae(config, CPU, torch.float32)
+        prompts.load_text_encoders(config, CPU, torch.float32)
+        models.load_unet(config.pretrained_model, None, CPU, torch.float32)
+
+    refused(load, f"has no place for .*{part}")
+
+
 @pytest.mark.parametrize("shard", ["10GB", "200KB"])
 def test_a_unet_loaded_in_chunks_has_the_same_weights(tiny: Path, tmp_path: Path, shard: str) -> None:
     unet = UNet2DConditionModel.from_pretrained(tiny / "base", subfolder="unet", torch_dtype=torch.float32)
     unet.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard != "10GB")
-    loaded = models.load_in_chunks(UNet2DConditionModel, tmp_path, None, torch.bfloat16, torch.device("cpu"))
+    loaded, _ = models.load_in_chunks(UNet2DConditionModel, tmp_path, None, torch.bfloat16, torch.device("cpu"))
     assert loaded.config == unet.config | {"_name_or_path": loaded.config["_name_or_path"]}
     expected, found = unet.state_dict(), loaded.state_dict()
     assert set(found) == set(expected)
