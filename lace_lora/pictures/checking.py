@@ -13,7 +13,7 @@ import selectors
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -29,6 +29,8 @@ from lace_lora.process import launch_environment
 
 _CRASHED = "unreadable: it crashes the decoder, or exhausts memory"
 _COPY = "copy or download it again"
+_GAP = bytes(1024)
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # that ends a scan of a JPEG
 # What Pillow raises as well, on files that are made to mislead it.
 _RARE = (MemoryError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
 # How files begin that are not pictures, or pictures that this program does not read.
@@ -168,8 +170,8 @@ def _check(path: Path, min_image_size: int, formats: Sequence[str]) -> Picture:
         return Picture(path, reason=f"unreadable: {getattr(error, 'strerror', None) or 'too large for the memory'}")
     try:
         _, (width, height) = open_picture(io.BytesIO(content), at_least=64, formats=formats)
-        if _ends_in_zeros(content):
-            raise Unsuitable(f"its end is missing: {_COPY}")
+        if _has_gap(content):
+            raise Unsuitable(f"part of it is missing: {_COPY}")
         pages, drawn = count_pages(content, formats), recipe.is_drawn(content)
     except Unsuitable as error:
         return Picture(path, reason=f"unreadable: {error}")
@@ -180,10 +182,48 @@ def _check(path: Path, min_image_size: int, formats: Sequence[str]) -> Picture:
     return Picture(path, width, height, hashlib.sha256(content).hexdigest(), reason, drawn, pages)
 
 
-def _ends_in_zeros(content: bytes) -> bool:
-    """Whether the rest of a JPEG was never written: decoders take zeros for grey."""
-    written = content.rstrip(b"\0")
-    return content.startswith(b"\xff\xd8") and len(content) - len(written) > 1024 and not written.endswith(b"\xff\xd9")
+def _has_gap(content: bytes) -> bool:
+    """Whether part of a JPEG's or WebP's data was never written: decoders take zeros for grey."""
+    if _GAP not in content:
+        return False
+    if content.startswith(b"RIFF"):
+        return any(_GAP in data for data in _webp_data(content))
+    first: dict[int, int] = {}  # what a zero means, by Huffman table
+    at, scan = 2, False
+    while content[at : at + 1] == b"\xff" and at + 4 <= len(content):
+        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4])
+        segment, at = content[at + 4 : at + 2 + length], at + 2 + length
+        if marker == 0xFF:  # filling
+            at -= length + 1
+        elif marker == 0xD9:  # the end; what phones append does not matter
+            return False
+        elif marker == 0xC4:
+            first |= _first_symbols(segment)
+        elif marker == 0xDA:
+            following = _MARKER.search(content, at)
+            scan, start, at = True, at, following.start() if following else len(content)
+            is_dc = segment[-3:-1] == b"\0\0"  # of a progressive JPEG, where zeros may be a plain ground
+            if not is_dc and _GAP in content[start:at] and first.get(0x10 | segment[2] & 15) != 0:
+                return True
+    return scan and content.endswith(_GAP)
+
+
+def _first_symbols(segment: bytes) -> dict[int, int]:
+    """The symbol whose code is all zeros, for each Huffman table of a DHT segment; 0 is the end of a block."""
+    found = {}
+    while len(segment) > 17:
+        found[segment[0]] = segment[17]
+        segment = segment[17 + sum(segment[1:17]) :]
+    return found
+
+
+def _webp_data(content: bytes) -> Iterator[bytes]:
+    at = 12
+    while at + 8 <= len(content):
+        end = at + 8 + int.from_bytes(content[at + 4 : at + 8], "little")
+        if content[at : at + 4] in (b"VP8 ", b"VP8L"):
+            yield content[at + 8 : end]
+        at = end + end % 2
 
 
 def _what_it_is(content: bytes, formats: Sequence[str], error: Exception) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -215,6 +216,46 @@ def test_a_jpeg_whose_rest_was_never_written(tmp_path: Path) -> None:
     assert checking._check(path, 32, ("JPEG",)).used
     path.write_bytes(content[: len(content) // 2] + bytes(len(content)))
     assert "copy or download it again" in checking._check(path, 32, ("JPEG",)).reason
+
+
+def noise(kind: str, **options: Any) -> bytes:
+    picture = Image.merge("RGB", [Image.effect_noise((600, 400), spread) for spread in (60, 90, 120)])
+    return as_file(picture, kind, **options).getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("JPEG", {}), ("JPEG", {"optimize": True}), ("JPEG", {"progressive": True}), ("JPEG", {"quality": 98}),
+     ("WEBP", {}), ("WEBP", {"lossless": True})],
+)  # fmt: skip
+def test_a_picture_of_which_a_part_was_never_written(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    content = noise(kind, **options)
+    half = len(content) // 2
+    (tmp_path / "a").write_bytes(content[:half] + bytes(2000) + content[half + 2000 :])
+    assert "copy or download it again" in checking._check(tmp_path / "a", 32, (kind,)).reason
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_what_a_phone_appends_to_a_photo_does_not_matter(progressive: bool, tmp_path: Path) -> None:
+    content = noise("JPEG", progressive=progressive)
+    (tmp_path / "a.jpg").write_bytes(content + b"\0\0\0\x18ftypmp42" + bytes(9000) + b"SEFHeSEFT" + bytes(3000))
+    assert checking._check(tmp_path / "a.jpg", 32, ("JPEG",)).used
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("JPEG", {}), ("JPEG", {"optimize": True}), ("JPEG", {"progressive": True}), ("JPEG", {"quality": 98}),
+     ("WEBP", {}), ("WEBP", {"lossless": True}), ("WEBP", {"quality": 10})],
+)  # fmt: skip
+@pytest.mark.parametrize("ground", ["white", "black", "grey"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_plain_ground_is_not_taken_for_a_missing_part(
+    mode: str, ground: str, kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    picture = Image.new(mode, (4000, 3000), ground)
+    picture.paste(gradient(600, 400), (1700, 1300))
+    (tmp_path / "a").write_bytes(as_file(picture, kind, **options).getvalue())
+    assert checking._check(tmp_path / "a", 32, (kind,)).used
 
 
 def test_large_pictures_and_long_texts_are_used(tmp_path: Path) -> None:
