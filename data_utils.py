@@ -4,9 +4,11 @@ import hashlib
 import json
 import logging
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from lace_lora.config import IMAGE_EXTENSIONS
@@ -48,18 +50,25 @@ def plan_annotations(
     copied pictures does.
 
     Raises:
-        UserError: a path with a tab or line break, caption files that are not text, a broken line in a user's file.
+        UserError: a path with a tab or line break, caption files that are not text, a broken line in a user's file,
+            a file that is none.
     """
-    images = list(images)
-    beside = Path(image_dir, ANNOTATIONS)
+    image_dir, images = Path(image_dir), list(images)
+    beside = image_dir / ANNOTATIONS
     path = beside if os.access(image_dir, os.W_OK) else Path(fallback_dir, ANNOTATIONS)
     for candidate in (path, beside):  # a user's file in a read-only folder is used too
+        if os.path.lexists(candidate) and not candidate.is_file():
+            raise UserError(f"{candidate} is {_no_file(candidate)}: remove or rename it")
         if candidate.exists() and file_sha256(candidate) not in _recorded(candidate):
-            lines = _read_lines(candidate)
-            captions = {_meant(line, Path(image_dir), candidate): caption for line, caption in lines}
-            if not captions or captions != _generated_or_none(image_dir, prompt, images):
-                _warn_about_lines(candidate, [line for line, _ in lines], Path(image_dir))
-                return Annotations(candidate, captions, by_user=True)
+            rows = _read_lines(candidate)
+            lines = [line for line, _ in rows]
+            meant = _meant(lines, image_dir, candidate)
+            captions = {picture: caption for picture, (_, caption) in zip(meant, rows, strict=True)}
+            ours = bool(captions) and captions.keys() == set(images)
+            if not ours or captions != _generated_or_none(image_dir, prompt, images):
+                _warn_about_lines(candidate, lines, meant, image_dir)
+                own = {picture: _unquoted(caption) for picture, caption in captions.items()}
+                return Annotations(candidate, own, by_user=True)
     return Annotations(path, _generated(image_dir, prompt, images), by_user=False)
 
 
@@ -130,32 +139,73 @@ def _read_lines(path: Path) -> list[tuple[Path, str]]:
     return lines
 
 
-def _meant(line: Path, image_dir: Path, file: Path) -> Path:
-    """The picture that a line means, as `list_images` names it: the one of that name in `image_dir`, if it has one.
+def _unquoted(caption: str) -> str:
+    """A caption without the quotes that Excel puts around a cell with commas or quotes."""
+    inner = caption[1:-1]
+    if caption != f'"{inner}"' or '"' in inner.replace('""', "") or not ("," in inner or '""' in inner):
+        return caption
+    return inner.replace('""', '"').strip() or caption
+
+
+def _no_file(path: Path) -> str:
+    return "a folder" if path.is_dir() else "not a file" if path.exists() else "a broken link"
+
+
+def _meant(lines: Sequence[Path], image_dir: Path, file: Path) -> list[Path]:
+    """The picture that each line means, as `list_images` names it: the one of that name in `image_dir`, if it has one.
 
     Relative paths start at the current folder, as those of `list_images` do, or at the file's own folder.
     """
-    here, folder = image_dir / line.name, image_dir.resolve()
-    candidates = (line, file.parent / line)
-    for candidate in candidates:
-        if candidate.parent.resolve() == folder:
-            return here
-        if folder in candidate.resolve().parents and os.path.exists(candidate):  # in a folder inside
-            return candidate
-    return next((path for path in (here, *candidates) if os.path.exists(path)), line)
+    folder, resolved = image_dir.resolve(), cache(Path.resolve)
+
+    @cache
+    def near() -> dict[str, list[Path]]:
+        found = defaultdict(list)
+        for path in visible_entries(image_dir):
+            found[_composed(path.name)].append(path)
+        return found
+
+    def in_folder(name: str) -> Path:
+        """A picture in the folder, also if its name has its accents in the other form of Unicode."""
+        here = image_dir / name
+        same = [] if name.isascii() or os.path.exists(here) else near().get(_composed(name), [])
+        return same[0] if len(same) == 1 else here
+
+    def picture(line: Path) -> Path:
+        candidates = (line, file.parent / line)
+        for candidate in candidates:
+            parent = resolved(candidate.parent)
+            if parent == folder:
+                return in_folder(line.name)
+            if folder in parent.parents and os.path.exists(candidate):  # in a folder inside
+                return candidate
+        return next((path for path in (in_folder(line.name), *candidates) if os.path.exists(path)), line)
+
+    return [picture(line) for line in lines]
 
 
-def _warn_about_lines(file: Path, lines: Sequence[Path], image_dir: Path) -> None:
+def _composed(name: str) -> str:
+    """A name in one form of Unicode: macOS writes accents as letters of their own."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _warn_about_lines(file: Path, lines: Sequence[Path], meant: Sequence[Path], image_dir: Path) -> None:
     """What a user may not expect of a file of their own."""
-    meant = [_meant(line, image_dir, file) for line in lines]
+    folder, resolved = image_dir.resolve(), cache(Path.resolve)
     moved = [
         line.name
         for line, picture in zip(lines, meant, strict=True)
-        if line.is_absolute() and picture == image_dir / line.name and line.parent.resolve() != image_dir.resolve()
+        if picture.parent == image_dir and all(resolved(each.parent) != folder for each in (line, file.parent / line))
     ]
     if moved:
         logger.warning("%s names another folder; pictures of the same name in %s are used: %s",
                        file, image_dir, _few(moved))  # fmt: skip
+    folders = {picture.parent: resolved(picture.parent) for picture in meant}
+    outside = {parent for parent, place in folders.items() if folder not in (place, *place.parents)}
+    elsewhere = [str(path) for path in dict.fromkeys(meant) if path.parent in outside and os.path.exists(path)]
+    if elsewhere:
+        logger.warning("%s names %d pictures outside %s, which are trained on too: %s",
+                       file, len(elsewhere), image_dir, _few(elsewhere))  # fmt: skip
     if repeated := [picture.name for picture, count in Counter(meant).items() if count > 1]:
         logger.warning("%s has more than one line for a picture, of which the last counts: %s", file, _few(repeated))
 
@@ -199,31 +249,40 @@ def _generated_or_none(image_dir: str | Path, prompt: str, images: Sequence[Path
 def caption_files(image_dir: str | Path, images: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
     """The caption file of each picture that has one, and the .txt files that are not used, each with the reason.
 
-    `IMG_1.txt` belongs to `IMG_1.jpg`, then `IMG_1.jpg.txt`, then either in other capitals if nothing else fits.
+    `IMG_1.txt` belongs to `IMG_1.jpg`, then `IMG_1.jpg.txt`, then either in other capitals, or in the other form of
+    Unicode, if nothing else fits.
     """
-    texts = {path.name: path for path in visible_entries(image_dir)
-             if path.suffix.lower() == ".txt" and path.name.lower() != ANNOTATIONS and path.is_file()}  # fmt: skip
+    texts: dict[str, Path] = {}
+    unused = []
+    for path in visible_entries(image_dir):
+        if path.suffix.lower() != ".txt" or path.name == ANNOTATIONS:
+            continue
+        if path.name.lower() == ANNOTATIONS:
+            unused.append(f"{path.name} (only {ANNOTATIONS} in small letters is read)")
+        elif path.is_file():
+            texts[path.name] = path
+        else:
+            unused.append(f"{path.name} ({_no_file(path)})")
     exact: dict[Path, list[str]] = {}
-    fitting = defaultdict(list)  # pictures, by a name in small letters
+    fitting = defaultdict(list)  # pictures, by a composed name in small letters
     for image in images:
         names = (f"{image.stem}.txt", f"{image.name}.txt")
         exact[image] = [name for name in names if name in texts]
         for name in names:
-            fitting[name.lower()].append(image)
+            fitting[_composed(name).lower()].append(image)
     taken = {name for names in exact.values() for name in names}
     near = defaultdict(list)
     for name in texts.keys() - taken:
-        if len(pictures := fitting[name.lower()]) == 1:
+        if len(pictures := fitting[_composed(name).lower()]) == 1:
             near[pictures[0]].append(name)
     used = {image: names[0] for image, names in exact.items() if names}
     used |= {image: names[0] for image, names in near.items() if len(names) == 1 and image not in used}
-    unused = []
-    for name in sorted(texts.keys() - set(used.values())):
-        pictures = fitting[name.lower()]
+    for name in texts.keys() - set(used.values()):
+        pictures = fitting[_composed(name).lower()]
         instead = next((used[image] for image in pictures if image in used), None)
         why = f"{instead} is used" if instead else "ambiguous" if pictures else "no picture of that name"
         unused.append(f"{name} ({why})")
-    return {image: texts[name] for image, name in used.items()}, unused
+    return {image: texts[name] for image, name in used.items()}, sorted(unused)
 
 
 def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations: Annotations, prompt: str) -> str:

@@ -94,9 +94,10 @@ def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations
     annotations = data_utils.plan_annotations(
         config.images_dir, config.instance_prompt, [p.path for p in pictures if p.used], config.lora_output_dir
     )
-    others = [path for path in annotations.captions if path not in images]
-    missing = [path for path in others if not os.path.exists(path)]
-    pictures += _checked(config, [path for path in others if path not in missing])
+    checked = set(images)
+    others = {path: os.path.exists(path) for path in annotations.captions if path not in checked}
+    missing = [path for path, is_there in others.items() if not is_there]
+    pictures += _checked(config, [path for path, is_there in others.items() if is_there])
     pictures += [Picture(path, reason=f"{MISSING}: a line of {annotations.path.name}") for path in missing]
     print(data_utils.report_text(config.images_dir, pictures, annotations, config.instance_prompt))
     if config.report:

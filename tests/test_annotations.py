@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -185,7 +186,11 @@ def test_lines_of_annotations_may_end_as_on_an_old_mac(tmp_path: Path) -> None:
         (["ab.jpg", "aB.jpg"], ["AB.txt"], {}, ["AB.txt (ambiguous)"]),
         (["a.jpg", "a.png"], ["a.txt"], {"a.jpg": "a.txt", "a.png": "a.txt"}, []),
         (["a.jpg"], ["b.txt"], {}, ["b.txt (no picture of that name)"]),
-        (["annotations.jpg"], ["annotations.txt", "Annotations.TXT"], {}, []),
+        (["annotations.jpg"], ["annotations.txt", "Annotations.TXT"], {},
+         ["Annotations.TXT (only annotations.txt in small letters is read)"]),
+        (["\u00fc.jpg"], ["u\u0308.txt"], {"\u00fc.jpg": "u\u0308.txt"}, []),
+        (["u\u0308.jpg"], ["\u00dc.jpg.txt"], {"u\u0308.jpg": "\u00dc.jpg.txt"}, []),
+        (["\u00fc.jpg", "u\u0308.jpg"], ["\u00fc.txt"], {"\u00fc.jpg": "\u00fc.txt"}, []),
     ],
 )  # fmt: skip
 def test_which_caption_belongs_to_which_picture(
@@ -196,6 +201,81 @@ def test_which_caption_belongs_to_which_picture(
     found, others = data_utils.caption_files(tmp_path, [tmp_path / name for name in pictures])
     assert found == {tmp_path / picture: tmp_path / text for picture, text in used.items()}
     assert others == unused
+
+
+def test_captions_that_are_no_files_are_listed(tmp_path: Path) -> None:
+    images = jpgs(tmp_path, 3)
+    images[0].with_suffix(".txt").mkdir()
+    images[1].with_suffix(".txt").symlink_to("gone")
+    os.mkfifo(images[2].with_suffix(".txt"))
+    assert data_utils.caption_files(tmp_path, images) == (
+        {}, ["lace_0.txt (a folder)", "lace_1.txt (a broken link)", "lace_2.txt (not a file)"]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["a folder", "a broken link", "not a file"])
+def test_annotations_that_are_no_file_are_refused(what: str, tmp_path: Path) -> None:
+    jpgs(tmp_path, 1)
+    path = tmp_path / "annotations.txt"
+    make: dict[str, Callable[[], object]] = {
+        "a folder": path.mkdir, "a broken link": lambda: path.symlink_to("gone"), "not a file": lambda: os.mkfifo(path)
+    }  # fmt: skip
+    make[what]()
+    refused(lambda: data_utils.create_annotations(tmp_path, PROMPT), f"annotations.txt is {what}: remove or rename it")
+    assert os.path.lexists(path)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ('"a, b"', "a, b"),
+        ('"the ""queen"" collar"', 'the "queen" collar'),
+        ('"""queen"" collar"', '"queen" collar'),
+        ('"lace"', '"lace"'),
+        ('"a", "b"', '"a", "b"'),
+        ('"a, b', '"a, b'),
+        ('the "queen", white', 'the "queen", white'),
+        ('"', '"'),
+        ('""', '""'),
+        ('""""', '"'),
+    ],
+)
+def test_quotes_of_a_spreadsheet_are_taken_off(written: str, meant: str, tmp_path: Path) -> None:
+    [image] = jpgs(tmp_path, 1)
+    path = tmp_path / "annotations.txt"
+    path.write_text(f"{image}\t{written}\n")
+    assert data_utils.plan_annotations(tmp_path, PROMPT, [image], tmp_path).captions == {image: meant}
+    assert data_utils.read_annotations(path) == {image: written}
+
+
+@pytest.mark.parametrize(("there", "line"), [("\u00fc.jpg", "u\u0308.jpg"), ("u\u0308.jpg", "\u00fc.jpg")])
+@pytest.mark.parametrize("folder", ["", "/gone/"])
+def test_a_line_in_the_other_form_of_unicode(there: str, line: str, folder: str, tmp_path: Path) -> None:
+    [image] = jpgs(tmp_path, 1)
+    image = image.rename(tmp_path / there)
+    (tmp_path / "annotations.txt").write_text(f"{folder}{line}\tmine\n")
+    assert data_utils.plan_annotations(tmp_path, PROMPT, [image], tmp_path).captions == {image: "mine"}
+
+
+def test_many_lines_are_read_with_few_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [tmp_path / f"{number}.jpg" for number in range(50)]
+    for image in images:
+        image.touch()
+        image.with_suffix(".txt").write_text("unused")
+    (tmp_path / "annotations.txt").write_text("".join(f"{image}\tmine\n" for image in images[1:]))
+    calls: list[object] = []
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*given: Any, **more: Any) -> Any:
+            calls.append(given)
+            return call(*given, **more)
+
+        return count
+
+    monkeypatch.setattr(os, "lstat", counted(os.lstat))
+    monkeypatch.setattr(data_utils, "read_text", counted(data_utils.read_text))
+    assert data_utils.plan_annotations(tmp_path, PROMPT, images, tmp_path).by_user
+    assert len(calls) < 50
 
 
 @pytest.mark.parametrize("with_record", [True, False])
@@ -259,6 +339,21 @@ def test_pictures_elsewhere_and_in_folders_inside_stay_where_they_are(tmp_path: 
     (tmp_path / "photos" / "annotations.txt").write_text(f"more/lace_0.jpg\tone\n{outside}\ttwo\n{here}\tthree\n")
     plan = data_utils.plan_annotations(tmp_path / "photos", PROMPT, [], tmp_path)
     assert plan.captions == {inside: "one", outside: "two", here: "three"}
+
+
+def test_pictures_outside_the_folder_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = jpgs(tmp_path / "old", 3), jpgs(tmp_path / "new", 1)
+    jpgs(tmp_path / "new" / "more", 1)
+    monkeypatch.chdir(tmp_path)
+    lines = ["old/lace_0.jpg", "old/lace_1.jpg", str(old[2]), "more/lace_0.jpg", "old/gone.jpg"]
+    (tmp_path / "new" / "annotations.txt").write_text("".join(f"{line}\tmine\n" for line in lines))
+    captions = data_utils.plan_annotations("new", PROMPT, new, tmp_path).captions
+    assert set(map(str, captions)) == {"new/lace_0.jpg", "new/more/lace_0.jpg", *lines[1:3], "old/gone.jpg"}
+    told = f"names 2 pictures outside new, which are trained on too: old/lace_1.jpg; {old[2]}\n"
+    assert told in caplog.text
+    assert "names another folder; pictures of the same name in new are used: lace_0.jpg\n" in caplog.text
 
 
 def test_two_lines_for_one_picture_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

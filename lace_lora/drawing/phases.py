@@ -82,12 +82,12 @@ def _draw_in_phases(
 ) -> None:
     dtype = models.pick_dtype(config.mixed_precision, device)
     logger.info("drawing on %s in %s", device, str(dtype).removeprefix("torch."))
+    ensemble = sampling.is_ensemble(config)  # one run through the noise levels, which are the base's
     scheduler, refiner_scheduler = (
         sampling.make_scheduler(config.scheduler, models.load_noise_scheduler(config, refiner).config)
-        for refiner in (False, config.refine)
+        for refiner in (False, config.refine and not ensemble)
     )
     base_steps, refiner_steps = sampling.planned_steps(config, scheduler)
-    ensemble = sampling.is_ensemble(config)
     numbers = [f"{batch[0].index:03d}.safetensors" for batch in batches]
     base_files, refined_files = ([latents_folder / f"{kind}_{n}" for n in numbers] for kind in ("base", "refined"))
     # Whether to save pictures while the last UNet works, if it still has to. Asked before anything is on the GPU.

@@ -27,6 +27,8 @@ _SCHEDULERS = {
 # what else changes the sampling.
 _SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 _BETAS = ("beta_schedule", "beta_start", "beta_end")
+# What a model was trained on; the other options only choose how it is sampled.
+_TRAINED = ("prediction_type", "num_train_timesteps", "rescale_betas_zero_snr", *_BETAS, "trained_betas")
 _NOISE: dict[str, Sequence[Any]] = {
     "prediction_type": ("epsilon", "v_prediction"),
     "num_train_timesteps": (1000,),
@@ -250,6 +252,7 @@ def check_base(base: Model) -> None:
         both = " and ".join(map(str, widths))
         _refuse(base, f"mixes parts of different models: text encoders {both} wide, and a UNet for {width}")
     _check_scheduler(base)
+    _whole(base, "unet", "layers_per_block")  # kohya's names of layers are counted with it
 
 
 def check_refiner(refiner: Model, base: Model | None, ensemble: bool) -> None:
@@ -267,7 +270,7 @@ def check_refiner(refiner: Model, base: Model | None, ensemble: bool) -> None:
     if ensemble and base and {"scheduler"} <= base.configs.keys() & refiner.configs.keys():
         default = {key: allowed[0] for key, allowed in _NOISE.items()}
         own, other = (default | model.configs["scheduler"] for model in (refiner, base))
-        for key in (*_NOISE, *_BETAS, "trained_betas"):
+        for key in _TRAINED:
             if own.get(key) != other.get(key):
                 what = f"has another noise schedule than {base.source} ({key}: {own.get(key)}, not {other.get(key)})"
                 _refuse(refiner, what, "the ensemble flow needs equal ones, so set refiner_flow: img2img")

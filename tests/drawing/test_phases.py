@@ -353,6 +353,22 @@ def test_a_base_without_a_step_is_refused_before_anything_is_loaded(
     refused(lambda: drawn(config, None, [1]), "the base would get no steps")
 
 
+@pytest.mark.parametrize(("flow", "refiners"), [("ensemble", 0), ("img2img", 1)])
+def test_the_ensemble_has_the_noise_levels_of_the_base(
+    settings: Make, flow: str, refiners: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[bool] = []
+    load = models.load_noise_scheduler
+
+    def recording(config: Config, refiner: bool = False) -> Any:
+        loaded.append(refiner)
+        return load(config, refiner)
+
+    monkeypatch.setattr(models, "load_noise_scheduler", recording)
+    drawn(settings(refiner_flow=flow), None, [1])
+    assert loaded.count(True) == refiners
+
+
 def test_an_ensemble_without_refiner_steps_is_refused(settings: Make, tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny / "base", tmp_path / "base")
     scheduler = tmp_path / "base" / "scheduler" / "scheduler_config.json"

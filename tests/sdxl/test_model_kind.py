@@ -144,7 +144,8 @@ def test_another_kind_of_refiner_is_refused(
     [
         ({"prediction_type": "v_prediction"}, False),
         ({"beta_end": 0.02}, False),
-        ({"timestep_spacing": "trailing"}, False),
+        ({"trained_betas": [0.01] * 1000}, False),
+        ({"timestep_spacing": "trailing", "steps_offset": 0, "use_karras_sigmas": True}, True),  # only for sampling
         ({"rescale_betas_zero_snr": ..., "use_karras_sigmas": ..., "prediction_type": ...}, True),  # the defaults
         ({"_class_name": "DDIMScheduler"}, True),
     ],
