@@ -67,6 +67,7 @@ def check_models(config: Config, lora: Path | None = None, download: bool = True
         UserError: see `fetch_models`.
     """
     sources, found, missing = _sources(config), dict[str, model_kind.Model](), list[str]()
+    folders: list[tuple[Source, Path]] = []
     for setting, source in sources.items():
         place = _find(source, download)
         if place and place.is_file():
@@ -75,6 +76,7 @@ def check_models(config: Config, lora: Path | None = None, download: bool = True
             missing += [] if folder else [f"the settings and vocabulary of {place}"]
         elif place:
             found[setting] = model_kind.read_folder(place, source.name)
+            folders.append((source, place))
         if not Path(source.name).exists() and (place is None or _lacking(place, source)):
             missing.append(source.name)
     try:
@@ -83,9 +85,11 @@ def check_models(config: Config, lora: Path | None = None, download: bool = True
         if download or Path(error.source).exists():
             raise
         missing.append(error.source)  # which is not completely in the cache
-    for source in sources.values():
+    for source, place in folders:
         if Path(source.name).is_dir():
-            _require_weights(Path(source.name), source)
+            _require_weights(place, source)
+        if Path(source.name).is_dir() or download:
+            _require_vocabulary(place, source)
     return list(dict.fromkeys(missing))
 
 
@@ -148,11 +152,26 @@ def _lacking(folder: Path, source: Source) -> list[str]:
 
 
 def _require_weights(folder: Path, source: Source) -> None:
+    """Raises UserError: weights are missing, damaged or quantised."""
     if lacking := _lacking(folder, source):
         where = lacking[0] or "it"
         raise UserError(
             f"{source.name} has no safetensors weights in {where}: choose an SDXL model in diffusers format"
         )
+    for part in _heavy(folder, source):
+        for file in weight_files(folder / part, source.variant) or weight_files(folder / part, None):
+            model_kind.check_weights(file)
+
+
+def _require_vocabulary(folder: Path, source: Source) -> None:
+    """Raises UserError: a tokenizer has none."""
+    for part in ("tokenizer", "tokenizer_2"):
+        # transformers would go on with an empty vocabulary.
+        names = {file.name for file in (folder / part).glob("*")}
+        if part in source.parts and not ("tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names):
+            raise UserError(
+                f"{source.name} has no vocabulary in {part}: copy it from the model's page, or download again"
+            )
 
 
 def vae_subfolder(folder: Path) -> str:

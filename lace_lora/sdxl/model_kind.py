@@ -158,6 +158,13 @@ def read_header(file: Path) -> tuple[dict[str, tuple[list[int], str]], dict[str,
         raise UserError(f"{reason}: download it again, or with `git lfs pull`") from error
 
 
+def check_weights(file: Path) -> None:
+    """Raises UserError: a file of weights is damaged, or quantised, which would be read as plain numbers."""
+    tensors, _ = read_header(file)
+    if odd := next((dtype for _, dtype in tensors.values() if dtype not in _DTYPES), None):
+        raise UserError(f"{file} has quantised weights ({odd}): {_NOT_QUANTISED}")
+
+
 def is_refiner(file: Path) -> bool:
     """Whether a single file is SDXL's refiner, whose text encoder is the larger one alone."""
     return any(name.startswith("conditioner.embedders.0.model.") for name in read_header(file)[0])
@@ -252,7 +259,8 @@ def check_base(base: Model) -> None:
         both = " and ".join(map(str, widths))
         _refuse(base, f"mixes parts of different models: text encoders {both} wide, and a UNet for {width}")
     _check_scheduler(base)
-    _whole(base, "unet", "layers_per_block")  # kohya's names of layers are counted with it
+    if "layers_per_block" in base.configs["unet"]:
+        _whole(base, "unet", "layers_per_block")  # kohya's names of layers are counted with it
 
 
 def check_refiner(refiner: Model, base: Model | None, ensemble: bool) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lace_lora.config import Config
+from lace_lora.errors import UserError, first_line
 from lace_lora.sdxl import lora_weights
 from lace_lora.sdxl.lora_weights import Lora
 from lace_lora.sdxl.models import load_part
@@ -64,7 +65,23 @@ def embed_for_both(
 
 
 def load_tokenizers(source: str) -> list[CLIPTokenizer]:
-    return [load_part(CLIPTokenizer, source, folder) for folder in ("tokenizer", "tokenizer_2")]
+    """Both tokenizers; of prompts with 77 tokens, as CLIP was trained, whatever their settings say.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    tokenizers = []
+    for folder in ("tokenizer", "tokenizer_2"):
+        try:
+            tokenizer = load_part(CLIPTokenizer, source, folder)
+        except UserError:
+            raise
+        except Exception as error:  # what the tokenizers library raises has no other class
+            where = Path(source, folder)
+            raise UserError(f"{where} cannot be loaded ({first_line(error)}): download the model again") from error
+        tokenizer.model_max_length = 77
+        tokenizers.append(tokenizer)
+    return tokenizers
 
 
 def load_text_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> list[torch.nn.Module]:

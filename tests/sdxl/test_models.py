@@ -2,17 +2,18 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from helpers import Make, refused
 from lace_lora.errors import UserError
-from lace_lora.sdxl import models, prompts
+from lace_lora.sdxl import hub, models, prompts
 from sdxl_helpers import CPU
 
 
@@ -128,6 +129,64 @@ def test_weights_that_a_config_has_no_place_for_are_refused(
         models.load_unet(config.pretrained_model, None, CPU, torch.float32)
 
     refused(load, f"has no place for .*{part}")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "part"),
+    [
+        ("tokenizer", None, "has no vocabulary in tokenizer:"),
+        ("tokenizer_2/*.*", None, "has no vocabulary in tokenizer_2:"),
+        ("unet/diffusion_pytorch_model.safetensors", LFS, "is damaged or incomplete .*git lfs pull"),
+        ("vae/diffusion_pytorch_model.safetensors", b"", "is damaged or incomplete"),
+        (
+            "text_encoder_2/model.safetensors",
+            save({"a": torch.ones(2, dtype=torch.float8_e4m3fn)}),
+            "quantised .*F8_E4M3",
+        ),
+        ("unet/diffusion_pytorch_model.safetensors", save({"a": torch.ones(2, dtype=torch.int8)}), "quantised .*I8"),
+        ("unet/config.json", b'{"layers_per_block": [1, 1, 1]}', "layers_per_block"),
+    ],
+)
+def test_a_damaged_model_is_refused_before_it_is_loaded(
+    file: str, content: bytes | None, part: str, tiny: Path, settings: Make, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny / "base", tmp_path / "base"))
+    for path in model.glob(file):
+        if content is None:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(json.loads(path.read_text()) | json.loads(content)))
+        else:
+            path.write_bytes(content)
+    for download in (True, False):
+        config = settings(pretrained_model=str(model))
+        refused(partial(hub.check_models, config, download=download), part)
+
+
+@pytest.mark.parametrize("changes", [{"model_max_length": ...}, {"model_max_length": 10**30}, None])
+def test_prompts_have_77_tokens_whatever_the_tokenizers_settings_say(
+    changes: dict[str, Any] | None, tiny: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny / "base", tmp_path / "base"))
+    expected = prompts.tokenize(["a lace"], prompts.load_tokenizers(str(model)))
+    file = model / "tokenizer" / "tokenizer_config.json"
+    content = json.loads(file.read_text()) | (changes or {})
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+    if changes is None:
+        file.unlink()
+    found = prompts.tokenize(["a lace"], prompts.load_tokenizers(str(model)))
+    assert all(map(torch.equal, expected, found))
+
+
+def test_a_damaged_vocabulary_is_one_line(tiny: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny / "base", tmp_path / "base"))
+    (model / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    (model / "tokenizer" / "vocab.json").write_text('{"a": ')
+    (model / "tokenizer" / "merges.txt").touch()
+    refused(lambda: prompts.load_tokenizers(str(model)), "tokenizer cannot be loaded .*(download the model again|SDXL)")
 
 
 @pytest.mark.parametrize("shard", ["10GB", "200KB"])
