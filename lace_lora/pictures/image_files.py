@@ -27,7 +27,7 @@ MAX_PIXELS = 250_000_000  # phones make up to 201 million, an A4 page scanned at
 _LARGE = 40_000_000  # pixels; above it, pictures are decoded one at a time
 _MAX_TEXT = 2**26  # bytes of a text or colour profile in a PNG
 _SAVE_AGAIN = "save it again with 8 or 16 bits per colour"
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 262, 284, 339  # tags of a TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES, _COLOUR_MAP, _SAMPLE_FORMAT = 258, 262, 284, 320, 339  # tags of a TIFF
 
 # How to turn a picture of each EXIF orientation.
 _TURNS = {
@@ -95,6 +95,7 @@ def open_picture(
         if full[0] * full[1] > MAX_PIXELS:
             raise Unsuitable(f"{full[0]}x{full[1]} are over {MAX_PIXELS // 10**6} megapixels: scale it down")
         _check_tiff(image)
+        _check_gamma(image)
         _scale_transparent_colour(image)
         if at_least:
             shrink = min(full) / at_least
@@ -180,6 +181,8 @@ def _check_tiff(image: ImageFile.ImageFile) -> None:
         return
     if not isinstance(tags.get(ExifTags.Base.Orientation, 1), numbers.Real):
         raise Unsuitable(f"its orientation is not a number: {_SAVE_AGAIN}")
+    if image.mode == "P" and max(tags.get(_COLOUR_MAP, (256,))) < 256:
+        raise Unsuitable(f"its palette has 8 bits per colour, and a TIFF's has 16: {_SAVE_AGAIN}")
     if _PHOTOMETRIC not in tags:
         raise Unsuitable(f"it does not say whether 0 is black or white: {_SAVE_AGAIN}")
     if image.mode == "I" or tags.get(_SAMPLE_FORMAT, (1,))[0] == 2:
@@ -189,6 +192,13 @@ def _check_tiff(image: ImageFile.ImageFile) -> None:
         raise Unsuitable(f"its floating-point numbers are compressed with the high byte first: {_SAVE_AGAIN}")
     if tags.get(_PLANES) == 2 and max(tags.get(_BITS_PER_SAMPLE, (1,))) > 8 and not is_compressed:
         raise Unsuitable("its colours of more than 8 bits are stored one after another: save it again, interleaved")
+
+
+def _check_gamma(image: Image.Image) -> None:
+    """Refuse a PNG whose values have another gamma than sRGB's, and nothing that says how to convert them."""
+    gamma = image.info.get("gamma", 1 / 2.2)
+    if abs(gamma - 1 / 2.2) > 0.02 and not {"srgb", "icc_profile"} & image.info.keys():
+        raise Unsuitable(f"its values are not sRGB (gamma {gamma:g}): {_SAVE_AGAIN}")
 
 
 def _scale_transparent_colour(image: ImageFile.ImageFile) -> None:

@@ -449,3 +449,31 @@ def test_a_tiff_is_turned_or_refused_whatever_else_it_says(extra: Tags, order: s
             assert extra or ("orientation" in reason and kind in "Bs")
         else:
             assert mean_difference(opened(io.BytesIO(content)), gradient().transpose(Transpose.ROTATE_270)) == 0
+
+
+@pytest.mark.parametrize(
+    ("gamma", "profile", "fits"), [(45455, False, True), (100000, False, False), (100000, True, True)]
+)
+def test_a_png_of_another_gamma_than_srgbs_is_refused(gamma: int, profile: bool, fits: bool) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add(b"gAMA", struct.pack(">I", gamma))
+    file = as_file(gradient(), pnginfo=text, **({"icc_profile": swapped_profile()} if profile else {}))
+    if fits:
+        image_files.open_picture(file, formats=("PNG",))
+        return
+    with pytest.raises(image_files.Unsuitable, match="not sRGB \\(gamma 1\\)"):
+        image_files.open_picture(file, formats=("PNG",))
+
+
+def test_a_tiff_with_a_palette_of_8_bits_is_refused() -> None:
+    picture = gradient().quantize(16)
+    content = as_file(picture, "TIFF").getvalue()
+    palette = picture.getpalette("RGB") or []
+    levels = [level for channel in range(3) for level in palette[channel::3]]
+    start = struct.pack(f"<{len(levels) // 3}H", *(level * 256 for level in levels[: len(levels) // 3]))
+    at = content.index(start)
+    values = struct.unpack_from("<768H", content, at)
+    dark = content[:at] + struct.pack("<768H", *(value // 256 for value in values)) + content[at + 1536 :]
+    image_files.open_picture(io.BytesIO(content), formats=("TIFF",))
+    with pytest.raises(image_files.Unsuitable, match="its palette has 8 bits"):
+        image_files.open_picture(io.BytesIO(dark), formats=("TIFF",))
