@@ -196,7 +196,9 @@ def _check_tiff(image: ImageFile.ImageFile) -> None:
 
 def _check_gamma(image: Image.Image) -> None:
     """Refuse a PNG whose values have another gamma than sRGB's, and nothing that says how to convert them."""
-    gamma = image.info.get("gamma", 1 / 2.2)
+    gamma = image.info.get("gamma")
+    if not isinstance(gamma, float):  # a text may have that name too
+        return
     if abs(gamma - 1 / 2.2) > 0.02 and not {"srgb", "icc_profile"} & image.info.keys():
         raise Unsuitable(f"its values are not sRGB (gamma {gamma:g}): {_SAVE_AGAIN}")
 

@@ -167,7 +167,7 @@ def _require_vocabulary(folder: Path, source: Source) -> None:
     """Raises UserError: a tokenizer has none."""
     for part in ("tokenizer", "tokenizer_2"):
         # transformers would go on with an empty vocabulary.
-        names = {file.name for file in (folder / part).glob("*")}
+        names = {file.name for file in (folder / part).glob("*") if file.stat().st_size}
         if part in source.parts and not ("tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names):
             raise UserError(
                 f"{source.name} has no vocabulary in {part}: copy it from the model's page, or download again"

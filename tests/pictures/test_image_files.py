@@ -457,7 +457,7 @@ def test_a_tiff_is_turned_or_refused_whatever_else_it_says(extra: Tags, order: s
 def test_a_png_of_another_gamma_than_srgbs_is_refused(gamma: int, profile: bool, fits: bool) -> None:
     text = PngImagePlugin.PngInfo()
     text.add(b"gAMA", struct.pack(">I", gamma))
-    file = as_file(gradient(), pnginfo=text, **({"icc_profile": swapped_profile()} if profile else {}))
+    file = as_file(gradient(), pnginfo=text, icc_profile=swapped_profile() if profile else None)
     if fits:
         image_files.open_picture(file, formats=("PNG",))
         return
