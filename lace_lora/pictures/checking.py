@@ -170,7 +170,7 @@ def _check(path: Path, min_image_size: int, formats: Sequence[str]) -> Picture:
         return Picture(path, reason=f"unreadable: {getattr(error, 'strerror', None) or 'too large for the memory'}")
     try:
         _, (width, height) = open_picture(io.BytesIO(content), at_least=64, formats=formats)
-        if _has_gap(content):
+        if _has_gap(content, width * height):
             raise Unsuitable(f"part of it is missing: {_COPY}")
         pages, drawn = count_pages(content, formats), recipe.is_drawn(content)
     except Unsuitable as error:
@@ -182,12 +182,13 @@ def _check(path: Path, min_image_size: int, formats: Sequence[str]) -> Picture:
     return Picture(path, width, height, hashlib.sha256(content).hexdigest(), reason, drawn, pages)
 
 
-def _has_gap(content: bytes) -> bool:
+def _has_gap(content: bytes, pixels: int) -> bool:
     """Whether part of a JPEG's or WebP's data was never written: decoders take zeros for grey."""
     if _GAP not in content:
         return False
     if content.startswith(b"RIFF"):
-        return any(_GAP in data for data in _webp_data(content))
+        gap = bytes(max(len(_GAP), pixels // 8000))  # a plain ground takes a zero for 12,000 pixels or more
+        return any(gap in data for data in _webp_data(content))
     first: dict[int, int] = {}  # what a zero means, by Huffman table
     at, scan = 2, False
     while content[at : at + 1] == b"\xff" and at + 4 <= len(content):

@@ -258,6 +258,15 @@ def test_a_plain_ground_is_not_taken_for_a_missing_part(
     assert checking._check(tmp_path / "a", 32, (kind,)).used
 
 
+def test_a_large_plain_ground_of_a_webp(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8000, 6000), "white")
+    picture.paste(gradient(600, 400), (1700, 1300))
+    content = as_file(picture, "WEBP").getvalue()
+    assert bytes(1024) in content
+    (tmp_path / "a").write_bytes(content)
+    assert checking._check(tmp_path / "a", 32, ("WEBP",)).used
+
+
 def test_large_pictures_and_long_texts_are_used(tmp_path: Path) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("XML:com.adobe.xmp", "x" * 5_000_000, zip=True)
