@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ class Job:
     resume: str | None  # the checkpoint to resume from
     models: dict[str, Any]  # settings that name models, as paths
     origin: str | None = None  # of the named checkpoint that the run began at, see checkpoint.origin_of
+    started: float = field(default_factory=time.time)  # when train.py wrote it, in seconds since 1970
     class_pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that exist
     class_to_draw: dict[str, int] = field(default_factory=dict)  # each with the number that gives its seed
 

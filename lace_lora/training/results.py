@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from collections import Counter
 from contextlib import suppress
 from datetime import datetime
@@ -95,7 +94,7 @@ def kohya_metadata(config: Config, alpha: float, steps: int, job: Job, predictio
         "ss_network_alpha": str(alpha),
         "ss_resolution": f"({side}, {side})",
         "ss_output_name": name,
-        "ss_training_started_at": str(time.time()),
+        "ss_training_started_at": str(job.started),
         "ss_steps": str(steps),
         "ss_num_train_images": str(len(captions)),
         "ss_batch_size_per_device": str(config.train_batch_size),
