@@ -56,6 +56,7 @@ def plan_annotations(
     image_dir, images = Path(image_dir), list(images)
     beside = image_dir / ANNOTATIONS
     path = beside if os.access(image_dir, os.W_OK) else Path(fallback_dir, ANNOTATIONS)
+    generated: dict[Path, str] | None = None
     for candidate in (path, beside):  # a user's file in a read-only folder is used too
         if os.path.lexists(candidate) and not candidate.is_file():
             raise UserError(f"{candidate} is {_no_file(candidate)}: remove or rename it")
@@ -64,12 +65,13 @@ def plan_annotations(
             lines = [line for line, _ in rows]
             meant = _meant(lines, image_dir, candidate)
             captions = {picture: caption for picture, (_, caption) in zip(meant, rows, strict=True)}
-            ours = bool(captions) and captions.keys() == set(images)
-            if not ours or captions != _generated_or_none(image_dir, prompt, images):
+            if captions.keys() == set(images):  # otherwise not ours, and no caption file has to be read
+                generated = _generated_or_none(image_dir, prompt, images)
+            if not captions or captions != generated:
                 _warn_about_lines(candidate, lines, meant, image_dir)
                 own = {picture: _unquoted(caption) for picture, caption in captions.items()}
                 return Annotations(candidate, own, by_user=True)
-    return Annotations(path, _generated(image_dir, prompt, images), by_user=False)
+    return Annotations(path, generated or _generated(image_dir, prompt, images), by_user=False)
 
 
 def create_annotations(

@@ -58,7 +58,7 @@ def _run(config: Config, dry_run: bool) -> Path:
         print("Finished already. With other settings, the pictures go to a new folder.")
         shutil.rmtree(folder.path / UNFINISHED, ignore_errors=True)
     else:
-        files.free_space(folder.path)  # where nothing can be written, raises before gigabytes are downloaded
+        files.check_writable(folder.path)  # before gigabytes are downloaded
         models = hub.fetch_models(config, folder.lora) if folder.missing() else {}
         folder.path.mkdir(parents=True, exist_ok=True)
         with files.lock_for_one_run(folder.path):

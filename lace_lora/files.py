@@ -90,6 +90,15 @@ def free_space(folder: Path) -> float:
     """Free disk space in GB where a folder is, or would be created.
 
     Raises:
+        UserError: see `check_writable`.
+    """
+    return shutil.disk_usage(check_writable(folder)).free / 1e9
+
+
+def check_writable(folder: Path) -> Path:
+    """The folder, or if it does not exist the one in which it would be created.
+
+    Raises:
         UserError: it is a file, or in one, or cannot be written (exit 4).
     """
     place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
@@ -97,7 +106,12 @@ def free_space(folder: Path) -> float:
         raise UserError(f"{folder} cannot be used as a folder: {place} is a file; set another folder", DISK_OR_DRIVE)
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"{folder} cannot be written: set a folder that you can write to", DISK_OR_DRIVE)
-    return shutil.disk_usage(place).free / 1e9
+    return place
+
+
+def is_safetensors(path: Path) -> bool:
+    """By its name, whatever its case."""
+    return path.suffix.lower() == ".safetensors"
 
 
 def file_sha256(path: Path) -> str:

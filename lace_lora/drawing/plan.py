@@ -9,8 +9,9 @@ from typing import Any
 
 from lace_lora.config import LORA_FILE, PICTURE, Config
 from lace_lora.errors import NO_SECRETS, UserError, holds_secret
-from lace_lora.files import file_sha256, free_space, read_text
+from lace_lora.files import file_sha256, free_space, is_safetensors, read_text
 from lace_lora.sdxl import hub
+from lace_lora.sdxl.model_kind import NOT_SAFETENSORS
 
 
 def read_prompts(config: Config) -> list[str]:
@@ -48,8 +49,8 @@ def find_lora(config: Config) -> Path | None:
     if not path.is_file():
         advice = "train one first (--mode train), set lora_path to another one, or set lora_scale=0 to draw without one"
         raise UserError(f"no LoRA found at {path}: {advice}")
-    if not hub.is_safetensors(path):
-        raise UserError(f"{path} is not a .safetensors file: convert it first, because other formats can run code")
+    if not is_safetensors(path):
+        raise UserError(f"{path} {NOT_SAFETENSORS}")
     return path
 
 

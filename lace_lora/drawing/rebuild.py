@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 from lace_lora.config import PICTURE, Config, dump_config, load_config, settings_that_affect
 from lace_lora.drawing.plan import check_input, find_lora, importing_torch, lora_name, picture_settings
 from lace_lora.errors import UserError
-from lace_lora.files import free_name, free_space
+from lace_lora.files import check_writable, free_name
 from lace_lora.pictures import image_files, recipe
 from lace_lora.pictures.recipe import Drawn, Recipe
 from lace_lora.sdxl import hub
@@ -47,7 +47,7 @@ def run(config: Config, dry_run: bool = False) -> Path:
         check_input(drawn, lora, output_dir)
         return path
     before = image_files.open_finished(original)
-    free_space(output_dir)
+    check_writable(output_dir)
     picture = _draw(recorded, replace(drawn, **hub.fetch_models(drawn, lora)), lora)
     output_dir.mkdir(parents=True, exist_ok=True)
     path = free_name(*names)

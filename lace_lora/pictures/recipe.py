@@ -10,7 +10,7 @@ from typing import Any
 from PIL import ExifTags, Image, PngImagePlugin
 
 from lace_lora.errors import UserError, first_line
-from lace_lora.files import write_atomically
+from lace_lora.files import is_safetensors, write_atomically
 from lace_lora.pictures.image_files import BROKEN, PNG_OPTIONS
 
 TEXT = "lace-lora"  # the name of our text chunk in a PNG
@@ -120,7 +120,7 @@ def parameters(recipe: Recipe) -> str:
 
 def _model(source: str) -> str:
     path = Path(source)
-    return path.stem if path.suffix.lower() == ".safetensors" else path.name
+    return path.stem if is_safetensors(path) else path.name
 
 
 def _quoted(value: str) -> str:

@@ -14,6 +14,7 @@ from huggingface_hub import errors
 
 from lace_lora.config import Config
 from lace_lora.errors import DISK_OR_DRIVE, UserError, first_line
+from lace_lora.files import is_safetensors
 from lace_lora.sdxl import model_kind
 
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -47,8 +48,9 @@ def fetch_models(config: Config, lora: Path | None = None) -> dict[str, Any]:
     Raises:
         UserError: a model does not exist, needs a login, or is not SDXL (exit 2); its download failed (exit 4).
     """
-    check_models(config, lora)
-    paths = {setting: fetch(source) for setting, source in _sources(config).items()}
+    places = _find_all(config, download=True)
+    _check(config, places, lora, download=True)
+    paths = {setting: _with_weights(source, places[setting]) for setting, source in _sources(config).items()}
     if (vae := paths.get("pretrained_vae")) and (vae / "vae" / "config.json").is_file():  # in a whole model
         paths["pretrained_vae"] = vae / "vae"
     return {setting: str(path) for setting, path in paths.items()}
@@ -66,17 +68,26 @@ def check_models(config: Config, lora: Path | None = None, download: bool = True
     Raises:
         UserError: see `fetch_models`.
     """
+    return _check(config, _find_all(config, download), lora, download)
+
+
+def _find_all(config: Config, download: bool) -> dict[str, Path]:
+    """`_find` for each model that is used, by setting, where it finds one."""
+    found = {setting: _find(source, download) for setting, source in _sources(config).items()}
+    return {setting: place for setting, place in found.items() if place}
+
+
+def _check(config: Config, places: dict[str, Path], lora: Path | None, download: bool) -> list[str]:
+    """`check_models` for models that are found already."""
     sources, found, missing = _sources(config), dict[str, model_kind.Model](), list[str]()
-    folders: list[tuple[Source, Path]] = []
     for setting, source in sources.items():
-        place = _find(source, download)
+        place = places.get(setting)
         if place and place.is_file():
             folder = layout(place, download)
             found[setting] = model_kind.read_file(place, folder)
             missing += [] if folder else [f"the settings and vocabulary of {place}"]
         elif place:
             found[setting] = model_kind.read_folder(place, source.name)
-            folders.append((source, place))
         if not Path(source.name).exists() and (place is None or _lacking(place, source)):
             missing.append(source.name)
     try:
@@ -85,11 +96,11 @@ def check_models(config: Config, lora: Path | None = None, download: bool = True
         if download or Path(error.source).exists():
             raise
         missing.append(error.source)  # which is not completely in the cache
-    for source, place in folders:
-        if Path(source.name).is_dir():
-            _require_weights(place, source)
-        if Path(source.name).is_dir() or download:
-            _require_vocabulary(place, source)
+    for setting, place in places.items():
+        if is_local := Path(sources[setting].name).is_dir():
+            _require_weights(place, sources[setting])
+        if is_local or (download and place.is_dir()):
+            _require_vocabulary(place, sources[setting])
     return list(dict.fromkeys(missing))
 
 
@@ -105,15 +116,11 @@ def _sources(config: Config) -> dict[str, Source]:
     return sources
 
 
-def fetch(source: Source) -> Path:
-    """The folder or file of a model.
+def _with_weights(source: Source, place: Path) -> Path:
+    """The folder or file of a model, which `_find` found, with its weights.
 
-    Weights are downloaded in the variant if it exists, otherwise the default ones; safetensors only.
+    They are downloaded in the variant if it exists, otherwise the default ones; safetensors only.
     """
-    place = _find(source)
-    assert place
-    if place.is_file():
-        layout(place)
     if Path(source.name).exists():
         return place
     small, heavy = _small_files(source), _heavy(place, source)
@@ -125,7 +132,7 @@ def fetch(source: Source) -> Path:
     return place
 
 
-def _find(source: Source, download: bool = True) -> Path | None:
+def _find(source: Source, download: bool) -> Path | None:
     """The file or folder of a model, from the Hub with its small files; None if it is not to be downloaded."""
     name, path = source.name, Path(source.name)
     if path.exists():
@@ -178,10 +185,6 @@ def vae_subfolder(folder: Path) -> str:
     """Where the VAE is in a folder: in a subfolder, or, if it is that of a VAE alone, in the folder itself."""
     alone = not (folder / "vae" / "config.json").is_file() and (folder / "config.json").is_file()
     return "" if alone else "vae"
-
-
-def is_safetensors(path: Path) -> bool:
-    return path.suffix.lower() == ".safetensors"
 
 
 def layout(file: Path, download: bool = True) -> Path | None:

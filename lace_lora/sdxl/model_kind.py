@@ -12,8 +12,10 @@ from typing import Any, NamedTuple, NoReturn
 from safetensors import SafetensorError, safe_open
 
 from lace_lora.errors import UserError, first_line
+from lace_lora.files import is_safetensors
 
 ADVICE = "choose an SDXL model that predicts noise or velocity (epsilon or v_prediction)"
+NOT_SAFETENSORS = "is not a .safetensors file: convert it first, because other formats can run code"
 _NOT_QUANTISED = "use the same model in fp16, bf16 or fp32"
 SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
 _SCHEDULERS = {
@@ -23,13 +25,12 @@ _SCHEDULERS = {
     "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler",
     "PNDMScheduler", "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler",
 }  # fmt: skip
-# What a scheduler's config may say, first diffusers' default: about the noise levels and which of them are sampled, and
-# what else changes the sampling.
 _SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 _BETAS = ("beta_schedule", "beta_start", "beta_end")
 # What a model was trained on; the other options only choose how it is sampled.
 _TRAINED = ("prediction_type", "num_train_timesteps", "rescale_betas_zero_snr", *_BETAS, "trained_betas")
-_NOISE: dict[str, Sequence[Any]] = {
+# What a scheduler's config may say, first diffusers' default.
+_SAMPLING: dict[str, Sequence[Any]] = {
     "prediction_type": ("epsilon", "v_prediction"),
     "num_train_timesteps": (1000,),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -38,9 +39,6 @@ _NOISE: dict[str, Sequence[Any]] = {
     "steps_offset": (0, 1),
     "interpolation_type": ("linear", "log_linear"),
     **dict.fromkeys(_SIGMAS, (False, True)),
-}
-_SAMPLING: dict[str, Sequence[Any]] = {
-    **_NOISE,
     "timestep_type": ("discrete",),
     "use_flow_sigmas": (False,),
     "use_dynamic_shifting": (False,),
@@ -151,18 +149,15 @@ def read_header(file: Path) -> tuple[dict[str, tuple[list[int], str]], dict[str,
             tensors = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
             return tensors, content.metadata() or {}
     except (SafetensorError, OSError) as error:
-        if file.suffix.lower() != ".safetensors":
-            advice = "convert it first, because other formats can run code"
-            raise UserError(f"{file} is not a .safetensors file: {advice}") from error
+        if not is_safetensors(file):
+            raise UserError(f"{file} {NOT_SAFETENSORS}") from error
         reason = f"{file} is damaged or incomplete ({first_line(error)})"
         raise UserError(f"{reason}: download it again, or with `git lfs pull`") from error
 
 
 def check_weights(file: Path) -> None:
     """Raises UserError: a file of weights is damaged, or quantised, which would be read as plain numbers."""
-    tensors, _ = read_header(file)
-    if odd := next((dtype for _, dtype in tensors.values() if dtype not in _DTYPES), None):
-        raise UserError(f"{file} has quantised weights ({odd}): {_NOT_QUANTISED}")
+    _check_dtypes(Model(str(file), {}), read_header(file)[0])
 
 
 def is_refiner(file: Path) -> bool:
@@ -202,8 +197,7 @@ def _check_names(model: Model, tensors: dict[str, tuple[list[int], str]], metada
     for pattern, kind in _OTHER_FILES.items():
         if any(re.search(pattern, name) for name in tensors):
             _refuse(model, f"is {kind}")
-    if odd := next((dtype for _, dtype in tensors.values() if dtype not in _DTYPES), None):
-        _refuse(model, f"has quantised weights ({odd})", _NOT_QUANTISED)
+    _check_dtypes(model, tensors)
     predicts = metadata.get("modelspec.prediction_type", "epsilon").lower()
     in_kohyas_words = metadata.get("ss_v_parameterization", "").lower() == "true"
     if {"v_pred", "ztsnr"} & tensors.keys() or predicts.startswith("v") or in_kohyas_words:
@@ -211,6 +205,11 @@ def _check_names(model: Model, tensors: dict[str, tuple[list[int], str]], metada
         _refuse(model, "is a v-prediction model, which is not supported as a single file", advice)
     if not predicts.startswith("eps"):
         _refuse(model, f"predicts {predicts}, according to its metadata")
+
+
+def _check_dtypes(model: Model, tensors: dict[str, tuple[list[int], str]]) -> None:
+    if odd := next((dtype for _, dtype in tensors.values() if dtype not in _DTYPES), None):
+        _refuse(model, f"has quantised weights ({odd})", _NOT_QUANTISED)
 
 
 class MissingPartError(UserError):
@@ -276,7 +275,7 @@ def check_refiner(refiner: Model, base: Model | None, ensemble: bool) -> None:
             _refuse(refiner, what, "use a refiner made for this base model, or set refine: false")
     _check_scheduler(refiner)
     if ensemble and base and {"scheduler"} <= base.configs.keys() & refiner.configs.keys():
-        default = {key: allowed[0] for key, allowed in _NOISE.items()}
+        default = {key: allowed[0] for key, allowed in _SAMPLING.items()}
         own, other = (default | model.configs["scheduler"] for model in (refiner, base))
         for key in _TRAINED:
             if own.get(key) != other.get(key):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,20 @@ def test_without_a_connection_the_cache_is_enough(server: Hub, fetch: Fetch) -> 
     server.shutdown()
     server.server_close()
     assert fetch() == found
+
+
+def test_the_hub_is_asked_twice_for_a_model(fetch: Fetch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its small files, and once these are checked for its weights."""
+    asked: list[str] = []
+    download = huggingface_hub.snapshot_download
+
+    def counting(source: str, **options: Any) -> str:
+        asked.append(source)
+        return str(download(source, **options))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", counting)
+    fetch(variant=None)
+    assert sorted(asked) == sorted([BASE, REFINER] * 2)
 
 
 def test_an_unused_refiner_is_not_downloaded(server: Hub, fetch: Fetch) -> None:
@@ -249,12 +264,14 @@ def test_no_connection_and_no_cache(server: Hub, fetch: Fetch) -> None:
 
 
 def test_paths_are_not_looked_up(tmp_path: Path, tiny: Path) -> None:
-    assert hub.fetch(hub.Source(str(tiny / "base"), ["unet"], None)) == tiny / "base"
+    def fetched(model: str) -> str:
+        return hub.fetch_models(Config(pretrained_model=model, refine=False))["pretrained_model"]
+
+    assert fetched(str(tiny / "base")) == str(tiny / "base")
     for name in ("no/such/folder", "./none", str(tmp_path / "none"), "none.safetensors"):
-        refused(lambda name=name: hub.fetch(hub.Source(name, ["unet"], None)), "no model found at")  # type: ignore[misc]
+        refused(partial(fetched, name), "no model found at")
     (tmp_path / "model.safetensors").write_bytes(b"a pickle, say")
-    file = hub.Source(str(tmp_path / "model.safetensors"), ["unet"], None)
-    refused(lambda: hub.fetch(file), "is damaged or incomplete")
+    refused(lambda: fetched(str(tmp_path / "model.safetensors")), "is damaged or incomplete")
 
 
 def test_a_checkpoint_in_one_file(server: Hub, fetch: Fetch, tiny: Path, tmp_path: Path) -> None:
