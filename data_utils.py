@@ -4,22 +4,26 @@ import hashlib
 import json
 import logging
 import os
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.errors import DISK_OR_DRIVE, UserError, disk_advice, first_line
 from lace_lora.files import CONTROL, file_sha256, one_line, read_text, write_atomically
-from lace_lora.pictures.checking import Picture
-from lace_lora.pictures.image_files import named_as_pictures, visible_entries
+from lace_lora.pictures.checking import DUPLICATE, Picture
+from lace_lora.pictures.image_files import in_subfolders, named_as_pictures, visible_entries
 
 logger = logging.getLogger(__name__)
 
 ANNOTATIONS = "annotations.txt"
+# What phones and computers name screenshots, in several languages.
+_SCREENSHOT = re.compile(r"screen[ _-]?(shot|capture)|bildschirmfoto|capture d.écran|captura de |ekran ", re.IGNORECASE)
 _RECORD = ".annotations.sha256"  # hashes of the annotations that this program wrote; others are the user's own
 
 
@@ -254,9 +258,22 @@ def caption_files(image_dir: str | Path, images: Sequence[Path]) -> tuple[dict[P
     `IMG_1.txt` belongs to `IMG_1.jpg`, then `IMG_1.jpg.txt`, then either in other capitals, or in the other form of
     Unicode, if nothing else fits.
     """
+    folder = Path(image_dir)
+    by_folder: dict[Path, list[Path]] = {folder: []}
+    for image in images:  # those in subfolders have theirs beside them
+        by_folder.setdefault(image.parent if folder in image.parent.parents else folder, []).append(image)
+    files, unused = dict[Path, Path](), list[str]()
+    for place, inside in by_folder.items():
+        used, others = _caption_files_in(place, inside)
+        files |= used
+        unused += [str(place.relative_to(folder) / name) for name in others]
+    return files, unused
+
+
+def _caption_files_in(folder: Path, images: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
     texts: dict[str, Path] = {}
     unused = []
-    for path in visible_entries(image_dir):
+    for path in visible_entries(folder):
         if path.suffix.lower() != ".txt" or path.name == ANNOTATIONS:
             continue
         if path.name.lower() == ANNOTATIONS:
@@ -300,20 +317,9 @@ def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations:
             kind, _, why = picture.reason.partition(": ")
             kinds[kind].append(f"{picture.path.name} ({why})")
     lines += [f"  {kind:<12} {len(names)}: {_few(names)}" for kind, names in kinds.items()]
-    same = defaultdict(list)
-    for picture in used:
-        same[picture.sha256].append(picture.path.name)
-    groups = [" = ".join(names[:4]) for names in same.values() if len(names) > 1]
-    if groups:
-        lines.append(f"  duplicates   {len(groups)} (all are used): {_few(groups)}")
-    extensions = {picture.path.suffix.lower() for picture in pictures}
-    others = Counter(path.suffix.lower() for path in visible_entries(image_dir) if not path.is_dir())
-    counts = {kind: others[kind] for kind in sorted(others) if kind not in {"", ".txt", *extensions}}
-    if counts:
-        lines.append("  other files  " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
-        if readable := [kind for kind in counts if kind in IMAGE_EXTENSIONS]:
-            all_kinds = dict.fromkeys([".jpg", *sorted(extensions), *readable])
-            lines.append(f"               to use them, set image_extensions: [{', '.join(all_kinds)}]")
+    if odd := odd_ones_out(used):
+        lines.append(f"  look at      {len(odd)}, which are used: {_few(odd)}")
+    lines += other_files(image_dir, pictures)
     if several := [f"{picture.path.name} ({picture.pages})" for picture in used if picture.pages > 1]:
         lines.append(f"  pages        {len(several)} have several, of which the first is used: {_few(several)}")
     if not annotations.by_user:
@@ -326,6 +332,68 @@ def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations:
     lines.append(f"  captions     {len(annotations.captions)}: {origin}")
     # A file name may have bytes that are not UTF-8, which a terminal cannot print.
     return "\n".join(lines).encode(errors="backslashreplace").decode()
+
+
+def drop_duplicates(pictures: Sequence[Picture], preferred: Collection[Path]) -> list[Picture]:
+    """The pictures, all but one of those with equal contents marked as duplicates; one of `preferred` stays."""
+    kept: dict[str, Path] = {}
+    for picture in sorted(pictures, key=lambda one: one.path not in preferred):  # otherwise the first
+        if picture.used:
+            kept.setdefault(picture.sha256, picture.path)
+    return [
+        replace(one, reason=f"{DUPLICATE}: equal to {kept[one.sha256].name}")
+        if one.used and one.path != kept[one.sha256]
+        else one
+        for one in pictures
+    ]
+
+
+def odd_ones_out(pictures: Sequence[Picture]) -> list[str]:
+    """Names of pictures that are unlike the others, each with the reason: screenshots, say."""
+    if not pictures:
+        return []
+    with_camera = sum(picture.camera for picture in pictures)
+    usual = median(min(picture.width, picture.height) for picture in pictures)
+    found = []
+    for picture in pictures:
+        if _SCREENSHOT.search(picture.path.name):
+            found.append(f"{picture.path.name} (a screenshot, by its name)")
+        elif not picture.camera and with_camera > len(pictures) / 2:
+            found.append(f"{picture.path.name} (names no camera, as most others do)")
+        elif min(picture.width, picture.height) < usual / 2:
+            found.append(f"{picture.path.name} ({picture.width}x{picture.height}, much smaller than most)")
+    return found
+
+
+def other_files(image_dir: str | Path, pictures: Sequence[Picture]) -> list[str]:
+    """Lines of the report on what is in the folder besides the pictures, and on how to use those that could be."""
+    extensions = {picture.path.suffix.lower() for picture in pictures}
+    others = Counter(path.suffix.lower() for path in visible_entries(image_dir) if not path.is_dir())
+    counts = {kind: others[kind] for kind in sorted(others) if kind not in {"", ".txt", *extensions}}
+    lines = []
+    if counts:
+        lines.append("  other files  " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+        if readable := [kind for kind in counts if kind in IMAGE_EXTENSIONS]:
+            all_kinds = dict.fromkeys([".jpg", *sorted(extensions), *readable])
+            lines.append(f"               to use them, set image_extensions: [{', '.join(all_kinds)}]")
+    seen = {picture.path for picture in pictures}
+    inside = [path for path in in_subfolders(image_dir) if path.suffix.lower() in IMAGE_EXTENSIONS and path not in seen]
+    if inside and all(path.parent == Path(image_dir) for path in seen):
+        folders = sorted({str(path.parent.relative_to(image_dir)) for path in inside})
+        lines.append(f"  subfolders   {len(inside)} pictures in {_few(folders)}")
+        lines.append("               to use them, set recursive: true")
+    return lines
+
+
+def what_is_there(image_dir: str | Path) -> str:
+    """How many files of which extensions are in the folder and its subfolders."""
+    parts = []
+    inside = visible_entries(image_dir), in_subfolders(image_dir)
+    for where, paths in zip(("", "in subfolders: "), inside, strict=True):
+        counts = Counter(path.suffix.lower() or "without extension" for path in paths if not path.is_dir())
+        if counts:
+            parts.append(where + ", ".join(f"{count} {kind}" for kind, count in counts.most_common(5)))
+    return "; ".join(parts) or "it is empty"
 
 
 def report_json(pictures: Sequence[Picture]) -> str:

@@ -17,13 +17,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 import data_utils
-from lace_lora import files, process
+from lace_lora import files, machine, process
 from lace_lora.config import LORA_FILE, TRAINING, Config, dump_config
 from lace_lora.errors import DISK_OR_DRIVE, UserError, disk_advice
-from lace_lora.pictures import checking, image_files
+from lace_lora.pictures import checking, image_files, preview
 from lace_lora.pictures.checking import Picture
 from lace_lora.sdxl import hub
-from lace_lora.training import checkpoint, class_pictures, diffusers_script, launch
+from lace_lora.training import checkpoint, class_pictures, diffusers_script, launch, plan
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ def run(config: Config, dry_run: bool = False) -> None:
     if config.train_script:
         diffusers_script.check(config)
     pictures, annotations = check_dataset(config)
+    for warning in plan.warnings(config, [annotations.captions[picture.path] for picture in pictures]):
+        logger.warning("warning: %s", warning)
     fingerprint = run_fingerprint(config, pictures, annotations.captions)
     output_dir = Path(config.lora_output_dir)
     with nullcontext(0) if dry_run else _locked_output_dir(output_dir) as lock:
@@ -58,8 +60,14 @@ def run(config: Config, dry_run: bool = False) -> None:
         resume, origin = find_resume_checkpoint(config, fingerprint, origin)
         if finished and resume is None and not config.train_script:
             raise UserError(f"{config.lora_file} is finished, and no checkpoint is left to resume from: {START_OVER}")
+        downloads = hub.check_models(replace(config, refine=False), download=False)
+        first_step = checkpoint.read_state(resume)["step"] if resume else 0
+        print("\n".join(plan.describe(config, len(pictures), first_step, downloads)))
         if dry_run:
             _print_plan(config, annotations, len(class_files), resume)
+        if config.device == "auto" and hub.is_full_size(config.pretrained_model):
+            machine.require_gpu("training SDXL on a CPU takes days")
+        if dry_run:
             return
         models = hub.fetch_models(replace(config, refine=False))
         with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
@@ -81,23 +89,25 @@ def run(config: Config, dry_run: bool = False) -> None:
             accelerate_file.write_text(launch.ACCELERATE_SETTINGS)
             files.share_lock(lock, output_dir)
             print(process.run(command, Path(folder)))
+    _print_results(config)
 
 
 def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations]:
-    """Print the report on the pictures and, if `report` is set, write it; returns those to train on and all captions.
+    """Print the report on the pictures; write `report` and `preview` if set; returns those to train on, all captions.
 
     Raises:
         UserError: the pictures are too few, or too many are bad; the report cannot be written (exit 4).
     """
-    images = image_files.named_as_pictures(config.images_dir, config.image_extensions)
+    images = image_files.named_as_pictures(config.images_dir, config.image_extensions, config.recursive)
     pictures = _checked(config, images)
-    annotations = data_utils.plan_annotations(
-        config.images_dir, config.instance_prompt, [p.path for p in pictures if p.used], config.lora_output_dir
-    )
+    captioned, _ = data_utils.caption_files(config.images_dir, [picture.path for picture in pictures if picture.used])
+    once = [picture.path for picture in data_utils.drop_duplicates(pictures, captioned) if picture.used]
+    annotations = data_utils.plan_annotations(config.images_dir, config.instance_prompt, once, config.lora_output_dir)
     checked = set(images)
     others = {path: os.path.exists(path) for path in annotations.captions if path not in checked}
     missing = [path for path, is_there in others.items() if not is_there]
     pictures += _checked(config, [path for path, is_there in others.items() if is_there])
+    pictures = data_utils.drop_duplicates(pictures, annotations.captions)
     pictures += [Picture(path, reason=f"{MISSING}: a line of {annotations.path.name}") for path in missing]
     print(data_utils.report_text(config.images_dir, pictures, annotations, config.instance_prompt))
     if config.report:
@@ -109,42 +119,59 @@ def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations
             raise UserError(
                 f"report: cannot write {path} ({error.strerror}): set it to a file that you can write", DISK_OR_DRIVE
             ) from error
-    return _trainable(config, pictures, annotations), annotations
+    used = _trainable(config, pictures, annotations)
+    if config.preview:
+        shapes = image_files.crop_shapes(config.resolution, config.aspect_ratio_buckets)
+        formats = image_files.formats_of(config.image_extensions)
+        preview.write(Path(config.preview), [picture.path for picture in used], shapes, formats)
+        print(f"Your pictures as they will be cropped: {config.preview}")
+    return used, annotations
 
 
 def _checked(config: Config, paths: Sequence[Path]) -> list[Picture]:
     """Pictures as checked; those that this program drew are skipped."""
     formats = image_files.formats_of(config.image_extensions)
     pictures = checking.check_pictures(paths, config.min_image_size, formats)
-    return [replace(one, reason="not a photo: drawn by this program") if one.drawn else one for one in pictures]
+    drawn = f"{checking.NO_PHOTO}: drawn by this program"
+    return [replace(one, reason=drawn) if one.drawn else one for one in pictures]
 
 
 def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_utils.Annotations) -> list[Picture]:
     """The pictures that are both usable and annotated."""
     rewrite = f"correct {annotations.path}, or delete it to have it written again"
-    photos = [picture for picture in pictures if not picture.drawn]
-    good = [picture for picture in photos if picture.used]
-    bad = len(photos) - len(good)
-    if bad > len(photos) * MAX_SKIPPED and good and not config.skip_bad_images:
-        missing = any(picture.reason.startswith(MISSING) for picture in photos)
+    good = [picture for picture in pictures if picture.used]
+    broken = [picture for picture in pictures if picture.broken]
+    if len(broken) > len(good + broken) * MAX_SKIPPED and good and not config.skip_bad_images:
+        missing = any(picture.reason.startswith(MISSING) for picture in broken)
         raise UserError(
-            f"{bad} of {len(photos)} pictures cannot be used: fix or remove those in the list above, "
+            f"{len(broken)} of {len(good + broken)} pictures cannot be used: fix or remove those in the list above, "
             f"{rewrite + ', ' if missing else ''}or set skip_bad_images: true to train without them"
         )
-    pictures = [picture for picture in good if picture.path in annotations.captions]
+    found, pictures = pictures, [picture for picture in good if picture.path in annotations.captions]
     if left_out := len(good) - len(pictures):
         message = "%d pictures are skipped, because your own %s does not list them; delete it to have it written again"
         logger.warning(message, left_out, annotations.path)
     if not pictures and annotations.by_user:
         raise UserError(f"no pictures to train on: see the list above, then {rewrite}")
     if not pictures:
-        raise UserError("no pictures to train on: see the list above, then check images_dir and image_extensions")
+        there = data_utils.what_is_there(config.images_dir)
+        raise UserError(f"no pictures to train on in {config.images_dir} ({there}): {_what_to_set(config, found)}")
     if len(pictures) < config.min_images:
         raise UserError(
             f"only {len(pictures)} pictures to train on, but min_images is {config.min_images}: see the list above, "
             "then add pictures or lower min_images"
         )
     return pictures
+
+
+def _what_to_set(config: Config, pictures: Sequence[Picture]) -> str:
+    """What may help where no picture can be used, by what is in the folder."""
+    advice = [line.partition("to use them, ")[2] for line in data_utils.other_files(config.images_dir, pictures)]
+    if found := list(filter(None, advice)):
+        return ", and ".join(found)
+    if any(picture.reason.startswith(checking.TOO_SMALL) for picture in pictures):
+        return "use larger ones, or lower min_image_size"
+    return "see the list above" if pictures else "set images_dir to the folder with your photos"
 
 
 def run_fingerprint(config: Config, pictures: Sequence[Picture], captions: dict[Path, str]) -> dict[str, Any]:
@@ -279,8 +306,6 @@ def _disk_errors(output_dir: Path) -> Iterator[None]:
 def _print_plan(config: Config, annotations: data_utils.Annotations, class_count: int, resume: Path | None) -> None:
     """What a real run would do; nothing is written."""
     output_dir = Path(config.lora_output_dir)
-    for model in hub.check_models(replace(config, refine=False), download=False):
-        print("Would first download", model)
     start = f"Would resume from {resume}" if resume else "Would start at step 0"
     print(start, f"and train up to step {config.max_train_steps}")
     print("Would read" if annotations.by_user else "Would write", annotations.path)
@@ -289,5 +314,21 @@ def _print_plan(config: Config, annotations: data_utils.Annotations, class_count
         print(f"Would use {class_count} existing class pictures, and first draw {missing} more")
     print(f"Would write {output_dir}/config.yaml, checkpoints, metrics.csv, loss.png, {LORA_FILE}")
     print(f"  and {config.lora_name}.safetensors, the same LoRA for ComfyUI, A1111, Forge and InvokeAI")
-    print(f"Free disk space there: {files.free_space(output_dir):.1f} GB")
-    print("Would run:", shlex.join(launch.build_command(config, Path("accelerate.yaml"), Path("job.json"))))
+
+
+def _print_results(config: Config) -> None:
+    """Where everything is, and the command that draws with it."""
+    folder = Path(config.lora_output_dir)
+    written = {
+        "for ComfyUI, A1111, Forge and InvokeAI": f"{config.lora_name}.safetensors",
+        "samples, by step": "samples.png",
+        "loss": "loss.png",
+        "TensorBoard": "logs",
+    }
+    for what, name in written.items():
+        if (folder / name).exists():
+            command = "tensorboard --logdir " if name == "logs" else ""
+            print(f"{what}: {command}{shlex.quote(str(folder / name)) if command else folder / name}")
+    program = os.path.relpath(Path(__file__).with_name("main.py"))
+    draw = ["python", program, "--mode", "inference", "--config", str(folder / "config.yaml")]
+    print(f"To draw with it: {shlex.join(draw)}")

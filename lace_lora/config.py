@@ -23,7 +23,7 @@ import yaml
 from lace_lora.errors import NO_SECRETS, UserError, holds_secret, redact
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".bmp", ".tif", ".tiff")
 
 
 class Affects(enum.Flag):
@@ -53,8 +53,10 @@ class Config:
     lora_output_dir: str = setting("/content/drive/MyDrive/lora_output", NOTHING, "folder for LoRA, samples, logs")
     output_dir: str = setting("/content/drive/MyDrive/refined_output", NOTHING, "folder for the new pictures")
     image_extensions: tuple[str, ...] = setting(
-        (".jpg",), NOTHING, "file extensions of the pictures to use, e.g. [.jpg, .jpeg, .png]", each_of=IMAGE_EXTENSIONS
-    )
+        (".jpg", ".jpeg", ".png", ".webp", ".heic"), NOTHING,
+        "file extensions of the pictures to use; these are what phones and messengers write", each_of=IMAGE_EXTENSIONS,
+    )  # fmt: skip
+    recursive: bool = setting(False, NOTHING, "also use the pictures in subfolders of images_dir")
     instance_prompt: str = setting(
         "a photo of <myspecialstyle>", SCRIPT, "caption of your pictures, with a token: a made-up word for your style"
     )
@@ -100,6 +102,9 @@ class Config:
     )
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
         "auto", PICTURE, "dtype of the frozen model; auto means bf16, fp16 on older GPUs, no (fp32) on a CPU"
+    )
+    device: Literal["auto", "cpu"] = setting(
+        "auto", NOTHING, "auto: a GPU, which SDXL needs; cpu: none, for days of training"
     )
     attention: Literal["auto", "sdpa", "xformers"] = setting(
         "auto", NOTHING, "attention implementation: auto is PyTorch's own, sdpa; xformers must be installed"
@@ -178,11 +183,14 @@ class Config:
     save_base: bool = setting(False, PICTURE, "also save every picture as it was before refining")
 
     report: str | None = setting(None, NOTHING, "file for the report on your pictures, as JSON", group="single run")
+    preview: str | None = setting(None, NOTHING, ".png file that shows every picture as it is cropped for training")
     rebuild: str | None = setting(None, NOTHING, "path of a drawn picture: draw it again from its recipe")
 
     def __post_init__(self) -> None:
         """Checks over several settings; one setting's own type and range are `load_config`'s to check."""
         problems = []
+        if self.preview and not self.preview.lower().endswith(".png"):
+            problems.append(f"preview is {self.preview!r}: give a file name that ends in .png")
         if not self.instance_prompt.strip():
             problems.append("instance_prompt is empty: describe your pictures, e.g. a photo of <myspecialstyle>")
         if self.with_prior_preservation and not self.class_prompt.strip():
@@ -225,8 +233,13 @@ class Config:
     @property
     def lora_name(self) -> str:
         """Name of the LoRA for ComfyUI and the like: the token's word, or the output folder's where there is none."""
-        word = re.search(r"<([\w-]+)>", self.instance_prompt)
-        return word[1] if word else Path(os.path.abspath(self.lora_output_dir)).name  # without `..`
+        return self.token[1:-1] or Path(os.path.abspath(self.lora_output_dir)).name  # without `..`
+
+    @property
+    def token(self) -> str:
+        """The first word in angle brackets of `instance_prompt`, with them; empty if there is none."""
+        word = re.search(r"<[\w-]+>", self.instance_prompt)
+        return word[0] if word else ""
 
 
 def settings_that_affect(affected: Affects) -> list[str]:

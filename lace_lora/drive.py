@@ -13,15 +13,18 @@ logger = logging.getLogger(__name__)
 
 
 def ensure_mounted(config: Config) -> None:
-    """Make the Drive folders of `config` reachable. Outside Colab, or with no path on Drive, nothing happens.
+    """Make the Drive folders of `config` reachable. Outside Colab, such folders are only a warning.
 
     Raises:
         UserError: Drive is not mounted and cannot be from here (exit 2), or mounting it failed (exit 4).
     """
     mount_path = config.drive_mount_path
     settings = {name: value for name, value in vars(config).items() if name != "drive_mount_path"}
-    needed = any(isinstance(value, str) and Path(value).is_relative_to(mount_path) for value in settings.values())
-    if not needed or not in_colab() or is_mounted(mount_path):
+    on_drive = [n for n, value in settings.items() if isinstance(value, str) and Path(value).is_relative_to(mount_path)]
+    if on_drive and not in_colab() and not Path(mount_path).exists():
+        advice = "set them to folders of this computer" if len(on_drive) > 1 else "set it to a folder of this computer"
+        logger.warning("warning: %s on Google Drive, but this is not Colab: %s", _are(on_drive), advice)
+    if not on_drive or not in_colab() or is_mounted(mount_path):
         return
     ipython = sys.modules.get("IPython")
     # google.colab.drive talks to the notebook's kernel only: not to a child of its shell, as `!python` is.
@@ -39,6 +42,10 @@ def ensure_mounted(config: Config) -> None:
         reason = f"Google Drive could not be mounted at {mount_path} ({error})"
         raise UserError(f"{reason}: {advice}", DISK_OR_DRIVE) from error
     logger.info("Google Drive is mounted at %s", mount_path)
+
+
+def _are(names: list[str]) -> str:
+    return f"{', '.join(names)} {'are' if len(names) > 1 else 'is'}"
 
 
 def in_colab() -> bool:

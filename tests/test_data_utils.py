@@ -47,6 +47,7 @@ def test_a_missing_folder_or_a_file_is_refused(name: str, part: str, tmp_path: P
 def report(folder: Path, *extensions: str) -> str:
     paths = data_utils.list_images(folder, extensions or (".jpg",))
     pictures = checking.check_pictures(paths, 32, image_files.formats_of(IMAGE_EXTENSIONS))
+    pictures = data_utils.drop_duplicates(pictures, ())
     annotations = data_utils.plan_annotations(folder, "lace", [p.path for p in pictures if p.used], folder)
     return data_utils.report_text(folder, pictures, annotations, "lace")
 
@@ -65,16 +66,16 @@ def test_the_report_counts_everything(tmp_path: Path) -> None:
     for name in ("a.png", "b.PNG", "c.heic"):
         (tmp_path / name).write_bytes(b"x")
     text = report(tmp_path)
-    assert "6 used, 2 skipped" in text
+    assert "5 used, 3 skipped" in text
     assert "unused .txt  1: lace 2.txt (no picture of that name)" in text
     assert "pages        1 have several, of which the first is used: pages.jpg (2)" in text
     assert "64x48 to 90x200" in text
     assert "tiny.jpg (20x20" in text
     assert "cut.jpg (" in text
-    assert "copy.jpg = lace_1.jpg" in text
+    assert "duplicate    1: lace_1.jpg (equal to copy.jpg)" in text
     assert "other files  1 .heic, 2 .png" in text
-    assert "image_extensions: [.jpg, .png]" in text
-    assert "6: 1 from .txt files next to the pictures, the others 'lace'" in text
+    assert "image_extensions: [.jpg, .heic, .png]" in text
+    assert "5: 1 from .txt files next to the pictures, the others 'lace'" in text
 
 
 def test_the_report_suggests_extensions_including_those_in_use(tmp_path: Path) -> None:
@@ -112,3 +113,49 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space"):
         files.write_atomically(path, b"new")
     assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("a.txt", b"old")]
+
+
+def test_of_equal_pictures_the_one_with_a_caption_stays(tmp_path: Path) -> None:
+    names = {"a.jpg": "1", "b.jpg": "1", "c.jpg": "2"}
+    same = [checking.Picture(tmp_path / name, 9, 9, digest) for name, digest in names.items()]
+    same.append(checking.Picture(tmp_path / "d.jpg", 9, 9, "1", reason="unreadable: x"))
+    found = data_utils.drop_duplicates(same, {tmp_path / "b.jpg"})
+    assert [picture.reason for picture in found] == ["duplicate: equal to b.jpg", "", "", "unreadable: x"]
+    assert [picture.used for picture in data_utils.drop_duplicates(same, ())] == [True, False, True, False]
+
+
+def test_odd_ones_out_are_named(tmp_path: Path) -> None:
+    photos = [checking.Picture(tmp_path / f"IMG_{n}.jpg", 4032, 3024, str(n), camera=True) for n in range(8)]
+    assert data_utils.odd_ones_out(photos) == []
+    odd = [
+        checking.Picture(tmp_path / "Screenshot_2026.png", 1170, 2532, "s"),
+        checking.Picture(tmp_path / "from a shop.jpg", 3000, 3000, "w"),
+        checking.Picture(tmp_path / "icon.jpg", 300, 300, "t", camera=True),
+    ]
+    assert data_utils.odd_ones_out([*photos, *odd]) == [
+        "Screenshot_2026.png (a screenshot, by its name)",
+        "from a shop.jpg (names no camera, as most others do)",
+        "icon.jpg (300x300, much smaller than most)",
+    ]
+    scans = [checking.Picture(tmp_path / f"{n}.png", 2000, 3000, str(n)) for n in range(8)]
+    assert data_utils.odd_ones_out(scans) == []  # without a camera, all of them
+    assert data_utils.odd_ones_out([]) == []
+
+
+def test_pictures_in_subfolders_are_pointed_out(tmp_path: Path) -> None:
+    jpgs(tmp_path, 1)
+    jpgs(tmp_path / "2026" / "May", 2)
+    text = report(tmp_path)
+    assert "subfolders   2 pictures in 2026/May" in text
+    assert "to use them, set recursive: true" in text
+    assert "2 .jpg" in data_utils.what_is_there(tmp_path)
+
+
+def test_captions_lie_beside_pictures_in_subfolders(tmp_path: Path) -> None:
+    jpgs(tmp_path, 1)
+    [inside] = jpgs(tmp_path / "sub", 1)
+    inside.with_suffix(".txt").write_text("inside")
+    (tmp_path / "sub" / "none.txt").write_text("of no picture")
+    used, unused = data_utils.caption_files(tmp_path, [tmp_path / "lace_0.jpg", inside])
+    assert used == {inside: tmp_path / "sub" / "lace_0.txt"}
+    assert unused == ["sub/none.txt (no picture of that name)"]

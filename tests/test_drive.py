@@ -66,10 +66,21 @@ def test_without_a_mount_table_nothing_is_mounted(tmp_path: Path) -> None:
     assert not drive.is_mounted("/content/drive", tmp_path / "missing")
 
 
-def test_outside_colab_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_colab_folders_on_drive_are_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     outside_colab(monkeypatch)
     assert not drive.in_colab()
     drive.ensure_mounted(ON_DRIVE)
+    names = "images_dir, lora_output_dir, output_dir are on Google Drive"
+    assert caplog.messages == [f"warning: {names}, but this is not Colab: set them to folders of this computer"]
+    caplog.clear()
+    drive.ensure_mounted(Config(**(vars(LOCAL) | {"output_dir": "/content/drive/MyDrive/out"})))
+    assert "output_dir is on Google Drive, but this is not Colab: set it to" in caplog.text
+    caplog.clear()
+    drive.ensure_mounted(LOCAL)
+    drive.ensure_mounted(Config(drive_mount_path="/proc", images_dir="/proc/photos"))  # mounted by other means
+    assert not caplog.messages
 
 
 def test_colab_is_recognised_by_its_module_alone(monkeypatch: pytest.MonkeyPatch, mounted: list[str]) -> None:

@@ -82,7 +82,7 @@ def test_every_init_is_empty() -> None:
 def test_help_and_dry_run_do_not_load_torch(tmp_path: Path) -> None:
     jpgs(tmp_path / "photos")
     folders = "images_dir: photos\nlora_output_dir: lora\noutput_dir: out\n"
-    (tmp_path / "config.yaml").write_text(f"{folders}min_image_size: 16\n")
+    (tmp_path / "config.yaml").write_text(f"{folders}min_image_size: 16\ndevice: cpu\n")
     codes = {
         "": 0,
         "--help": 0,

@@ -73,7 +73,7 @@ def test_config_yaml_of_the_current_directory_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("images_dir: nowhere\n")
     done = main_py("--mode", "train", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: nowhere: no such folder")
+    assert "\nerror: nowhere: no such folder" in done.stderr
 
 
 def test_imported_objects_are_frozen_for_the_garbage_collector() -> None:
@@ -89,7 +89,7 @@ def test_imported_objects_are_frozen_for_the_garbage_collector() -> None:
 def test_a_prompt_and_a_photo_in_any_language(tmp_path: Path) -> None:
     [photo] = jpgs(tmp_path / "große Häkelei 🧵", 1)
     photo.rename(photo.with_name("spitze ü 🌸.jpg"))
-    (tmp_path / "config.yaml").write_text("lora_output_dir: lora\nmin_image_size: 16\nmin_images: 1\n")
+    (tmp_path / "config.yaml").write_text("lora_output_dir: lora\nmin_image_size: 16\nmin_images: 1\ndevice: cpu\n")
     done = main_py("--mode", "train", "--dry-run", f"images_dir={photo.parent}", "instance_prompt=ein Foto, weiß 🪡",
                    cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -132,9 +132,8 @@ def test_windows_is_told_to_use_wsl(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "main.py"), "--mode", "train", "--config", str(ROOT / "config.yaml")]
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (
-        2, "error: this program needs Linux or macOS: on Windows, run it in WSL\n"
-    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: this program needs Linux or macOS: on Windows, run it in WSL"
 
 
 def test_a_current_folder_that_is_gone(

@@ -5,6 +5,7 @@ a notebook or a script without a main guard.
 """
 
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -24,21 +25,21 @@ from PIL import Image
 from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.errors import first_line
 from lace_lora.pictures import recipe
-from lace_lora.pictures.image_files import BROKEN, Unsuitable, count_pages, formats_of, open_picture
+from lace_lora.pictures.image_files import BROKEN, HEIF, Unsuitable, formats_of, open_picture, pages_and_camera
 from lace_lora.process import launch_environment
 
 _CRASHED = "unreadable: it crashes the decoder, or exhausts memory"
 _COPY = "copy or download it again"
 _GAP = bytes(1024)
+_HEIF_GAP = bytes(4096)  # pictures in it have no three zeros in a row, its EXIF may
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # that ends a scan of a JPEG
 # What Pillow raises as well, on files that are made to mislead it.
 _RARE = (MemoryError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
 # How files begin that are not pictures, or pictures that this program does not read.
 _OTHERS = {
     rb"GIF8": "a GIF: save it as PNG",
-    rb"....ftyp(hei|hev|mif1|msf1)": "a HEIC picture: export it as JPEG",
     rb"....ftypavi": "an AVIF picture: save it as JPEG",
-    rb"....ftyp": "a video",
+    rb"....ftyp(?!hei|hev|mif1|msf1)": "a video",
     rb"8BPS": "a Photoshop document: export it as JPEG",
     rb"%PDF": "a PDF: export its pages as JPEG",
     rb"PK\x03\x04": "a ZIP archive: unpack it",
@@ -48,8 +49,12 @@ _OTHERS = {
 }
 _PICTURES = {
     rb"\xff\xd8\xff": "JPEG", rb"\x89PNG\r\n\x1a\n": "PNG", rb"RIFF....WEBP": "WEBP", rb"BM": "BMP",
-    rb"II\*\0|MM\0\*|II\+\0|MM\0\+": "TIFF",
+    rb"II\*\0|MM\0\*|II\+\0|MM\0\+": "TIFF", HEIF: "HEIF",
 }  # fmt: skip
+
+
+TOO_SMALL, DUPLICATE, NO_PHOTO = "too small", "duplicate", "not a photo"
+LEFT_OUT = (TOO_SMALL, DUPLICATE, NO_PHOTO)  # how the reasons begin of files that are sound, and not used
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,12 @@ class Picture:
     reason: str = ""  # why it is skipped; empty when it is used
     drawn: bool = False  # by this program
     pages: int = 1  # of which the first is used
+    camera: bool = False  # whether the file names one
+
+    @property
+    def broken(self) -> bool:
+        """Whether something is wrong with the file, unlike one that is only too small, a duplicate or a drawing."""
+        return not self.used and not self.reason.startswith(LEFT_OUT)
 
     @property
     def used(self) -> bool:
@@ -172,20 +183,22 @@ def _check(path: Path, min_image_size: int, formats: Sequence[str]) -> Picture:
         _, (width, height) = open_picture(io.BytesIO(content), at_least=64, formats=formats)
         if _has_gap(content, width * height):
             raise Unsuitable(f"part of it is missing: {_COPY}")
-        pages, drawn = count_pages(content, formats), recipe.is_drawn(content)
+        (pages, camera), drawn = pages_and_camera(content, formats), recipe.is_drawn(content)
     except Unsuitable as error:
         return Picture(path, reason=f"unreadable: {error}")
     except (*BROKEN, *_RARE) as error:
         return Picture(path, reason=f"unreadable: {_what_it_is(content, formats, error)}")
     is_small = min(width, height) < min_image_size
-    reason = f"too small: {width}x{height}, min_image_size is {min_image_size}" if is_small else ""
-    return Picture(path, width, height, hashlib.sha256(content).hexdigest(), reason, drawn, pages)
+    reason = f"{TOO_SMALL}: {width}x{height}, min_image_size is {min_image_size}" if is_small else ""
+    return Picture(path, width, height, hashlib.sha256(content).hexdigest(), reason, drawn, pages, camera)
 
 
 def _has_gap(content: bytes, pixels: int) -> bool:
-    """Whether part of a JPEG's or WebP's data was never written: decoders take zeros for grey."""
+    """Whether part of a JPEG's, WebP's or HEIF's data was never written: decoders take zeros for grey."""
     if _GAP not in content:
         return False
+    if re.match(HEIF, content[:20], re.DOTALL):
+        return _HEIF_GAP in content[content.find(b"mdat") :]
     if content.startswith(b"RIFF"):
         gap = bytes(max(len(_GAP), pixels // 8000))  # a plain ground takes a zero for 12,000 pixels or more
         return any(gap in data for data in _webp_data(content))
@@ -242,6 +255,8 @@ def _what_it_is(content: bytes, formats: Sequence[str], error: Exception) -> str
     if found not in formats:
         extension = next(name for name in IMAGE_EXTENSIONS if found in formats_of([name]))
         return f"a {found} file under another name: add {extension} to image_extensions"
+    if found == "HEIF" and importlib.util.find_spec("pi_heif") is None:
+        return "a HEIC picture, which needs a package: run `pip install pi-heif`"
     if isinstance(error, Image.UnidentifiedImageError):
         return f"a damaged {found} file, or one of a rare kind: save it again, with 8 bits per colour"
     return f"damaged or incomplete ({first_line(error)}): {_COPY}"

@@ -5,14 +5,14 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from lace_lora.pictures.image_files import PNG_OPTIONS, open_finished
 from lace_lora.pictures.recipe import TEXT, Design
@@ -59,6 +59,54 @@ def contact_sheet(pictures: Sequence[Image.Image], side: int = SMALL) -> bytes:
         (row, column), small = divmod(position, columns), _shrink(picture, side)
         left, top = (side - small.width) // 2, (side - small.height) // 2
         sheet.paste(small, (GAP + column * cell + left, GAP + row * cell + top))
+    return _as_png(sheet)
+
+
+def named_sheet(pictures: Sequence[Image.Image], names: Sequence[str]) -> bytes:
+    """Pictures in rows on one PNG, each with its name below it, shortened to fit."""
+    side, text = max(max(picture.size) for picture in pictures), 12
+    columns = min(8, len(pictures))
+    width, height = side + GAP, side + text + 2 * GAP
+    rows, font = math.ceil(len(pictures) / columns), ImageFont.load_default(text)
+    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for position, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+        row, column = divmod(position, columns)
+        left, top = GAP + column * width, GAP + row * height
+        sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
+        short = name.encode(errors="replace").decode()
+        while draw.textlength(short, font) > side:
+            middle = len(short) // 2
+            short = f"{short[: middle - 1]}…{short[middle + 1 :]}"
+        draw.text((left + side / 2, top + side + GAP // 2), short, fill="black", font=font, anchor="ma")
+    return _as_png(sheet)
+
+
+def column(pictures: Sequence[Image.Image], side: int = 512) -> bytes:
+    """Pictures of one size below one another on a PNG, each within `side` pixels: a column of `strip`."""
+    small = [_shrink(picture, side) for picture in pictures]
+    height = small[0].height + GAP
+    sheet = Image.new("RGB", (small[0].width, height * len(small) - GAP), "white")
+    for row, picture in enumerate(small):
+        sheet.paste(picture, (0, row * height))
+    return _as_png(sheet)
+
+
+def strip(columns: Mapping[str, Image.Image]) -> bytes:
+    """Columns of one size beside one another on a PNG, with the name of each below it; at most 8192 pixels wide."""
+    full = next(iter(columns.values()))
+    width = min(full.width, 8192 // len(columns) - GAP)
+    height, text = round(full.height * width / full.width), max(12, width // 16)
+    sheet = Image.new("RGB", ((width + GAP) * len(columns) + GAP, height + 3 * GAP + text), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(text)
+    for place, (name, picture) in enumerate(columns.items()):
+        left = GAP + place * (width + GAP)
+        sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left, GAP))
+        draw.text((left + width / 2, height + 2 * GAP), name, fill="black", font=font, anchor="ma")
+    return _as_png(sheet)
+
+
+def _as_png(sheet: Image.Image) -> bytes:
     content, text = io.BytesIO(), PngImagePlugin.PngInfo()
     text.add_itxt(TEXT, "contact sheet")  # so that nobody trains on it by mistake
     sheet.save(content, format="PNG", pnginfo=text, **PNG_OPTIONS)

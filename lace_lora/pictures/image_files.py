@@ -3,6 +3,7 @@
 import fcntl
 import io
 import logging
+import math
 import numbers
 import os
 import re
@@ -20,7 +21,8 @@ from lace_lora.errors import DISK_OR_DRIVE, UserError
 logger = logging.getLogger(__name__)
 
 # Pillow's names of formats, by extension.
-_FORMATS = dict(zip(IMAGE_EXTENSIONS, ("JPEG", "JPEG", "PNG", "WEBP", "BMP", "TIFF", "TIFF"), strict=True))
+_NAMES = ("JPEG", "JPEG", "PNG", "WEBP", "HEIF", "HEIF", "BMP", "TIFF", "TIFF")
+_FORMATS = dict(zip(IMAGE_EXTENSIONS, _NAMES, strict=True))
 # What Pillow's decoders raise on broken files, besides OSError (truncated, unidentified, unreadable).
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 MAX_PIXELS = 250_000_000  # phones make up to 201 million, an A4 page scanned at 1200 dpi has 139
@@ -28,6 +30,8 @@ _LARGE = 40_000_000  # pixels; above it, pictures are decoded one at a time
 _MAX_TEXT = 2**26  # bytes of a text or colour profile in a PNG
 _SAVE_AGAIN = "save it again with 8 or 16 bits per colour"
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES, _COLOUR_MAP, _SAMPLE_FORMAT = 258, 262, 284, 320, 339  # tags of a TIFF
+
+HEIF = rb"....ftyp(hei|hev|mif1|msf1)"  # how its files begin
 
 # How to turn a picture of each EXIF orientation.
 _TURNS = {
@@ -43,10 +47,21 @@ class Unsuitable(ValueError):
     """A picture that is whole, but cannot be used; the text says why, and what to do."""
 
 
-def named_as_pictures(image_dir: str | Path, extensions: Collection[str]) -> list[Path]:
+def named_as_pictures(image_dir: str | Path, extensions: Collection[str], recursive: bool = False) -> list[Path]:
     """Everything with a picture's name, folders too, so that `check_pictures` can say why it is skipped."""
     wanted = {extension.lower() for extension in extensions} - {".txt"}
-    return [path for path in visible_entries(image_dir) if path.suffix.lower() in wanted]
+    found = [path for path in visible_entries(image_dir) if path.suffix.lower() in wanted]
+    return found + [path for path in in_subfolders(image_dir) if path.suffix.lower() in wanted] if recursive else found
+
+
+def in_subfolders(image_dir: str | Path) -> list[Path]:
+    """All files in subfolders, and theirs, that are not hidden, sorted; links to folders are not followed."""
+    found: list[Path] = []
+    for folder, inside, names in os.walk(image_dir):
+        inside[:] = sorted(name for name in inside if name[0] != ".")
+        if folder != os.fspath(image_dir):
+            found += [Path(folder, name) for name in sorted(names) if name[0] != "."]
+    return found
 
 
 def visible_entries(image_dir: str | Path) -> list[Path]:
@@ -71,6 +86,18 @@ def formats_of(extensions: Collection[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_FORMATS[extension.lower()] for extension in extensions))
 
 
+def _decoders(formats: Sequence[str]) -> tuple[str, ...]:
+    """Those of the formats that can be decoded: HEIF needs a package."""
+    if "HEIF" in formats:
+        try:
+            import pi_heif
+
+            pi_heif.register_heif_opener()
+        except ImportError:
+            return tuple(name for name in formats if name != "HEIF")
+    return tuple(formats)
+
+
 def open_picture(
     source: str | Path | io.BytesIO, at_least: int | None = None, formats: Sequence[str] = ("JPEG",)
 ) -> tuple[Image.Image, tuple[int, int]]:
@@ -90,12 +117,13 @@ def open_picture(
         OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error: it cannot be decoded.
     """
     _set_limits()
-    with Image.open(source, formats=tuple(formats)) as image:
+    with Image.open(source, formats=_decoders(formats)) as image:
         full = image.size
         if full[0] * full[1] > MAX_PIXELS:
             raise Unsuitable(f"{full[0]}x{full[1]} are over {MAX_PIXELS // 10**6} megapixels: scale it down")
         _check_tiff(image)
         _check_gamma(image)
+        _check_range(image)
         _scale_transparent_colour(image)
         if at_least:
             shrink = min(full) / at_least
@@ -131,10 +159,22 @@ def _one_at_a_time() -> Iterator[None]:
         os.close(descriptor)
 
 
-def count_pages(content: bytes, formats: Sequence[str]) -> int:
-    """How many pages or frames a picture file has, of which the first is used; a JPEG's others are previews."""
-    with Image.open(io.BytesIO(content), formats=tuple(formats)) as image:
-        return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+def is_heif(path: Path) -> bool:
+    """Whether a file is HEIC or HEIF, whatever its name says."""
+    with open(path, "rb") as file:
+        return re.match(HEIF, file.read(20), re.DOTALL) is not None
+
+
+def pages_and_camera(content: bytes, formats: Sequence[str]) -> tuple[int, bool]:
+    """How many pages or frames a picture file has, of which the first is used, and whether it names its camera.
+
+    A JPEG's other frames are previews, and a HEIF file says itself which of its pictures is meant.
+    """
+    with Image.open(io.BytesIO(content), formats=_decoders(formats)) as image:
+        pages = 1 if image.format in ("JPEG", "MPO", "HEIF") else getattr(image, "n_frames", 1)
+        with suppress(*BROKEN, TypeError, KeyError, AttributeError):  # of broken EXIF
+            return pages, bool({ExifTags.Base.Make, ExifTags.Base.Model} & image.getexif().keys())
+    return pages, False
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -201,6 +241,12 @@ def _check_gamma(image: Image.Image) -> None:
         return
     if abs(gamma - 1 / 2.2) > 0.02 and not {"srgb", "icc_profile"} & image.info.keys():
         raise Unsuitable(f"its values are not sRGB (gamma {gamma:g}): {_SAVE_AGAIN}")
+
+
+def _check_range(image: Image.Image) -> None:
+    """Refuse HDR, whose values say nothing without the brightness that they were made for."""
+    if image.format == "HEIF" and (image.info.get("nclx_profile") or {}).get("transfer_characteristics") in (16, 18):
+        raise Unsuitable("it is an HDR picture: export it as JPEG")
 
 
 def _scale_transparent_colour(image: ImageFile.ImageFile) -> None:
@@ -282,6 +328,26 @@ def fit(picture: Image.Image, shape: tuple[int, int]) -> tuple[Image.Image, tupl
     left, top = round((scaled_width - width) / 2), round((scaled_height - height) / 2)
     scaled = picture.resize((scaled_width, scaled_height), Image.Resampling.LANCZOS)
     return scaled.crop((left, top, left + width, top + height)), (top, left)
+
+
+def crop_shapes(resolution: int, buckets: bool) -> list[tuple[int, int]]:
+    """Heights and widths that pictures are cropped to: a square, or SDXL's buckets scaled to `resolution`.
+
+    In multiples of 32 pixels. Podell et al. 2023, "SDXL", appendix I: sides in multiples of 64, 0.9 to 1 times 1024²;
+    1344x704 only in portrait.
+    """
+    if not buckets:
+        return [(resolution, resolution)]
+    sides = range(512, 2049, 64)
+    pairs = [(short, long) for short in sides for long in reversed(sides) if 0.9 <= short * long / 1024**2 <= 1]
+    scaled = [tuple(max(32, round(side * resolution / 1024 / 32) * 32) for side in pair) for pair in pairs]
+    return list(dict.fromkeys(shape for short, long in scaled for shape in ((short, long), (long, short))))
+
+
+def nearest_shape(size: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of heights and widths the one with the proportions nearest to a picture's (width, height)."""
+    width, height = size
+    return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
 
 
 # Lace at 1024² takes 7 % more bytes than with zlib's default, and a third of the time.

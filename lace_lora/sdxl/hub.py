@@ -22,6 +22,10 @@ WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
 # A checkpoint in one file has weights only; its config, vocabulary and noise schedule are those of these repositories.
 BASE_LAYOUT, REFINER_LAYOUT = "stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-refiner-1.0"
 
+_FULL_SIZE = 1e9  # bytes of its UNet, at least
+# GB of what is used of them in fp16.
+_SIZES = {BASE_LAYOUT: 6.9, REFINER_LAYOUT: 4.5}
+
 # What a broken connection raises: huggingface_hub's network library, which differs by version, and Xet.
 _CONNECTION_LOST: tuple[type[Exception], ...] = (
     next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"),
@@ -89,7 +93,8 @@ def _check(config: Config, places: dict[str, Path], lora: Path | None, download:
         elif place:
             found[setting] = model_kind.read_folder(place, source.name)
         if not Path(source.name).exists() and (place is None or _lacking(place, source)):
-            missing.append(source.name)
+            size = _SIZES.get(source.name) if source.variant == "fp16" else None
+            missing.append(f"{source.name} ({size} GB)" if size else source.name)
     try:
         model_kind.check(found, lora, own_vae=not config.pretrained_vae, ensemble=config.refiner_flow == "ensemble")
     except model_kind.MissingPartError as error:
@@ -137,9 +142,14 @@ def _find(source: Source, download: bool) -> Path | None:
     name, path = source.name, Path(source.name)
     if path.exists():
         return path
-    if is_safetensors(path) or name.startswith((".", "/")) or name.count("/") > 1:
-        raise UserError(f"no model found at {name}: check the path")
+    _check_name(name)
     return _download(name, source.revision, _small_files(source), download)
+
+
+def _check_name(name: str) -> None:
+    """Raises UserError: it is the path of something that does not exist."""
+    if is_safetensors(Path(name)) or name.startswith((".", "/")) or name.count("/") > 1:
+        raise UserError(f"no model found at {name}: check the path")
 
 
 def _small_files(source: Source) -> list[str]:
@@ -185,6 +195,20 @@ def vae_subfolder(folder: Path) -> str:
     """Where the VAE is in a folder: in a subfolder, or, if it is that of a VAE alone, in the folder itself."""
     alone = not (folder / "vae" / "config.json").is_file() and (folder / "config.json").is_file()
     return "" if alone else "vae"
+
+
+def is_full_size(source: str) -> bool:
+    """Whether a base model is SDXL itself or as large, as all on the Hub are; unlike a tiny one for trials.
+
+    Raises:
+        UserError: there is none at this path.
+    """
+    path = Path(source)
+    if not path.exists():
+        _check_name(source)
+        return True
+    files = [path] if path.is_file() else (path / "unet").glob("*.safetensors")
+    return sum(file.stat().st_size for file in files) > _FULL_SIZE
 
 
 def layout(file: Path, download: bool = True) -> Path | None:

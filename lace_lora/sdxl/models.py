@@ -48,7 +48,9 @@ def prepare_process() -> None:
                 ctypes.CDLL(None).mallopt(option, value)
 
 
-def pick_device() -> torch.device:
+def pick_device(setting: str = "auto") -> torch.device:
+    if setting == "cpu":
+        return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

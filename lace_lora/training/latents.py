@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,10 +16,10 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import ImageOps
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lace_lora.errors import UserError
 from lace_lora.pictures import image_files
+from lace_lora.progress import Progress
 from lace_lora.sdxl.vae import encode_pixels, to_tensor
 from lace_lora.training import cache
 
@@ -39,19 +38,6 @@ class Latents:
 
     def __add__(self, other: "Latents") -> "Latents":
         return Latents(self.mean + other.mean, self.std + other.std, torch.cat([self.time_ids, other.time_ids]))
-
-
-def shapes(resolution: int, buckets: bool) -> list[Shape]:
-    """What pictures are cropped to: a square, or SDXL's bucket list scaled to `resolution`, in multiples of 32 pixels.
-
-    Podell et al. 2023, "SDXL", appendix I: sides in multiples of 64, 0.9 to 1 times 1024²; 1344x704 only in portrait.
-    """
-    if not buckets:
-        return [(resolution, resolution)]
-    sides = range(512, 2049, 64)
-    pairs = [(short, long) for short in sides for long in reversed(sides) if 0.9 <= short * long / 1024**2 <= 1]
-    scaled = [tuple(max(32, round(side * resolution / 1024 / 32) * 32) for side in pair) for pair in pairs]
-    return list(dict.fromkeys(shape for short, long in scaled for shape in ((short, long), (long, short))))
 
 
 def encode_pictures(
@@ -82,7 +68,7 @@ def encode_pictures(
         time_ids = []
         vae = load_vae()
         read = partial(_read, contents=contents, allowed=allowed, mirrored=mirrored, formats=formats)
-        decoded = tqdm(_prefetch(read, contents), desc="encoding pictures", unit="picture", total=len(contents))
+        decoded = Progress(_prefetch(read, contents), desc="encoding pictures", unit="picture", total=len(contents))
         for number, (path, (pixels, ids)) in enumerate(zip(contents, decoded, strict=True)):
             tensors[f"mean.{number}"], tensors[f"std.{number}"] = encode_pixels(vae, pixels, path)
             time_ids.append(ids)
@@ -107,7 +93,7 @@ def _read(
         picture, (width, height) = image_files.open_picture(io.BytesIO(content), 2 * max(map(min, allowed)), formats)
     except image_files.BROKEN as error:
         raise UserError(f"{path} can no longer be read ({error}): run the same command again") from error
-    shape = min(allowed, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
+    shape = image_files.nearest_shape((width, height), allowed)
     part, corner = image_files.fit(picture, shape)
     versions = [part, ImageOps.mirror(part)] if mirrored else [part]
     return torch.stack([to_tensor(version) for version in versions]), [height, width, *corner, *shape]

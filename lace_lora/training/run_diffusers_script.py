@@ -19,6 +19,7 @@ from lace_lora import console
 from lace_lora.config import LORA_FILE, Config
 from lace_lora.errors import UserError, explain, first_line
 from lace_lora.files import write_atomically
+from lace_lora.pictures import image_files
 from lace_lora.process import ADVICE, Stopped
 from lace_lora.sdxl import lora_weights, models
 from lace_lora.training import diffusers_script, launch, results
@@ -54,10 +55,14 @@ def run(config: Config, job: launch.Job, pictures: Path) -> str:
     write_atomically(fingerprint_file, json.dumps(job.fingerprint).encode())
     for number, path in enumerate(job.captions):
         with suppress(FileExistsError):  # by another process of this run
-            (pictures / f"{number:05d}{Path(path).suffix}").symlink_to(Path(path).absolute())
+            if image_files.is_heif(Path(path)):  # which the script cannot open
+                copy, _ = image_files.open_picture(path, formats=("HEIF",))
+                copy.save(pictures / f"{number:05d}.png", format="PNG", compress_level=1)
+            else:
+                (pictures / f"{number:05d}{Path(path).suffix}").symlink_to(Path(path).absolute())
     if set(job.captions.values()) != {config.instance_prompt}:
         logger.warning("%s trains every picture with instance_prompt: captions have no effect", script.name)
-    dtype = models.pick_dtype(config.mixed_precision, models.pick_device())
+    dtype = models.pick_dtype(config.mixed_precision, models.pick_device(config.device))
     precision = _PRECISIONS[str(dtype).removeprefix("torch.")]
     flags = diffusers_script.flags_of(script)
     _run_as_main(script, diffusers_script.command_line(config, flags, pictures, folder, precision))

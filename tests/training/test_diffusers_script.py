@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from helpers import Make, jpg, main_py, names, refused, truncated_jpg
+import heic
+from helpers import Make, gradient, jpg, main_py, names, refused, truncated_jpg
 from lace_lora.config import Config, dump_config
 from lace_lora.training import diffusers_script, run_diffusers_script
 from training_helpers import job_of
@@ -66,7 +67,8 @@ def test_a_run(script: Path, settings: Make, tmp_path: Path) -> None:
     photos = tmp_path / "my photos"
     photos.mkdir()
     for index in range(12):
-        jpg(photos / f"lace {index}.jpg")
+        jpg(photos / f"lace {index}.jpg", gradient(turn=index))
+    (photos / "lace 99.heic").write_bytes(heic.TURNED)
     truncated_jpg(photos / "broken.jpg")
     (photos / "notes.txt").write_text("no picture")
     config = settings(
@@ -79,7 +81,7 @@ def test_a_run(script: Path, settings: Make, tmp_path: Path) -> None:
     assert "has no option for these settings, so they have no effect: snr_gamma, validation_steps" in done.stderr
     folder = tmp_path / "lora"
     given = json.loads((folder / "train_script" / "arguments.json").read_text())
-    assert given["pictures"] == [f"{index:05d}.jpg" for index in range(12)]
+    assert given["pictures"] == [*(f"{index:05d}.jpg" for index in range(12)), "00012.png"]
     assert given["pretrained_model_name_or_path"] == config.pretrained_model
     assert (given["rank"], given["resolution"], given["mixed_precision"]) == ("4", "64", "no")
     assert given["with_prior_preservation"]

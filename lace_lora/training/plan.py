@@ -1,0 +1,136 @@
+"""Before a training: what it will take, and which settings are most likely not meant. Without torch."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from lace_lora import drive, machine
+from lace_lora.config import Config
+from lace_lora.files import free_space
+from lace_lora.progress import duration
+from lace_lora.sdxl import hub
+
+LORA_WEIGHTS = 1_451_520  # per rank, in the attention of SDXL's UNet
+# Seconds of a step on GPUs that were measured, by (resolution, batch size): bf16, without checkpointing.
+STEP_SECONDS = {
+    "H100": {
+        (512, 1): 0.024, (512, 2): 0.030, (512, 4): 0.045, (512, 8): 0.070, (768, 2): 0.051,
+        (1024, 1): 0.051, (1024, 2): 0.079, (1024, 4): 0.147,
+    }
+}  # fmt: skip
+MANY_VIEWS = 1000  # of each picture
+HIGH_RATE = 0.1  # for adamw
+
+
+def gpu_memory(config: Config) -> float:
+    """Peak GPU memory of training SDXL in 16 bits, in GiB.
+
+    Fitted to 15 measurements on an H100, of 512² to 1024², batches of 1 to 8, ranks 16 to 128: within 0.3.
+    """
+    pictures = config.train_batch_size * (config.resolution / 512) ** 2  # of 512²
+    pictures *= 2 if config.with_prior_preservation else 1
+    size = 5.5 + (0.17 if config.gradient_checkpointing else 1.09) * pictures + 0.0277 * (config.rank - 16)
+    return size + (3.2 if config.train_text_encoder else 0)
+
+
+def disk_space(config: Config) -> float:
+    """GB of checkpoints and LoRA files of SDXL, with one checkpoint more while it is written."""
+    weights = 4 * LORA_WEIGHTS * config.rank  # bytes in fp32
+    # A checkpoint has the LoRA for drawing, its weights, and two moments of each.
+    return (4 * weights * (config.checkpoints_total_limit + 1) + 2 * weights) / 1e9
+
+
+def describe(config: Config, pictures: int, first_step: int, downloads: Sequence[str]) -> list[str]:
+    """What a training will take, a line for each question that people ask.
+
+    Args:
+        pictures: how many there are to train on.
+        downloads: models of which something is still to be downloaded.
+    """
+    is_sdxl = hub.is_full_size(config.pretrained_model)
+    batch = config.train_batch_size * config.gradient_accumulation_steps
+    views = config.max_train_steps * batch / pictures
+    times = f"{views:,.0f} times" if views >= 1.5 else "once" if views >= 1 else "at most once"
+    lines = [
+        *_hardware(config, is_sdxl),
+        f"steps: {first_step} to {config.max_train_steps}, each of {batch} of the {pictures} pictures; "
+        f"in all of them, every picture is seen {times} ({views:.1f} epochs)",
+    ]
+    if seconds := _seconds(config, config.max_train_steps - first_step) if is_sdxl else None:
+        lines.append(f"time: {duration(seconds)} of steps (computed from measurements of this kind of GPU)")
+    elif is_sdxl:
+        lines.append("time: not measured for this computer; the training says it after its first steps")
+    cache = Path(HF_HUB_CACHE)
+    lines += [f"download: {model}, to {cache} with {free_space(cache):.1f} GB free" for model in downloads]
+    output_dir = Path(config.lora_output_dir)
+    on_drive = drive.in_colab() and output_dir.is_relative_to(config.drive_mount_path)
+    needed = f"; needed: {disk_space(config):.1f} GB (computed)" if is_sdxl else ""
+    where = "Google Drive" if on_drive else "disk"
+    lines.append(f"{where}: {free_space(output_dir):.1f} GB free for {output_dir}{needed}")
+    lines.append("privacy: your pictures are read on this machine only; nothing is uploaded")
+    if config.pretrained_model == hub.BASE_LAYOUT:
+        lines.append("licence: for results of SDXL 1.0, its own: CreativeML Open RAIL++-M")
+    elif is_sdxl:
+        lines.append(f"licence: for results of {config.pretrained_model}, its own: see its page")
+    return lines
+
+
+def _hardware(config: Config, is_sdxl: bool) -> list[str]:
+    """The GPU, and what a training of SDXL takes of its memory."""
+    gpu = machine.find_gpu() if config.device == "auto" else None
+    if gpu is None:
+        reason = "device is cpu" if config.device == "cpu" else "no NVIDIA GPU was found"
+        return [f"GPU: none ({reason})" + ("" if is_sdxl else "; a model this small needs none")]
+    dtype = gpu.dtype(config.mixed_precision)
+    lines = [f"GPU: {gpu.name}, {gpu.free:.1f} of {gpu.total:.1f} GiB free; precision: {dtype}"]
+    if is_sdxl:
+        needed = gpu_memory(config) * (2 if dtype == "no" else 1)
+        fits = "" if needed < gpu.free else ": more than is free, so it will train with less at once, which is slower"
+        lines.append(f"GPU memory: {needed:.1f} GiB needed (computed from measurements of an H100){fits}")
+    return lines
+
+
+def _seconds(config: Config, steps: int) -> float | None:
+    """How long the steps take, without samples, if that was measured."""
+    gpu = machine.find_gpu() if config.device == "auto" else None
+    slower = config.gradient_checkpointing or config.train_text_encoder or config.with_prior_preservation
+    if gpu is None or slower or config.train_script or gpu.dtype(config.mixed_precision) != "bf16":
+        return None
+    measured = next((times for name, times in STEP_SECONDS.items() if name in gpu.name), {})
+    step = measured.get((config.resolution, config.train_batch_size))
+    return step * steps * config.gradient_accumulation_steps if step else None
+
+
+def warnings(config: Config, captions: Collection[str]) -> list[str]:
+    """Settings that are most likely not meant, each with what to do; `captions` are those of the pictures."""
+    found = []
+    without = [caption for caption in captions if config.token not in caption]
+    if without:
+        found.append(
+            f"{len(without)} of {len(captions)} captions do not contain {config.token}, such as {without[0]!r}: "
+            "add it to them, since prompts with it will call for the style"
+        )
+    if config.token not in (config.validation_prompt or config.token):
+        shown = f"validation_prompt {config.validation_prompt!r} does not contain {config.token}"
+        found.append(f"{shown}: add it, or the samples will not show what is learnt")
+    if not config.token:
+        found.append(
+            f"instance_prompt {config.instance_prompt!r} has no token: add a made-up word in angle brackets, such as "
+            "<myspecialstyle>, or the style is learnt for every use of these words"
+        )
+    if config.optimizer == "adamw" and config.learning_rate >= HIGH_RATE:
+        found.append(
+            f"learning_rate is {config.learning_rate:g}, far too high for adamw: 1e-4 is usual; 1 is for prodigy"
+        )
+    views = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps / len(captions)
+    if views > MANY_VIEWS:
+        few = round(100 * len(captions) / (config.train_batch_size * config.gradient_accumulation_steps))
+        found.append(
+            f"max_train_steps is {config.max_train_steps}: each of the {len(captions)} pictures would be seen "
+            f"{views:,.0f} times, which copies them rather than their style: {few} steps are 100 times"
+        )
+    for name in ("lora_output_dir", "output_dir"):
+        if Path(getattr(config, name)).resolve() == Path(config.images_dir).resolve():
+            found.append(f"{name} is the same folder as images_dir: set another one, to keep results and photos apart")
+    return found
