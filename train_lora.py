@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
@@ -30,7 +31,7 @@ from lace_lora.sdxl import lora_weights, models
 from lace_lora.training import batches, checkpoint, launch, optimizer, results, samples
 from lace_lora.training.encode import encode
 from lace_lora.training.loss import training_loss
-from lace_lora.training.metrics import READ_EVERY, Metrics, PendingScalars
+from lace_lora.training.metrics import READ_EVERY, SAMPLING, SAVING, Metrics, PendingScalars
 from lace_lora.training.train_step import TrainStep
 
 logger = logging.getLogger("train_lora")
@@ -75,7 +76,8 @@ def train(config: Config, job: launch.Job, stop: StopSignal) -> str:
         UserError: see `loop`. Disk and out-of-memory errors are passed on.
     """
     # The others wait while the first encodes pictures or draws samples, longer than NCCL's ten minutes.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))])
+    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    accelerator = Accelerator(cpu=config.device == "cpu", kwargs_handlers=[timeout])
     device, world = accelerator.device, accelerator.num_processes
     dtype = models.pick_dtype(config.mixed_precision, device)
     others = f", one of {world} processes" if world > 1 else ""
@@ -101,6 +103,7 @@ def train(config: Config, job: launch.Job, stop: StopSignal) -> str:
 
     stop.deferred = True
     log = Metrics(config, first_step, accelerator.is_main_process)
+    stop.answer = log.answer_stop
     try:
         steps = loop(run, log, first_step, stop)
     finally:
@@ -128,9 +131,11 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
     factor_at = optimizer.rate_factor_at(config)
     done, stopping = first_step, False
     run.train_step.train()
+    if not done:
+        draw_samples(run, log, 0)
     while done < config.max_train_steps and not stopping:
         factor = factor_at(done)
-        loss, grad_norm, stopping = update(run, done, factor, stop.requested)
+        loss, grad_norm, stopping = update(run, done, factor, lambda: stop.requested)
         done += 1
         log.record(done, loss, config.learning_rate * factor, grad_norm)
         ending = stopping or done == config.max_train_steps
@@ -141,17 +146,29 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
             # The weights just before a series of NaN losses may be their cause: do not save them.
             saving = log.check_finite(ending) and saving
         if saving and is_main:
-            run.publisher.wait()
-            log.write_rows()
-            save_checkpoint(run, done)
-            log.draw_curve()  # while the checkpoint is written
-        if run.sample_inputs and done % config.validation_steps == 0 and not stopping:
-            samples.draw_samples(config, done, run.train_step, run.noise_scheduler, run.sample_inputs)
-    run.publisher.wait()
+            with log.label(SAVING):
+                run.publisher.wait()
+                log.write_rows()
+                save_checkpoint(run, done)
+                log.draw_curve()  # while the checkpoint is written
+        if not stopping:
+            draw_samples(run, log, done)
+    with log.label(SAVING):
+        run.publisher.wait()
     return done
 
 
-def update(run: Run, step: int, factor: float, stop_requested: bool) -> tuple[Tensor, Tensor, bool]:
+def draw_samples(run: Run, log: Metrics, step: int) -> None:
+    """Draw the samples of a step, on the process and in the steps that draw any."""
+    if run.sample_inputs and step % run.config.validation_steps == 0:
+        with log.label(SAMPLING):
+            strip = samples.draw_samples(run.config, step, run.train_step, run.noise_scheduler, run.sample_inputs)
+        log.show_samples(strip, step)
+
+
+def update(
+    run: Run, step: int, factor: float, stop_requested: Callable[[], bool] = lambda: False
+) -> tuple[Tensor, Tensor, bool]:
     """One optimizer step over the whole effective batch; `factor` is the learning rate's, from the schedule.
 
     Returns:
@@ -166,12 +183,13 @@ def update(run: Run, step: int, factor: float, stop_requested: bool) -> tuple[Te
         run.noise_scheduler.config.num_train_timesteps, config.noise_offset, config.prior_loss_weight,
     ).shard(rank, world)  # fmt: skip
     loss = run.train_step(batch)
+    stop = stop_requested()
     if world > 1:
         before = run.stop_flag
-        loss, run.stop_flag = _average(run, loss, stop_requested)
-        stop_requested = before is not None and before.read()[0] > 0
+        loss, run.stop_flag = _average(run, loss, stop)
+        stop = before is not None and before.read()[0] > 0
     grad_norm = optimizer.update_weights(run.optimizer, run.train_step.scaler, loss, factor, config.max_grad_norm)
-    return loss, grad_norm, stop_requested
+    return loss, grad_norm, stop
 
 
 def _average(run: Run, loss: Tensor, stop_requested: bool) -> tuple[Tensor, PendingScalars]:

@@ -54,9 +54,9 @@ def run(command: list[str], folder: Path) -> str:
     Raises:
         UserError: the training failed, was killed, or was stopped (exit 130 or 143).
     """
-    with _stop_requests() as stops:
+    with stop_requests() as stops:
         environment = launch_environment(os.environ)
-        launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
         while True:
             running = launcher.poll() is None  # checked first: the launcher may start a training until it exits
             # Whatever their parents are: the kernel releases the lock of a dead one.
@@ -83,7 +83,7 @@ def launch_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[list[int]]:
+def stop_requests() -> Iterator[list[int]]:
     """A list to which each SIGINT or SIGTERM is appended; Python lets the main thread alone handle signals."""
     stops: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
@@ -142,10 +142,11 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """SIGINT or SIGTERM: the first one raises `Stopped` at once, or, while `deferred`, only sets `requested`."""
+    """SIGINT or SIGTERM: the first one raises `Stopped` at once, or, while `deferred`, sets `requested` and answers."""
 
     def __init__(self) -> None:
         self.deferred = False
+        self.answer: Callable[[], object] = lambda: None  # tells the user what happens now
         self.number: int | None = None
 
     @property
@@ -159,6 +160,7 @@ class StopSignal:
         self.number = number
         if not self.deferred:
             raise Stopped("stopped before training started; run the same command again")
+        self.answer()
 
 
 def report_outcome(work: Callable[[StopSignal], str], folder: Path) -> int:
@@ -166,7 +168,7 @@ def report_outcome(work: Callable[[StopSignal], str], folder: Path) -> int:
 
     A bug is raised again, for its traceback.
     """
-    _die_with_parent()
+    die_with_parent()
     if os.environ.get(_LAUNCHER_PID, str(os.getppid())) != str(os.getppid()):
         return _STOPPED[1]  # the parent had already died
     # Renamed once it is locked, which it stays until this process ends: the descriptor is left open on purpose. By
@@ -196,7 +198,7 @@ def report_outcome(work: Callable[[StopSignal], str], folder: Path) -> int:
     return code
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Have the kernel send SIGTERM when the parent dies, so that a killed launcher leaves no orphan."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

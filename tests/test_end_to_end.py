@@ -1,6 +1,7 @@
 """The program as a user runs it: main.py in processes of its own, training through accelerate, then drawing."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from helpers import Make, RunHere, main_py, snapshot
+from helpers import ROOT, Make, RunHere, main_py, snapshot
 from lace_lora.config import LORA_FILE, dump_config, load_config
 from training_helpers import train_here
 
@@ -19,7 +20,7 @@ def files(folder: Path) -> set[str]:
 
 
 def event_files(folder: Path) -> set[str]:
-    return {name for name in files(folder) if name.startswith("logs/events.out.tfevents")}
+    return {name for name in files(folder) if name.startswith("logs/myspecialstyle/events.out.tfevents")}
 
 
 @pytest.fixture
@@ -39,7 +40,9 @@ def test_train_and_draw(config_file: Path, run_here: RunHere, tmp_path: Path) ->
         "config.yaml",
         "metrics.csv",
         "loss.png",
+        "samples/step-000000.png",
         "samples/step-000004.png",
+        "samples.png",
         "myspecialstyle.json",
         "myspecialstyle.safetensors",
         LORA_FILE,
@@ -48,6 +51,10 @@ def test_train_and_draw(config_file: Path, run_here: RunHere, tmp_path: Path) ->
     assert len(events) == 1
     assert files(tmp_path / "lora") - events == expected
     assert load_config(tmp_path / "lora" / "config.yaml").rank == 4
+    for named in ("samples, by step: {}/samples.png", "loss: {}/loss.png", "TensorBoard: tensorboard --logdir {}/logs"):
+        assert named.format(tmp_path / "lora") in trained.stdout.splitlines()
+    assert "\r" not in trained.stderr  # into a pipe, lines
+    assert "training: 4 of 4 steps" in trained.stderr
     assert len((tmp_path / "lora" / "metrics.csv").read_text().splitlines()) == 5
     pipeline = StableDiffusionXLPipeline.from_pretrained(load_config(config_file).pretrained_model)
     # Offline, older versions of diffusers must be told the name.
@@ -60,7 +67,10 @@ def test_train_and_draw(config_file: Path, run_here: RunHere, tmp_path: Path) ->
     assert code == 2
     assert "rank (was 4, is 8)" in printed
 
-    drawn = main_py(*draw)
+    command = trained.stdout.splitlines()[-1].removeprefix("To draw with it: ")
+    python, program, *arguments = shlex.split(command)
+    assert (python, Path(ROOT, program).resolve()) == ("python", ROOT / "main.py")
+    drawn = main_py(*arguments)
     assert drawn.returncode == 0, drawn.stderr
     pictures = {f"{kind}_output_00{index}.png" for index in range(3) for kind in ("base", "refined")}
     before_refining = {f".before_refining/00{index}.{kind}" for index in range(3) for kind in ("jpg", "json")}

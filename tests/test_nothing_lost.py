@@ -189,6 +189,8 @@ def stop(recipient: str, number: signal.Signals, config: Config, start: Start, t
     step = latest_step(tmp_path / "lora")
     assert output.splitlines()[-1] == f"stopped at step {step}; run the same command again to resume"
     assert "Traceback" not in output
+    [answer] = [line for line in output.splitlines() if line.startswith("stopping: saving step ")]
+    assert answer.endswith("; press Ctrl-C again to leave now, without saving")
     assert checkpoint.verify(tmp_path / "lora" / f"checkpoint-{step}") == ""
     return step
 

@@ -27,7 +27,7 @@ def test_only_the_lora_changes(settings: Make) -> None:
     run = make_run(settings())
     unet = run.train_step.networks["unet"]
     before = {name: value.clone() for name, value in unet.state_dict().items()}
-    train_lora.update(run, 0, 1.0, False)
+    train_lora.update(run, 0, 1.0)
     changed = {name for name, value in unet.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert all("lora_" in name for name in changed)
@@ -37,8 +37,8 @@ def test_accumulated_batches_equal_one_large_batch(settings: Make) -> None:
     once = make_run(settings(train_batch_size=4))
     summed = make_run(settings(train_batch_size=2, gradient_accumulation_steps=2))
     for step in range(2):
-        loss_once, norm_once, _ = train_lora.update(once, step, 1.0, False)
-        loss_summed, norm_summed, _ = train_lora.update(summed, step, 1.0, False)
+        loss_once, norm_once, _ = train_lora.update(once, step, 1.0)
+        loss_summed, norm_summed, _ = train_lora.update(summed, step, 1.0)
         torch.testing.assert_close(loss_once, loss_summed, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(norm_once, norm_summed, rtol=1e-4, atol=1e-6)
 
@@ -51,7 +51,7 @@ def test_gradients_are_clipped(settings: Make) -> None:
         seen.append(math.sqrt(sum(float(w.grad.pow(2).sum()) for w in run.lora.values() if w.grad is not None)))
 
     run.optimizer.register_step_pre_hook(note)
-    _, norm, _ = train_lora.update(run, 0, 1.0, False)
+    _, norm, _ = train_lora.update(run, 0, 1.0)
     assert norm > 1e-3
     assert seen[0] == pytest.approx(1e-4, rel=0.01)
 
@@ -60,7 +60,7 @@ def test_gradient_checkpointing_changes_nothing(settings: Make) -> None:
     plain, saving = make_run(settings()), make_run(settings(gradient_checkpointing=True))
     for run in (plain, saving):
         run.train_step.networks["unet"].train()
-        train_lora.update(run, 0, 1.0, False)
+        train_lora.update(run, 0, 1.0)
     for name, weight in plain.lora.items():
         torch.testing.assert_close(weight, saving.lora[name])
 
@@ -121,18 +121,18 @@ def test_learning_rate_follows_diffusers_schedule(settings: Make, tmp_path: Path
 
 def test_an_update_without_finite_loss_is_skipped(settings: Make) -> None:
     run = make_run(settings())
-    train_lora.update(run, 0, 1.0, False)
+    train_lora.update(run, 0, 1.0)
     before = [weight.clone() for weight in run.lora.values()]
     moments = [tensor.clone() for state in run.optimizer.state.values() for tensor in state.values()]
     latents = run.data.latents
     broken = replace(latents, mean=[mean * torch.nan for mean in latents.mean])
     good, run.data = run.data, replace(run.data, latents=broken)
-    loss, _, _ = train_lora.update(run, 1, 1.0, False)
+    loss, _, _ = train_lora.update(run, 1, 1.0)
     assert loss.isnan()
     assert all(map(torch.equal, before, run.lora.values()))
     assert all(map(torch.equal, moments, (t for state in run.optimizer.state.values() for t in state.values())))
     run.data = good
-    train_lora.update(run, 2, 1.0, False)
+    train_lora.update(run, 2, 1.0)
     assert not all(map(torch.equal, before, run.lora.values()))
 
 

@@ -15,13 +15,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lace_lora.config import Config
 from lace_lora.drawing.saving import PictureSaver
 from lace_lora.fast import drawing_unet
 from lace_lora.files import write_atomically
 from lace_lora.pictures.recipe import Design, Drawn
+from lace_lora.progress import Progress
 from lace_lora.sdxl import hub, lora_weights, models, sampling
 from lace_lora.sdxl.lora_weights import Lora
 from lace_lora.sdxl.prompts import embed_for_both
@@ -51,7 +51,7 @@ def _has_room(config: Config, batch_size: int) -> bool:
 
 def _pictures_that_fit(config: Config) -> int:
     """How many pictures fit next to a UNet in the free memory of a GPU; 1 on other devices."""
-    device = models.pick_device()
+    device = models.pick_device(config.device)
     if device.type != "cuda":
         return 1
     free, _ = torch.cuda.mem_get_info()
@@ -72,7 +72,7 @@ def draw_pictures(
             is asked for, or a picture would be black (exit 5); the others are still saved.
     """
     models.prepare_process()
-    device = models.pick_device()
+    device = models.pick_device(config.device)
     _draw_in_phases(config, lora_file, batches, latents_folder, finish, device)
     models.free(device)  # in a notebook, other work comes after
 
@@ -142,7 +142,7 @@ def _save_pictures(
     `finished` are the base's latents, where the last phase is the refiner's.
     """
     in_background = results is None
-    bar = tqdm(total=sum(map(len, batches)), desc="saving", unit="picture", disable=in_background)
+    bar = Progress(total=sum(map(len, batches)), desc="saving", unit="picture", disable=in_background)
     with bar, PictureSaver(vae, config, finish, bar.update) as saver:
 
         def save_batch(number: int, latents: Tensor) -> None:
@@ -198,7 +198,8 @@ def run_phase(
     unet = load_unet()
     device, done = unet.device, len(ready) * steps
     try:
-        with tqdm(total=len(files) * steps, initial=done, desc=name, unit="step") as bar, ThreadPoolExecutor(1) as pool:
+        bar = Progress(total=len(files) * steps, initial=done, desc=name, unit="step")
+        with bar, ThreadPoolExecutor(1) as pool:
             pending: deque[Future[Tensor]] = deque()
             for number, (file, from_file) in enumerate(zip(files, found, strict=True)):
                 made = make(unet, number, bar.update) if from_file is None else from_file

@@ -5,26 +5,36 @@ import io
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from lace_lora.config import Config
+from lace_lora.config import Config, dump_config
 from lace_lora.errors import LOSS_NOT_FINITE, UserError, first_line
 from lace_lora.files import write_atomically
 from lace_lora.pictures.recipe import TEXT
+from lace_lora.progress import Progress, duration, shows_bars
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
 # This many updates skipped in a row, because one of these is not finite, end the training. fp16 starts with a
 # few overflows of the gradients, until the loss scale fits.
 MAX_SKIPPED = {"loss": 5, "grad_norm": 25}
 READ_EVERY = 10  # steps between readings of the loss: each costs the CPU a little
+TRAINING, SAMPLING, SAVING = "training", "drawing samples", "saving"  # what the progress bar says
+MEAN_OVER = 50  # steps, about, of which the running mean of the loss is
+
+_CAPTION = (
+    "Each step trains at random noise levels, so its loss says little, and the mean falls only a little.\n"
+    "A mean that rises, or jumps: the learning rate is too high. How good the pictures are, samples.png shows."
+)
 
 logger = logging.getLogger("train_lora")
 
@@ -45,6 +55,20 @@ class PendingScalars:
         return self.numbers.tolist()
 
 
+class RunningMean:
+    """An exponential mean without the bias towards where it starts, as Adam's. Kingma & Ba 2015, section 3."""
+
+    def __init__(self) -> None:
+        self.sum = self.weights = 0.0
+
+    def add(self, value: float) -> float:
+        """The mean with one more value; infinity and NaN are left out."""
+        if math.isfinite(value):
+            self.sum += (value - self.sum) / MEAN_OVER
+            self.weights += (1 - self.weights) / MEAN_OVER
+        return self.sum / self.weights if self.weights else math.nan
+
+
 class Metrics:
     """Collects one row per step; the first process shows and writes them, and what fails of that is a warning.
 
@@ -57,18 +81,28 @@ class Metrics:
         self.rows = _read_rows(self.folder / "metrics.csv", before=first_step)
         self.pending: list[tuple[int, float, float, PendingScalars]] = []
         self.started = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0)
+        self.mean = RunningMean()
+        for row in self.rows:
+            self.mean.add(row["loss"])
         self.failed: set[str] = set()
-        self.bar = tqdm(disable=True)
+        self.max_train_steps, self.validation_steps = config.max_train_steps, config.validation_steps
+        self.others: dict[str, float] = {}  # seconds of what was done last in place of training, by its label
+        self.in_others = 0.0  # seconds of all of that
+        self.first_reading: tuple[int, float] | None = None  # step and seconds
+        self.said_time = False
+        self.bar = Progress(disable=True)
         self.writer: Any = None
         if is_main:
             with self._only_warn("the progress bar"):
-                self.bar = tqdm(total=config.max_train_steps, initial=first_step, desc="training", unit="step")
+                self.bar = Progress(total=config.max_train_steps, initial=first_step, desc=TRAINING, unit="step")
         if is_main and config.report_to == "tensorboard":
             with self._only_warn("TensorBoard"):
                 from torch.utils.tensorboard.writer import SummaryWriter
 
                 # purge_step: drops points after the step that a run resumes from.
-                self.writer = SummaryWriter(str(self.folder / "logs"), purge_step=first_step or None)
+                folder = self.folder / "logs" / config.lora_name  # the last part is the run's name
+                self.writer = SummaryWriter(str(folder), purge_step=first_step or None)
+                self.writer.add_text("settings", "```yaml\n" + dump_config(config) + "```", first_step)
 
     @contextmanager
     def _only_warn(self, what: str) -> Iterator[None]:
@@ -95,12 +129,59 @@ class Metrics:
             loss, grad_norm = numbers.read()
             row = dict(zip(COLUMNS, (step, loss, learning_rate, grad_norm, seconds), strict=True))
             self.rows.append(row)
+            mean = self.mean.add(loss)
             if self.writer and "TensorBoard" not in self.failed:
                 with self._only_warn("TensorBoard"):
                     for name in COLUMNS[1:4]:
                         self.writer.add_scalar(f"train/{name}", row[name], step)
+                    self.writer.add_scalar("train/mean loss", mean, step)
         with self._only_warn("the progress bar"):
-            self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}")
+            self._estimate_time(step)
+            self.bar.set_postfix({"mean loss": f"{mean:.4f}", "lr": f"{learning_rate:.1e}"}, refresh=False)
+
+    def _estimate_time(self, step: int) -> None:
+        """Say once how long the rest will take, from the steps between the first two readings."""
+        now = (step, time.monotonic() - self.in_others)
+        if self.first_reading and not self.said_time:
+            self.said_time = True
+            per_step = (now[1] - self.first_reading[1]) / (step - self.first_reading[0])
+            steps, every = self.max_train_steps - step, self.validation_steps
+            grids = self.max_train_steps // every - step // every if every else 0
+            each = self.others.get(SAMPLING, 0.0)
+            text = f"about {duration(steps * per_step + grids * each)} left: {steps} steps of {per_step:.3f} s"
+            text += f", and {grids} times samples, {each:.1f} s each" if grids and each else ""
+            self.bar.write(text, file=sys.stderr)
+        self.first_reading = self.first_reading or now
+
+    @contextmanager
+    def label(self, what: str) -> Iterator[None]:
+        """Say on the progress bar what is done in place of training."""
+        with self._only_warn("the progress bar"):
+            self.bar.set_description_str(what)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.others[what] = time.monotonic() - began
+            self.in_others += self.others[what]
+            with self._only_warn("the progress bar"):
+                self.bar.set_description_str(TRAINING, refresh=False)
+                self.bar.unpause()  # its rate is that of steps alone
+
+    def answer_stop(self) -> None:
+        """Say at once what a stop does: the step that is under way is finished and saved. For a signal handler."""
+        if self.bar.disable:
+            return
+        step = min(int(self.bar.n) + 1, self.max_train_steps)
+        text = f"stopping: saving step {step}; press Ctrl-C again to leave now, without saving\n"
+        with suppress(OSError):  # not sys.stderr, which may be in the middle of writing
+            os.write(2, (("\n" if shows_bars() else "") + text).encode())
+
+    def show_samples(self, picture: Image.Image | None, step: int) -> None:
+        """Pass the sample strip to TensorBoard."""
+        if self.writer and picture:
+            with self._only_warn("TensorBoard"):
+                self.writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
 
     def check_finite(self, ending: bool) -> bool:
         """Whether the weights may be saved: the last loss is a finite number, or the run is ending.
@@ -168,14 +249,13 @@ def _plot(rows: list[dict[str, float]]) -> bytes:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    smooth, mean = [], next(filter(math.isfinite, losses), 0.0)
-    weight = max(0.02, 2 / (len(losses) + 1))
-    for loss in losses:
-        mean += weight * (loss - mean) if math.isfinite(loss) else 0
-        smooth.append(mean)
+    mean = RunningMean()
+    smooth = [mean.add(loss) for loss in losses]
+    settled = min(MEAN_OVER, len(rows)) // 2  # before, it is the mean of a few steps
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
-    axes.plot(steps, smooth, color="tab:blue", label="running mean")
+    axes.plot(steps[settled:], smooth[settled:], color="tab:blue", label=f"mean of about {MEAN_OVER} steps")
     axes.set(xlabel="step", ylabel="loss", title="Training loss")
+    figure.supxlabel(_CAPTION, fontsize="small")
     axes.legend()
     image = io.BytesIO()
     # With the text, nobody trains on it by mistake.

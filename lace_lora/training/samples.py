@@ -10,17 +10,20 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lace_lora import seeds
 from lace_lora.config import Config
 from lace_lora.errors import first_line, is_out_of_memory
 from lace_lora.files import write_atomically
 from lace_lora.pictures import gallery
+from lace_lora.pictures.image_files import open_finished
+from lace_lora.progress import Progress
 from lace_lora.sdxl import sampling
 from lace_lora.sdxl.prompts import Embeddings
 from lace_lora.sdxl.vae import decode_latents
 from lace_lora.training.train_step import TrainStep
+
+SAMPLES = "samples"  # in lora_output_dir: the folder of single steps, and with .png the strip of all
 
 logger = logging.getLogger("train_lora")
 
@@ -38,7 +41,7 @@ def draw_class_pictures(
     noise_scheduler: DDPMScheduler, embeddings: Embeddings,
 ) -> None:  # fmt: skip
     """Draw files for prior preservation, each with the seed that its number stands for."""
-    for name, number in tqdm(numbers.items(), desc="drawing class pictures", unit="picture"):
+    for name, number in Progress(numbers.items(), desc="drawing class pictures", unit="picture"):
         seed = seeds.stream_seed(config.seed, "class", number)
         [picture] = decode_latents(vae, _latents(config, unet, noise_scheduler, embeddings, [seed]))
         content = io.BytesIO()
@@ -50,8 +53,11 @@ def draw_class_pictures(
 
 def draw_samples(
     config: Config, step: int, train_step: TrainStep, noise_scheduler: DDPMScheduler, sample_inputs: SampleInputs
-) -> None:
-    """Draw a grid at training size into `samples/step-<step>.png`; if that is not possible, log why and continue."""
+) -> Image.Image | None:
+    """Draw the samples of a step into `samples/step-<step>.png`, and add them to `samples.png`, which is returned.
+
+    If that is not possible, the log says why, and training goes on.
+    """
     square = replace(config, width=config.resolution, height=config.resolution)
     sample_seeds = [config.seed + index for index in range(config.num_validation_images)]
 
@@ -64,18 +70,30 @@ def draw_samples(
             pictures += decode_latents(vae, latents)
         return pictures
 
-    path = Path(config.lora_output_dir, "samples", f"step-{step:06d}.png")
+    path = Path(config.lora_output_dir, SAMPLES, f"step-{step:06d}.png")
     try:
         train_step.train(False)
         pictures = _within_memory(draw, train_step, config.train_batch_size)
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, gallery.contact_sheet(pictures, side=512))
+        write_atomically(path, gallery.column(pictures))
+        return _write_strip(path)
     except Exception as error:  # whatever it is, the LoRA need not be at fault, and the next checkpoint has to be saved
         reason = "out of memory" if is_out_of_memory(error) else first_line(error)
         logger.warning("no sample pictures at step %d: %s", step, reason)
+        return None
     finally:
         train_step.train()
         sample_inputs.vae.to("cpu")
+
+
+def _write_strip(newest: Path) -> Image.Image:
+    """Samples of all steps up to the newest, a column each, on one picture; those of another size are left out."""
+    files = [path for path in sorted(newest.parent.glob("step-*.png")) if path.name <= newest.name]
+    columns = {f"step {int(path.stem[5:])}": open_finished(path) for path in files}
+    size = columns[f"step {int(newest.stem[5:])}"].size
+    content = gallery.strip({name: column for name, column in columns.items() if column.size == size})
+    write_atomically(newest.parent.with_suffix(".png"), content)
+    return Image.open(io.BytesIO(content))
 
 
 def _within_memory(draw: Callable[[int], list[Image.Image]], train_step: TrainStep, at_once: int) -> list[Image.Image]:

@@ -161,12 +161,12 @@ def test_progress_bars_reach_their_totals(
 ) -> None:
     made: dict[str, float] = {}
 
-    class Counting(phases.tqdm):
+    class Counting(phases.Progress):
         def close(self) -> None:
             made[self.desc] = self.n - (self.total or 0)
             super().close()
 
-    monkeypatch.setattr(phases, "tqdm", Counting)
+    monkeypatch.setattr(phases, "Progress", Counting)
     monkeypatch.setattr(phases, "_VAE_PICTURES", 10**6)
     drawn(settings(refiner_flow=flow, num_inference_steps=steps), None, [1, 2])
     assert made == {"drawing": 0, "refining": 0, "saving": 0}
@@ -275,7 +275,7 @@ def test_a_full_disk_while_others_are_refined_ends_the_phase(
 ) -> None:
     load, unets, open_bars = phases._load_unet, list[Any](), set[str]()
 
-    class Bar(phases.tqdm):
+    class Bar(phases.Progress):
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **named)
             if not named.get("disable"):
@@ -295,7 +295,7 @@ def test_a_full_disk_while_others_are_refined_ends_the_phase(
         raise OSError(errno.ENOSPC, "no space")
 
     for place, name, value in (
-        (phases, "_VAE_PICTURES", 0), (phases, "_load_unet", noted), (phases, "tqdm", Bar),
+        (phases, "_VAE_PICTURES", 0), (phases, "_load_unet", noted), (phases, "Progress", Bar),
         (saving.os, "cpu_count", lambda: 1),
     ):  # fmt: skip
         monkeypatch.setattr(place, name, value)
@@ -322,7 +322,7 @@ def test_a_full_disk_while_others_are_refined_ends_the_phase(
 def test_batch_size_and_background_saving_by_memory(
     monkeypatch: pytest.MonkeyPatch, free: float, dtype: torch.dtype, side: int, at_once: int, meanwhile: bool
 ) -> None:
-    monkeypatch.setattr(models, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(models, "pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(models, "pick_dtype", lambda *_: dtype)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**30), 80 * 2**30))
     config = Config(width=side, height=side)

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from helpers import Make, refused
+from lace_lora.config import Config
 from lace_lora.errors import LOSS_NOT_FINITE
-from lace_lora.training.metrics import Metrics
+from lace_lora.training.metrics import MEAN_OVER, SAMPLING, Metrics, RunningMean
 
 
 @pytest.mark.parametrize(
@@ -125,3 +127,72 @@ def test_a_resume_does_not_need_the_rows_of_before(content: bytes | None, settin
     log.record(2, torch.tensor(0.5), 1e-4, torch.tensor(1.0))
     log.read(latest=True)
     assert [row["step"] for row in log.rows] == [2]
+
+
+def test_the_running_mean_is_not_biased_towards_its_start() -> None:
+    mean = RunningMean()
+    assert math.isnan(mean.add(math.nan))
+    assert mean.add(0.5) == pytest.approx(0.5)
+    assert mean.add(1.0) == pytest.approx(0.75, abs=0.01)
+    for _ in range(10 * MEAN_OVER):
+        settled = mean.add(1.0)
+    assert settled == pytest.approx(1.0, abs=1e-4)
+    assert mean.add(math.inf) == settled
+
+
+@pytest.fixture
+def log(settings: Make, tmp_path: Path) -> Metrics:
+    (tmp_path / "lora").mkdir()
+    return Metrics(settings(report_to="tensorboard", max_train_steps=1000, validation_steps=250), 0, is_main=True)
+
+
+def test_what_is_done_in_place_of_training_is_said(log: Metrics) -> None:
+    with log.label("drawing samples"):
+        assert log.bar.desc.startswith("drawing samples")
+    assert log.bar.desc.startswith("training")
+
+
+def test_a_stop_is_answered_at_once(log: Metrics, capfd: pytest.CaptureFixture[str]) -> None:
+    log.bar.update(411)
+    log.answer_stop()
+    assert "stopping: saving step 412; press Ctrl-C again to leave now" in capfd.readouterr().err
+    Metrics(Config(lora_output_dir=str(log.folder)), 0, is_main=False).answer_stop()  # of another process
+    assert "stopping" not in capfd.readouterr().err
+
+
+def test_the_rest_of_the_time_is_said_once(
+    log: Metrics, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with log.label(SAMPLING):
+        now += 15
+    for step in range(1, 31):
+        now += 30 if step == 1 else 0.5
+        log.record(step, torch.tensor(0.5), 1e-4, torch.tensor(1.0))
+        if step == 15:
+            with log.label(SAMPLING):
+                now += 20
+        if step % 10 == 0:
+            log.read(latest=False)
+    text = capsys.readouterr().err
+    assert text.count("left: ") == 1
+    # 981 steps of half a second, and samples after 250, 500, 750 and 1000
+    assert "about 10 min left: 981 steps of 0.500 s, and 4 times samples, 20.0 s each" in text
+
+
+def test_tensorboard_gets_pictures_settings_and_the_mean_loss_under_the_runs_name(log: Metrics) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for step, loss in ((1, 0.5), (2, 1.0)):
+        log.record(step, torch.tensor(loss), 1e-4, torch.tensor(1.0))
+    log.read(latest=True)
+    log.show_samples(Image.new("RGB", (60, 40), "white"), 2)
+    log.close()
+    [run] = (log.folder / "logs").iterdir()
+    assert run.name == "myspecialstyle"
+    events = EventAccumulator(str(run)).Reload()
+    assert [event.step for event in events.Images("samples")] == [2]
+    assert [event.value for event in events.Scalars("train/mean loss")] == pytest.approx([0.5, 0.75], abs=0.01)
+    [text] = events.Tensors("settings/text_summary")
+    assert b"max_train_steps: 1000" in text.tensor_proto.string_val[0]

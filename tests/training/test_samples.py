@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
 import train_lora
@@ -69,7 +69,7 @@ def test_black_samples_do_not_stop_the_training(
     save_file(broken, file, metadata={"format": "pt"})
     run = draw(settings(pretrained_model=str(tmp_path / "base"), num_validation_images=1), 2)
     assert "no sample pictures at step 2: NaN or inf in the VAE's output" in caplog.text
-    loss, _, _ = train_lora.update(run, 2, 1.0, False)
+    loss, _, _ = train_lora.update(run, 2, 1.0)
     assert loss.isfinite()
 
 
@@ -81,7 +81,7 @@ def test_sample_grids_do_not_disturb_the_training(settings: Make, tmp_path: Path
     expected, got = (load_file(tmp_path / name / LORA_FILE) for name in ("plain", "watched"))
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     grids = sorted(path.name for path in (tmp_path / "watched" / "samples").iterdir())
-    assert grids == ["step-000001.png", "step-000002.png"]
+    assert grids == [f"step-00000{step}.png" for step in range(3)]
 
 
 def test_samples_and_class_pictures_do_not_depend_on_the_refiners_flow(settings: Make, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_samples_and_class_pictures_do_not_depend_on_the_refiners_flow(settings:
     ("broken", "changes"),
     [
         ("lace_lora.sdxl.sampling.base_latents", {}),
-        ("lace_lora.pictures.gallery.contact_sheet", {"train_text_encoder": True, "lora_dropout": 0.1}),
+        ("lace_lora.pictures.gallery.column", {"train_text_encoder": True, "lora_dropout": 0.1}),
     ],
 )
 def test_a_grid_that_fails_leaves_the_training_as_it_was(
@@ -116,8 +116,37 @@ def test_a_grid_that_fails_leaves_the_training_as_it_was(
     monkeypatch.setattr(broken, fail)
     train_here(settings(validation_steps=1, num_validation_images=1, **changes))
     assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
-        f"no sample pictures at step {step}: a bug in drawing" for step in (1, 2)
+        f"no sample pictures at step {step}: a bug in drawing" for step in (0, 1, 2)
     ]
     for name in (LORA_FILE, "checkpoint-2/training_state.safetensors"):
         expected, got = (load_file(tmp_path / run / name) for run in ("plain", "lora"))
         assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_the_strip_grows_by_a_column_at_each_point_in_training(settings: Make, tmp_path: Path) -> None:
+    config = settings(max_train_steps=2, validation_steps=1, num_validation_images=2)
+    train_here(config)
+    with Image.open(tmp_path / "lora" / "samples.png") as strip:
+        width = strip.width
+    columns = [tmp_path / "lora" / "samples" / f"step-00000{step}.png" for step in range(3)]
+    assert [Image.open(column).size for column in columns] == [(64, 2 * 64 + 8)] * 3  # two seeds, one below the other
+    assert width == 3 * (64 + 8) + 8
+    train_here(replace(config, max_train_steps=3), resume=tmp_path / "lora" / "checkpoint-2")
+    with Image.open(tmp_path / "lora" / "samples.png") as strip:
+        assert strip.width == 4 * (64 + 8) + 8
+        for place, column in enumerate(columns):
+            left = 8 + place * (64 + 8)
+            shown = strip.crop((left, 8, left + 64, 8 + 2 * 64 + 8))
+            assert ImageChops.difference(shown, Image.open(column)).getbbox() is None
+            number = strip.crop((left, 8 + 2 * 64 + 8, left + 64, strip.height))
+            assert np.asarray(number).min() < 128  # something is written there
+
+
+def test_the_strip_leaves_out_samples_of_another_size(settings: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "lora" / "samples"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(folder / "step-000001.png")
+    Image.new("RGB", (64, 64)).save(folder / "step-000009.png")  # of a run that was longer
+    draw(settings(num_validation_images=2), 2)
+    with Image.open(tmp_path / "lora" / "samples.png") as strip:
+        assert strip.width == (64 + 8) + 8
