@@ -13,7 +13,7 @@ import main
 from helpers import ROOT, jpgs, main_py, snapshot
 from lace_lora.config import Config, describe, load_config
 
-DOCUMENTS = ("README.md", "documentation.md", "CHANGELOG.md")
+DOCUMENTS = ("README.md", "documentation.md", "CHANGELOG.md", "benchmarks/README.md")
 
 
 def code_lines(document: str) -> list[str]:
@@ -76,7 +76,7 @@ def test_a_dry_run_as_shown_runs_and_writes_nothing(tmp_path: Path) -> None:
     assert arguments in main_py_commands("documentation.md")
     jpgs(tmp_path / "photos")
     folders = f"images_dir: {tmp_path}/photos\nlora_output_dir: {tmp_path}/lora\noutput_dir: {tmp_path}/out\n"
-    (tmp_path / "config.yaml").write_text(folders + "min_image_size: 16\n")
+    (tmp_path / "config.yaml").write_text(folders + "min_image_size: 16\ndevice: cpu\n")
     before = snapshot(tmp_path)
     done = main_py(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -140,7 +140,7 @@ def test_local_links_lead_somewhere(document: str) -> None:
         if target.startswith("#"):
             assert target[1:] in anchors
         elif not target.startswith("https://"):
-            assert (ROOT / target).exists(), target
+            assert (ROOT / document).parent.joinpath(target).exists(), target
 
 
 def test_the_directory_structure_names_what_is_there() -> None:
