@@ -21,7 +21,7 @@ from lace_lora.process import die_with_parent, stop_requests
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 1100  # pixels, of a picture in a cell
 # A frame of a progress bar, or what main.py prints in its place.
-_PROGRESS = re.compile(r"[^:]+: .*?(\d+%\||\S+ of \S+ \w+, )")
+_PROGRESS = re.compile(r"[^:]+: .*?(\d+%\||\S+ of \S+ \w+(,|$))")
 _TERMINAL_CODE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from tqdm.std import tqdm
 
 SECONDS = 10.0  # between lines
-_LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}, {remaining} left{postfix}"
+_COUNT = "{desc}: {n_fmt} of {total_fmt} {unit}s"
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # without a time
 
 
 def duration(seconds: float) -> str:
@@ -19,11 +20,18 @@ def duration(seconds: float) -> str:
 
 
 class Progress(tqdm):
-    """tqdm's bar, or lines in its place where a bar would be a thousand frames of it."""
+    """tqdm's bar, or lines in its place where a bar would be a thousand frames of it.
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    Args:
+        timed: whether the time left follows from the number that is done, and is shown.
+    """
+
+    def __init__(self, *arguments: Any, timed: bool = True, **options: Any) -> None:
         if not shows_bars():
-            options |= {"mininterval": SECONDS, "maxinterval": SECONDS, "bar_format": _LINE, "delay": 1e-9}
+            line = _COUNT + (", {rate_fmt}, {remaining} left" if timed else "") + "{postfix}"
+            options |= {"mininterval": SECONDS, "maxinterval": SECONDS, "bar_format": line, "delay": 1e-9}
+        elif not timed:
+            options["bar_format"] = _BAR
         super().__init__(*arguments, **options)
 
     @staticmethod

@@ -49,6 +49,15 @@ def test_a_hidden_bar_shows_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().err == ""
 
 
+def test_without_a_time_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for output, expected in ((io.StringIO(), "training: 0 of 8 steps\n"), (Terminal(), "| 0/8 [00:00]")):
+        monkeypatch.setattr(sys, "stderr", output)
+        bar = Progress(total=8, desc="training", unit="step", timed=False)
+        bar.refresh()
+        assert expected in output.getvalue()
+        bar.close()
+
+
 @pytest.mark.parametrize(
     ("seconds", "expected"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3600, "60 min"), (7500, "2 h 5 min")]
 )

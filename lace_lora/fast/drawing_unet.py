@@ -4,7 +4,8 @@ On a CPU nothing changes: drawing there is diffusers' own, bit for bit.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,37 @@ def make_fast(unet: UNet2DConditionModel) -> None:
     caption_weights = _fuse_attention(unet)
     use_kernels_if_possible(unet)
     unet.forward = _FastForward(unet, caption_weights)
+
+
+@contextmanager
+def replaying(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Within it, a UNet that is being trained draws by CUDA graphs, whose memory is free again afterwards."""
+    if unet.device.type != "cuda" or unet.config.time_cond_proj_dim is not None:
+        yield
+        return
+    eager = unet.forward
+
+    def on_tensors(sample: Tensor, timestep: Tensor, prompts: Tensor, text_embeds: Tensor, time_ids: Tensor) -> Tensor:
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        unet.forward = eager  # the whole call is captured, with its hooks, which read the LoRA's weights
+        try:
+            return unet(sample, timestep, prompts, added_cond_kwargs=added, return_dict=False)[0]
+        finally:
+            unet.forward = forward
+
+    replayed = _Replayed(on_tensors, unet.device)
+
+    def forward(
+        sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, added_cond_kwargs: Any, **_: Any
+    ) -> tuple[Tensor]:
+        added = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
+        return (replayed(sample, timestep.to(sample.device), encoder_hidden_states, *added),)
+
+    unet.forward = forward
+    try:
+        yield
+    finally:
+        unet.forward = eager
 
 
 def make_decoder_fast(vae: AutoencoderKL) -> None:

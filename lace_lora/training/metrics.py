@@ -5,7 +5,6 @@ import io
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -85,16 +84,17 @@ class Metrics:
         for row in self.rows:
             self.mean.add(row["loss"])
         self.failed: set[str] = set()
-        self.max_train_steps, self.validation_steps = config.max_train_steps, config.validation_steps
+        self.config = config
         self.others: dict[str, float] = {}  # seconds of what was done last in place of training, by its label
         self.in_others = 0.0  # seconds of all of that
         self.first_reading: tuple[int, float] | None = None  # step and seconds
-        self.said_time = False
         self.bar = Progress(disable=True)
         self.writer: Any = None
         if is_main:
             with self._only_warn("the progress bar"):
-                self.bar = Progress(total=config.max_train_steps, initial=first_step, desc=TRAINING, unit="step")
+                self.bar = Progress(
+                    total=config.max_train_steps, initial=first_step, desc=TRAINING, unit="step", timed=False
+                )
         if is_main and config.report_to == "tensorboard":
             with self._only_warn("TensorBoard"):
                 from torch.utils.tensorboard.writer import SummaryWriter
@@ -136,22 +136,23 @@ class Metrics:
                         self.writer.add_scalar(f"train/{name}", row[name], step)
                     self.writer.add_scalar("train/mean loss", mean, step)
         with self._only_warn("the progress bar"):
-            self._estimate_time(step)
-            self.bar.set_postfix({"mean loss": f"{mean:.4f}", "lr": f"{learning_rate:.1e}"}, refresh=False)
+            time_left = self._time_left(step)
+            self.bar.set_postfix_str(f"{time_left}mean loss {mean:.4f}, lr {learning_rate:.1e}", refresh=False)
 
-    def _estimate_time(self, step: int) -> None:
-        """Say once how long the rest will take, from the steps between the first two readings."""
-        now = (step, time.monotonic() - self.in_others)
-        if self.first_reading and not self.said_time:
-            self.said_time = True
-            per_step = (now[1] - self.first_reading[1]) / (step - self.first_reading[0])
-            steps, every = self.max_train_steps - step, self.validation_steps
-            grids = self.max_train_steps // every - step // every if every else 0
-            each = self.others.get(SAMPLING, 0.0)
-            text = f"about {duration(steps * per_step + grids * each)} left: {steps} steps of {per_step:.3f} s"
-            text += f", and {grids} times samples, {each:.1f} s each" if grids and each else ""
-            self.bar.write(text, file=sys.stderr)
-        self.first_reading = self.first_reading or now
+    def _time_left(self, step: int) -> str:
+        """How long the rest takes, once the steps after the first reading say it: with samples and checkpoints."""
+        now = time.monotonic() - self.in_others
+        if not self.first_reading:
+            self.first_reading = step, now
+            return ""
+        last, every = self.config.max_train_steps, self.config.validation_steps
+        per_step = (now - self.first_reading[1]) / (step - self.first_reading[0])
+        seconds = (last - step) * per_step
+        if every:
+            seconds += (last // every - step // every) * self.others.get(SAMPLING, 0.0)
+        saves = math.ceil(last / self.config.checkpointing_steps) - step // self.config.checkpointing_steps
+        seconds += saves * self.others.get(SAVING, 0.0)
+        return f"{duration(seconds)} left at {per_step:.3g} s a step, "
 
     @contextmanager
     def label(self, what: str) -> Iterator[None]:
@@ -166,13 +167,12 @@ class Metrics:
             self.in_others += self.others[what]
             with self._only_warn("the progress bar"):
                 self.bar.set_description_str(TRAINING, refresh=False)
-                self.bar.unpause()  # its rate is that of steps alone
 
     def answer_stop(self) -> None:
         """Say at once what a stop does: the step that is under way is finished and saved. For a signal handler."""
         if self.bar.disable:
             return
-        step = min(int(self.bar.n) + 1, self.max_train_steps)
+        step = min(int(self.bar.n) + 1, self.config.max_train_steps)
         text = f"stopping: saving step {step}; press Ctrl-C again to leave now, without saving\n"
         with suppress(OSError):  # not sys.stderr, which may be in the middle of writing
             os.write(2, (("\n" if shows_bars() else "") + text).encode())

@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from lace_lora import seeds
 from lace_lora.config import Config
 from lace_lora.errors import first_line, is_out_of_memory
+from lace_lora.fast import drawing_unet
 from lace_lora.files import write_atomically
 from lace_lora.pictures import gallery
 from lace_lora.pictures.image_files import open_finished
@@ -62,18 +64,21 @@ def draw_samples(
     sample_seeds = [config.seed + index for index in range(config.num_validation_images)]
 
     def draw(at_once: int) -> list[Image.Image]:
+        unet = train_step.networks["unet"]
         vae, embeddings, pictures = sample_inputs.vae.to(train_step.device), sample_inputs.embed(), []
         for start in range(0, len(sample_seeds), at_once):
             batch = sample_seeds[start : start + at_once]
-            with train_step.autocast():
-                latents = _latents(square, train_step.networks["unet"], noise_scheduler, embeddings, batch)
+            with train_step.autocast(), drawing_unet.replaying(unet) if train_step.fused else nullcontext():
+                latents = _latents(square, unet, noise_scheduler, embeddings, batch)
             pictures += decode_latents(vae, latents)
         return pictures
 
     path = Path(config.lora_output_dir, SAMPLES, f"step-{step:06d}.png")
     try:
         train_step.train(False)
-        pictures = _within_memory(draw, train_step, config.train_batch_size)
+        # Drawing takes a quarter of a training step's memory, unless that computes its activations again.
+        at_once = config.train_batch_size * (1 if train_step.checkpointing else 4)
+        pictures = _within_memory(draw, train_step, at_once)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, gallery.column(pictures))
         return _write_strip(path)
@@ -97,7 +102,7 @@ def _write_strip(newest: Path) -> Image.Image:
 
 
 def _within_memory(draw: Callable[[int], list[Image.Image]], train_step: TrainStep, at_once: int) -> list[Image.Image]:
-    """As many pictures at once as training takes, or, if memory runs out, one by one and without CUDA graphs."""
+    """That many pictures at once or, if memory runs out, one by one and without the training's CUDA graphs."""
     try:
         return draw(at_once)
     except RuntimeError as error:

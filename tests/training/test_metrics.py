@@ -3,6 +3,7 @@
 import csv
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from helpers import Make, refused
 from lace_lora.config import Config
 from lace_lora.errors import LOSS_NOT_FINITE
-from lace_lora.training.metrics import MEAN_OVER, SAMPLING, Metrics, RunningMean
+from lace_lora.training.metrics import MEAN_OVER, SAMPLING, SAVING, Metrics, RunningMean
 
 
 @pytest.mark.parametrize(
@@ -141,9 +142,12 @@ def test_the_running_mean_is_not_biased_towards_its_start() -> None:
 
 
 @pytest.fixture
-def log(settings: Make, tmp_path: Path) -> Metrics:
+def log(settings: Make, tmp_path: Path) -> Iterator[Metrics]:
     (tmp_path / "lora").mkdir()
-    return Metrics(settings(report_to="tensorboard", max_train_steps=1000, validation_steps=250), 0, is_main=True)
+    every = {"validation_steps": 250, "checkpointing_steps": 250}
+    log = Metrics(settings(report_to="tensorboard", max_train_steps=1000, **every), 0, is_main=True)
+    yield log
+    log.close()
 
 
 def test_what_is_done_in_place_of_training_is_said(log: Metrics) -> None:
@@ -160,25 +164,33 @@ def test_a_stop_is_answered_at_once(log: Metrics, capfd: pytest.CaptureFixture[s
     assert "stopping" not in capfd.readouterr().err
 
 
-def test_the_rest_of_the_time_is_said_once(
-    log: Metrics, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_time_left_is_that_of_steps_samples_and_checkpoints(log: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     with log.label(SAMPLING):
         now += 15
-    for step in range(1, 31):
-        now += 30 if step == 1 else 0.5
-        log.record(step, torch.tensor(0.5), 1e-4, torch.tensor(1.0))
-        if step == 15:
-            with log.label(SAMPLING):
-                now += 20
-        if step % 10 == 0:
-            log.read(latest=False)
-    text = capsys.readouterr().err
-    assert text.count("left: ") == 1
-    # 981 steps of half a second, and samples after 250, 500, 750 and 1000
-    assert "about 10 min left: 981 steps of 0.500 s, and 4 times samples, 20.0 s each" in text
+
+    def train(first: int, last: int) -> str:
+        nonlocal now
+        for step in range(first, last + 1):
+            now += 30 if step == 1 else 0.5  # the first compiles
+            log.record(step, torch.tensor(0.5), 1e-4, torch.tensor(1.0))
+            if step == 15:
+                with log.label(SAMPLING):
+                    now += 20
+            if step % 10 == 0:
+                log.read(latest=True)
+        return str(log.bar.postfix)
+
+    assert train(1, 10) == "mean loss 0.5000, lr 1.0e-04"
+    # 980 steps of half a second; samples after 250, 500, 750 and 1000, like the last ones
+    assert train(11, 20).startswith("10 min left at 0.5 s a step, mean loss")
+    assert train(21, 250).startswith("7 min left at 0.5 s")
+    with log.label(SAVING):
+        now += 100
+    # 740 steps, samples and checkpoints after 500, 750 and 1000
+    assert train(251, 260).startswith("12 min left at 0.5 s")
+    assert train(261, 1000).startswith("0 s left")
 
 
 def test_tensorboard_gets_pictures_settings_and_the_mean_loss_under_the_runs_name(log: Metrics) -> None:
