@@ -149,9 +149,9 @@ class Metrics:
         per_step = (now - self.first_reading[1]) / (step - self.first_reading[0])
         seconds = (last - step) * per_step
         if every:
-            seconds += (last // every - step // every) * self.others.get(SAMPLING, 0.0)
-        saves = math.ceil(last / self.config.checkpointing_steps) - step // self.config.checkpointing_steps
-        seconds += saves * self.others.get(SAVING, 0.0)
+            seconds += (last // every - (step - 1) // every) * self.others.get(SAMPLING, 0.0)  # this step's come later
+        every = self.config.checkpointing_steps
+        seconds += (math.ceil(last / every) - (step - 1) // every) * self.others.get(SAVING, 0.0)
         return f"{duration(seconds)} left at {per_step:.3g} s a step, "
 
     @contextmanager
