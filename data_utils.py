@@ -4,26 +4,22 @@ import hashlib
 import json
 import logging
 import os
-import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import median
 
-from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.errors import DISK_OR_DRIVE, UserError, disk_advice, first_line
 from lace_lora.files import CONTROL, file_sha256, one_line, read_text, write_atomically
-from lace_lora.pictures.checking import DUPLICATE, Picture
-from lace_lora.pictures.image_files import in_subfolders, named_as_pictures, visible_entries
+from lace_lora.pictures import photo_folder
+from lace_lora.pictures.checking import Picture
+from lace_lora.pictures.image_files import named_as_pictures, visible_entries
 
 logger = logging.getLogger(__name__)
 
 ANNOTATIONS = "annotations.txt"
-# What phones and computers name screenshots, in several languages.
-_SCREENSHOT = re.compile(r"screen[ _-]?(shot|capture)|bildschirmfoto|capture d.écran|captura de |ekran ", re.IGNORECASE)
 _RECORD = ".annotations.sha256"  # hashes of the annotations that this program wrote; others are the user's own
 
 
@@ -162,20 +158,27 @@ def _meant(lines: Sequence[Path], image_dir: Path, file: Path) -> list[Path]:
 
     Relative paths start at the current folder, as those of `list_images` do, or at the file's own folder.
     """
-    folder, resolved = image_dir.resolve(), cache(Path.resolve)
+    folder, resolved, is_folder = image_dir.resolve(), cache(Path.resolve), cache(Path.is_dir)
 
     @cache
-    def near() -> dict[str, list[Path]]:
+    def near(place: Path) -> dict[str, list[Path]]:
         found = defaultdict(list)
-        for path in visible_entries(image_dir):
+        for path in visible_entries(place):
             found[_composed(path.name)].append(path)
         return found
 
-    def in_folder(name: str) -> Path:
+    def in_folder(name: str, place: Path = image_dir) -> Path:
         """A picture in the folder, also if its name has its accents in the other form of Unicode."""
-        here = image_dir / name
-        same = [] if name.isascii() or os.path.exists(here) else near().get(_composed(name), [])
+        here = place / name
+        same = [] if name.isascii() or os.path.exists(here) else near(place).get(_composed(name), [])
         return same[0] if len(same) == 1 else here
+
+    @cache
+    def copied(parent: Path) -> Path:
+        """The folder inside that stands for a line's folder, where everything was copied from somewhere else."""
+        parts = () if ".." in parent.parts else parent.parts[parent.is_absolute() :]
+        inside = (image_dir.joinpath(*parts[depth:]) for depth in range(len(parts)))
+        return next((place for place in inside if place.is_dir()), image_dir)
 
     def picture(line: Path) -> Path:
         candidates = (line, file.parent / line)
@@ -183,9 +186,12 @@ def _meant(lines: Sequence[Path], image_dir: Path, file: Path) -> list[Path]:
             parent = resolved(candidate.parent)
             if parent == folder:
                 return in_folder(line.name)
-            if folder in parent.parents and os.path.exists(candidate):  # in a folder inside
-                return candidate
-        return next((path for path in (in_folder(line.name), *candidates) if os.path.exists(path)), line)
+            if folder in parent.parents and is_folder(parent):  # in a folder inside
+                inside = in_folder(line.name, image_dir / parent.relative_to(folder))
+                if os.path.exists(inside):
+                    return inside
+        here = (in_folder(line.name, copied(line.parent)), in_folder(line.name))
+        return next((path for path in (*here, *candidates) if os.path.exists(path)), line)
 
     return [picture(line) for line in lines]
 
@@ -201,7 +207,8 @@ def _warn_about_lines(file: Path, lines: Sequence[Path], meant: Sequence[Path], 
     moved = [
         line.name
         for line, picture in zip(lines, meant, strict=True)
-        if picture.parent == image_dir and all(resolved(each.parent) != folder for each in (line, file.parent / line))
+        if picture.is_relative_to(image_dir)
+        and all(resolved(each.parent) != resolved(picture.parent) for each in (line, file.parent / line))
     ]
     if moved:
         logger.warning("%s names another folder; pictures of the same name in %s are used: %s",
@@ -253,24 +260,25 @@ def _generated_or_none(image_dir: str | Path, prompt: str, images: Sequence[Path
 
 
 def caption_files(image_dir: str | Path, images: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
-    """The caption file of each picture that has one, and the .txt files that are not used, each with the reason.
+    """The caption file of each picture that has one, beside it, and the .txt files that are not used, with reasons."""
+    folders: dict[Path, list[Path]] = {Path(image_dir): []}
+    for image in images:
+        folders.setdefault(image.parent, []).append(image)
+    found: dict[Path, Path] = {}
+    unused: list[str] = []
+    for folder, beside in folders.items():
+        used, left = _caption_files_in(folder, beside)
+        found |= used
+        unused += [photo_folder.shown(folder / name, image_dir) for name in left]
+    return found, unused
+
+
+def _caption_files_in(folder: Path, images: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
+    """The same for the pictures of one folder.
 
     `IMG_1.txt` belongs to `IMG_1.jpg`, then `IMG_1.jpg.txt`, then either in other capitals, or in the other form of
     Unicode, if nothing else fits.
     """
-    folder = Path(image_dir)
-    by_folder: dict[Path, list[Path]] = {folder: []}
-    for image in images:  # those in subfolders have theirs beside them
-        by_folder.setdefault(image.parent if folder in image.parent.parents else folder, []).append(image)
-    files, unused = dict[Path, Path](), list[str]()
-    for place, inside in by_folder.items():
-        used, others = _caption_files_in(place, inside)
-        files |= used
-        unused += [str(place.relative_to(folder) / name) for name in others]
-    return files, unused
-
-
-def _caption_files_in(folder: Path, images: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
     texts: dict[str, Path] = {}
     unused = []
     for path in visible_entries(folder):
@@ -304,8 +312,19 @@ def _caption_files_in(folder: Path, images: Sequence[Path]) -> tuple[dict[Path, 
     return {image: texts[name] for image, name in used.items()}, sorted(unused)
 
 
-def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations: Annotations, prompt: str) -> str:
-    """The dataset report, which fits on a screen however many pictures there are."""
+def report_text(
+    image_dir: str | Path,
+    pictures: Sequence[Picture],
+    annotations: Annotations,
+    prompt: str,
+    extensions: Collection[str] = (".jpg",),
+    recursive: bool = False,
+    without: Collection[Path] = (),
+) -> str:
+    """The dataset report, which fits on a screen however many pictures there are.
+
+    `extensions`, `recursive` and `without` are those that the pictures were found with, see `named_as_pictures`.
+    """
     used = [picture for picture in pictures if picture.used]
     lines = [f"Pictures in {image_dir}: {len(used)} used, {len(pictures) - len(used)} skipped"]
     if used:
@@ -315,13 +334,25 @@ def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations:
     for picture in pictures:
         if picture.reason:
             kind, _, why = picture.reason.partition(": ")
-            kinds[kind].append(f"{picture.path.name} ({why})")
+            kinds[kind].append(f"{photo_folder.shown(picture.path, image_dir)} ({why})")
     lines += [f"  {kind:<12} {len(names)}: {_few(names)}" for kind, names in kinds.items()]
-    if odd := odd_ones_out(used):
-        lines.append(f"  look at      {len(odd)}, which are used: {_few(odd)}")
-    lines += other_files(image_dir, pictures)
+    if odd := photo_folder.odd_ones(used, image_dir):
+        lines.append(f"  odd ones     {len(odd)}, used too; look at these: {_few(odd)}")
+    wanted = {extension.lower() for extension in extensions}
+    here, below = photo_folder.count_files(image_dir, recursive, without)
+    others = {kind: here[kind] for kind in sorted(here) if kind not in {"", ".txt", *wanted}}
+    if others:
+        lines.append(f"  other files  {photo_folder.counts(others)}")
+        if advice := photo_folder.more_extensions(extensions, others):
+            lines.append(f"               to use them, {advice}")
+    if in_subfolders := {kind: below[kind] for kind in sorted(below) if kind in wanted}:
+        lines.append(
+            f"  subfolders   {photo_folder.counts(in_subfolders)} in them; to use these too, set recursive: true"
+        )
     if several := [f"{picture.path.name} ({picture.pages})" for picture in used if picture.pages > 1]:
-        lines.append(f"  pages        {len(several)} have several, of which the first is used: {_few(several)}")
+        lines.append(
+            f"  pages        {len(several)} have several, of which the first or the main one is used: {_few(several)}"
+        )
     if not annotations.by_user:
         _, unused = caption_files(image_dir, [picture.path for picture in pictures])
         lines += [f"  unused .txt  {len(unused)}: {_few(unused)}"] if unused else []
@@ -332,68 +363,6 @@ def report_text(image_dir: str | Path, pictures: Sequence[Picture], annotations:
     lines.append(f"  captions     {len(annotations.captions)}: {origin}")
     # A file name may have bytes that are not UTF-8, which a terminal cannot print.
     return "\n".join(lines).encode(errors="backslashreplace").decode()
-
-
-def drop_duplicates(pictures: Sequence[Picture], preferred: Collection[Path]) -> list[Picture]:
-    """The pictures, all but one of those with equal contents marked as duplicates; one of `preferred` stays."""
-    kept: dict[str, Path] = {}
-    for picture in sorted(pictures, key=lambda one: one.path not in preferred):  # otherwise the first
-        if picture.used:
-            kept.setdefault(picture.sha256, picture.path)
-    return [
-        replace(one, reason=f"{DUPLICATE}: equal to {kept[one.sha256].name}")
-        if one.used and one.path != kept[one.sha256]
-        else one
-        for one in pictures
-    ]
-
-
-def odd_ones_out(pictures: Sequence[Picture]) -> list[str]:
-    """Names of pictures that are unlike the others, each with the reason: screenshots, say."""
-    if not pictures:
-        return []
-    with_camera = sum(picture.camera for picture in pictures)
-    usual = median(min(picture.width, picture.height) for picture in pictures)
-    found = []
-    for picture in pictures:
-        if _SCREENSHOT.search(picture.path.name):
-            found.append(f"{picture.path.name} (a screenshot, by its name)")
-        elif not picture.camera and with_camera > len(pictures) / 2:
-            found.append(f"{picture.path.name} (names no camera, as most others do)")
-        elif min(picture.width, picture.height) < usual / 2:
-            found.append(f"{picture.path.name} ({picture.width}x{picture.height}, much smaller than most)")
-    return found
-
-
-def other_files(image_dir: str | Path, pictures: Sequence[Picture]) -> list[str]:
-    """Lines of the report on what is in the folder besides the pictures, and on how to use those that could be."""
-    extensions = {picture.path.suffix.lower() for picture in pictures}
-    others = Counter(path.suffix.lower() for path in visible_entries(image_dir) if not path.is_dir())
-    counts = {kind: others[kind] for kind in sorted(others) if kind not in {"", ".txt", *extensions}}
-    lines = []
-    if counts:
-        lines.append("  other files  " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
-        if readable := [kind for kind in counts if kind in IMAGE_EXTENSIONS]:
-            all_kinds = dict.fromkeys([".jpg", *sorted(extensions), *readable])
-            lines.append(f"               to use them, set image_extensions: [{', '.join(all_kinds)}]")
-    seen = {picture.path for picture in pictures}
-    inside = [path for path in in_subfolders(image_dir) if path.suffix.lower() in IMAGE_EXTENSIONS and path not in seen]
-    if inside and all(path.parent == Path(image_dir) for path in seen):
-        folders = sorted({str(path.parent.relative_to(image_dir)) for path in inside})
-        lines.append(f"  subfolders   {len(inside)} pictures in {_few(folders)}")
-        lines.append("               to use them, set recursive: true")
-    return lines
-
-
-def what_is_there(image_dir: str | Path) -> str:
-    """How many files of which extensions are in the folder and its subfolders."""
-    parts = []
-    inside = visible_entries(image_dir), in_subfolders(image_dir)
-    for where, paths in zip(("", "in subfolders: "), inside, strict=True):
-        counts = Counter(path.suffix.lower() or "without extension" for path in paths if not path.is_dir())
-        if counts:
-            parts.append(where + ", ".join(f"{count} {kind}" for kind, count in counts.most_common(5)))
-    return "; ".join(parts) or "it is empty"
 
 
 def report_json(pictures: Sequence[Picture]) -> str:

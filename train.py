@@ -20,14 +20,15 @@ import data_utils
 from lace_lora import files, machine, process
 from lace_lora.config import LORA_FILE, TRAINING, Config, dump_config
 from lace_lora.errors import DISK_OR_DRIVE, UserError, disk_advice
-from lace_lora.pictures import checking, image_files, preview
+from lace_lora.pictures import checking, crops, gallery, image_files, photo_folder
 from lace_lora.pictures.checking import Picture
 from lace_lora.sdxl import hub
 from lace_lora.training import checkpoint, class_pictures, diffusers_script, launch, plan
 
 logger = logging.getLogger(__name__)
 
-MAX_SKIPPED = 0.1  # share of the pictures
+MAX_BROKEN = 0.1  # share of the pictures
+LEFT_OUT = ("too small", "duplicate")  # reasons of pictures that are skipped, but not broken
 MISSING = "not found"  # the reason for a line of the annotations without a picture
 START_OVER = "set lora_output_dir to a new folder to start over"
 
@@ -93,85 +94,99 @@ def run(config: Config, dry_run: bool = False) -> None:
 
 
 def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations]:
-    """Print the report on the pictures; write `report` and `preview` if set; returns those to train on, all captions.
+    """Print the report on the pictures, and write it and the preview if they are set; returns those to train on, and
+    all captions.
 
     Raises:
-        UserError: the pictures are too few, or too many are bad; the report cannot be written (exit 4).
+        UserError: the pictures are too few, or too many are bad; report or preview cannot be written (exit 4).
     """
-    images = image_files.named_as_pictures(config.images_dir, config.image_extensions, config.recursive)
-    pictures = _checked(config, images)
-    captioned, _ = data_utils.caption_files(config.images_dir, [picture.path for picture in pictures if picture.used])
-    once = [picture.path for picture in data_utils.drop_duplicates(pictures, captioned) if picture.used]
-    annotations = data_utils.plan_annotations(config.images_dir, config.instance_prompt, once, config.lora_output_dir)
+    where = config.image_extensions, config.recursive, _other_folders(config)
+    images = image_files.named_as_pictures(config.images_dir, *where)
+    found = _checked(config, images)
+    captioned, _ = data_utils.caption_files(config.images_dir, images)
+    pictures = photo_folder.without_duplicates(found, config.images_dir, captioned)
+    annotations = data_utils.plan_annotations(
+        config.images_dir, config.instance_prompt, [p.path for p in pictures if p.used], config.lora_output_dir
+    )
     checked = set(images)
     others = {path: os.path.exists(path) for path in annotations.captions if path not in checked}
     missing = [path for path, is_there in others.items() if not is_there]
-    pictures += _checked(config, [path for path, is_there in others.items() if is_there])
-    pictures = data_utils.drop_duplicates(pictures, annotations.captions)
+    if annotations.by_user:
+        found += _checked(config, [path for path, is_there in others.items() if is_there])
+        pictures = photo_folder.without_duplicates(found, config.images_dir, annotations.captions)
     pictures += [Picture(path, reason=f"{MISSING}: a line of {annotations.path.name}") for path in missing]
-    print(data_utils.report_text(config.images_dir, pictures, annotations, config.instance_prompt))
+    print(data_utils.report_text(config.images_dir, pictures, annotations, config.instance_prompt, *where))
     if config.report:
         # A file name's undecodable bytes become JSON's own escapes.
-        path, content = Path(config.report), data_utils.report_json(pictures).encode(errors="backslashreplace")
-        try:
-            files.write_atomically(path, content)
-        except OSError as error:
-            raise UserError(
-                f"report: cannot write {path} ({error.strerror}): set it to a file that you can write", DISK_OR_DRIVE
-            ) from error
-    used = _trainable(config, pictures, annotations)
+        _write("report", Path(config.report), data_utils.report_json(pictures).encode(errors="backslashreplace"))
+    trainable = _trainable(config, pictures, annotations)
     if config.preview:
-        shapes = image_files.crop_shapes(config.resolution, config.aspect_ratio_buckets)
-        formats = image_files.formats_of(config.image_extensions)
-        preview.write(Path(config.preview), [picture.path for picture in used], shapes, formats)
-        print(f"Your pictures as they will be cropped: {config.preview}")
-    return used, annotations
+        _write_preview(config, Path(config.preview), trainable)
+    return trainable, annotations
+
+
+def _other_folders(config: Config) -> set[Path]:
+    """Folders whose pictures are not for training, even if they are in `images_dir`."""
+    results = (config.lora_output_dir, config.output_dir, class_pictures.folder_of(config))
+    return {Path(folder).resolve() for folder in results}
+
+
+def _write_preview(config: Config, path: Path, pictures: Sequence[Picture]) -> None:
+    if path.is_file() and not gallery.is_sheet(path):
+        raise UserError(f"preview: {path} exists and is no preview: set it to another file", DISK_OR_DRIVE)
+    names = {picture.path: photo_folder.shown(picture.path, config.images_dir) for picture in pictures}
+    allowed = crops.shapes(config.resolution, config.aspect_ratio_buckets)
+    try:
+        content = crops.preview(names, allowed, image_files.formats_of(config.image_extensions))
+    except image_files.BROKEN as error:
+        raise UserError(f"preview: a picture can no longer be read ({error}): run the same command again") from error
+    _write("preview", path, content)
+    print(f"Wrote {path}: {len(pictures)} pictures as training crops them")
+
+
+def _write(setting: str, path: Path, content: bytes) -> None:
+    try:
+        files.write_atomically(path, content)
+    except OSError as error:
+        raise UserError(
+            f"{setting}: cannot write {path} ({error.strerror}): set it to a file that you can write", DISK_OR_DRIVE
+        ) from error
 
 
 def _checked(config: Config, paths: Sequence[Path]) -> list[Picture]:
     """Pictures as checked; those that this program drew are skipped."""
     formats = image_files.formats_of(config.image_extensions)
     pictures = checking.check_pictures(paths, config.min_image_size, formats)
-    drawn = f"{checking.NO_PHOTO}: drawn by this program"
-    return [replace(one, reason=drawn) if one.drawn else one for one in pictures]
+    return [replace(one, reason="not a photo: drawn by this program") if one.drawn else one for one in pictures]
 
 
 def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_utils.Annotations) -> list[Picture]:
     """The pictures that are both usable and annotated."""
     rewrite = f"correct {annotations.path}, or delete it to have it written again"
-    good = [picture for picture in pictures if picture.used]
-    broken = [picture for picture in pictures if picture.broken]
-    if len(broken) > len(good + broken) * MAX_SKIPPED and good and not config.skip_bad_images:
-        missing = any(picture.reason.startswith(MISSING) for picture in broken)
+    photos = [picture for picture in pictures if not picture.drawn]
+    good = [picture for picture in photos if picture.used]
+    bad = sum(not picture.used and not picture.reason.startswith(LEFT_OUT) for picture in photos)
+    if bad > len(photos) * MAX_BROKEN and good and not config.skip_bad_images:
+        missing = any(picture.reason.startswith(MISSING) for picture in photos)
         raise UserError(
-            f"{len(broken)} of {len(good + broken)} pictures cannot be used: fix or remove those in the list above, "
+            f"{bad} of {len(photos)} pictures cannot be used: fix or remove those in the list above, "
             f"{rewrite + ', ' if missing else ''}or set skip_bad_images: true to train without them"
         )
-    found, pictures = pictures, [picture for picture in good if picture.path in annotations.captions]
+    pictures = [picture for picture in good if picture.path in annotations.captions]
     if left_out := len(good) - len(pictures):
         message = "%d pictures are skipped, because your own %s does not list them; delete it to have it written again"
         logger.warning(message, left_out, annotations.path)
     if not pictures and annotations.by_user:
         raise UserError(f"no pictures to train on: see the list above, then {rewrite}")
     if not pictures:
-        there = data_utils.what_is_there(config.images_dir)
-        raise UserError(f"no pictures to train on in {config.images_dir} ({there}): {_what_to_set(config, found)}")
+        where = config.images_dir, config.image_extensions, config.recursive, _other_folders(config)
+        raise UserError(f"no pictures to train on: {photo_folder.nothing_usable(*where)}")
     if len(pictures) < config.min_images:
         raise UserError(
             f"only {len(pictures)} pictures to train on, but min_images is {config.min_images}: see the list above, "
             "then add pictures or lower min_images"
         )
     return pictures
-
-
-def _what_to_set(config: Config, pictures: Sequence[Picture]) -> str:
-    """What may help where no picture can be used, by what is in the folder."""
-    advice = [line.partition("to use them, ")[2] for line in data_utils.other_files(config.images_dir, pictures)]
-    if found := list(filter(None, advice)):
-        return ", and ".join(found)
-    if any(picture.reason.startswith(checking.TOO_SMALL) for picture in pictures):
-        return "use larger ones, or lower min_image_size"
-    return "see the list above" if pictures else "set images_dir to the folder with your photos"
 
 
 def run_fingerprint(config: Config, pictures: Sequence[Picture], captions: dict[Path, str]) -> dict[str, Any]:

@@ -54,7 +54,8 @@ class Config:
     output_dir: str = setting("/content/drive/MyDrive/refined_output", NOTHING, "folder for the new pictures")
     image_extensions: tuple[str, ...] = setting(
         (".jpg", ".jpeg", ".png", ".webp", ".heic"), NOTHING,
-        "file extensions of the pictures to use; these are what phones and messengers write", each_of=IMAGE_EXTENSIONS,
+        "file extensions of the pictures to use: what phones and the web save as; others: .heif, .bmp, .tif, .tiff",
+        each_of=IMAGE_EXTENSIONS,
     )  # fmt: skip
     recursive: bool = setting(False, NOTHING, "also use the pictures in subfolders of images_dir")
     instance_prompt: str = setting(
@@ -114,7 +115,7 @@ class Config:
         256, NOTHING, "skip pictures with a shorter side below this", least=8, group="training"
     )
     min_images: int = setting(3, NOTHING, "minimum number of usable pictures", least=1)
-    skip_bad_images: bool = setting(False, NOTHING, "train even if more than a tenth of the pictures are skipped")
+    skip_bad_images: bool = setting(False, NOTHING, "train even if more than a tenth of the pictures cannot be read")
     random_flip: bool = setting(False, SCRIPT, "also train on every picture mirrored")
     aspect_ratio_buckets: bool = setting(False, TRAINING | SCRIPT, "crop to SDXL's closest aspect ratio, not a square")
     with_prior_preservation: bool = setting(False, TRAINING, "preserve class_prompt by training on class pictures too")
@@ -183,14 +184,12 @@ class Config:
     save_base: bool = setting(False, PICTURE, "also save every picture as it was before refining")
 
     report: str | None = setting(None, NOTHING, "file for the report on your pictures, as JSON", group="single run")
-    preview: str | None = setting(None, NOTHING, ".png file that shows every picture as it is cropped for training")
+    preview: str | None = setting(None, NOTHING, "PNG file for a sheet of your pictures as training crops them")
     rebuild: str | None = setting(None, NOTHING, "path of a drawn picture: draw it again from its recipe")
 
     def __post_init__(self) -> None:
         """Checks over several settings; one setting's own type and range are `load_config`'s to check."""
         problems = []
-        if self.preview and not self.preview.lower().endswith(".png"):
-            problems.append(f"preview is {self.preview!r}: give a file name that ends in .png")
         if not self.instance_prompt.strip():
             problems.append("instance_prompt is empty: describe your pictures, e.g. a photo of <myspecialstyle>")
         if self.with_prior_preservation and not self.class_prompt.strip():
@@ -211,6 +210,8 @@ class Config:
         if self.refine and self.refiner_flow == "img2img" and self.num_inference_steps * self.refiner_strength < 1:
             steps = f"refiner_strength {self.refiner_strength:g} times num_inference_steps {self.num_inference_steps}"
             problems.append(f"{steps} is less than one step: raise one of them")
+        if self.preview is not None and not self.preview.lower().endswith(".png"):
+            problems.append(f"preview is {redact(self.preview)!r}: set it to a file that ends in .png")
         secret = [name for name, value in vars(self).items() if holds_secret(repr(value))]
         problems += [f"{name} contains an access token or a password: {NO_SECRETS}" for name in secret]
         if problems:

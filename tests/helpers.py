@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 from lace_lora.config import Config
 from lace_lora.errors import UserError
@@ -40,6 +40,16 @@ def jpgs(folder: Path, count: int = 3) -> list[Path]:
     """A folder of different good pictures, `lace_0.jpg` and on."""
     folder.mkdir(parents=True, exist_ok=True)
     return [jpg(folder / f"lace_{index}.jpg", gradient(turn=index)) for index in range(count)]
+
+
+def photo(path: Path, size: tuple[int, int] = (80, 60), camera: bool = True) -> Path:
+    """Write a JPEG as a phone does, unlike the others of its folder; its EXIF data names the camera, or has none."""
+    exif = Image.Exif()
+    if camera:
+        exif[ExifTags.Base.Make], exif[ExifTags.Base.Model] = "Apple", "iPhone 13"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    gradient(*size, turn=len(list(path.parent.iterdir()))).save(path, exif=exif)
+    return path
 
 
 def contents(paths: Iterable[Path]) -> dict[Path, str]:

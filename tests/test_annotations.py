@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import data_utils
-from helpers import jpgs, refused, snapshot
+from helpers import jpg, jpgs, refused, snapshot
 
 PROMPT = "a photo of <lace>"
 
@@ -331,6 +332,32 @@ def test_our_own_relative_paths_are_found_from_another_folder(tmp_path: Path, mo
     monkeypatch.chdir("photos")
     plan = data_utils.plan_annotations(tmp_path / "photos", "two", [], tmp_path)
     assert plan.captions == dict.fromkeys(data_utils.list_images(tmp_path / "photos"), "one")
+
+
+def test_captions_lie_beside_pictures_in_subfolders(tmp_path: Path) -> None:
+    images = [jpgs(tmp_path, 1)[0], *jpgs(tmp_path / "sub", 2)]
+    (tmp_path / "lace_0.txt").write_text("of the folder itself")
+    (tmp_path / "lace_1.txt").write_text("of none: that picture is in the subfolder")
+    (tmp_path / "sub" / "lace_0.txt").write_text("of the subfolder")
+    (tmp_path / "sub" / "other.txt").write_text("of none")
+    plan = data_utils.plan_annotations(tmp_path, "lace", images, tmp_path)
+    assert list(plan.captions.items()) == list(
+        zip(images, ["of the folder itself", "of the subfolder", "lace"], strict=True)
+    )
+    data_utils.write_annotations(plan)
+    assert (tmp_path / "annotations.txt").read_text().splitlines()[1] == f"{tmp_path}/sub/lace_0.jpg\tof the subfolder"
+    assert data_utils.caption_files(tmp_path, images)[1] == [
+        "lace_1.txt (no picture of that name)", "sub/other.txt (no picture of that name)",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", ["sub/häkel.jpg", "/old/place/sub/häkel.jpg", "{photos}/sub/../sub/häkel.jpg"])
+def test_a_line_of_a_picture_in_a_subfolder(line: str, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    picture = jpg(tmp_path / "sub" / unicodedata.normalize("NFD", "häkel.jpg"))
+    jpg(tmp_path / "häkel.jpg")
+    (tmp_path / "annotations.txt").write_text(line.format(photos=tmp_path) + "\tmine\n", encoding="utf-8")
+    assert data_utils.plan_annotations(tmp_path, "lace", [picture], tmp_path).captions == {picture: "mine"}
 
 
 def test_pictures_elsewhere_and_in_folders_inside_stay_where_they_are(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The settings: what is declared, what config.yaml contains, and the message for each mistake of a user's."""
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+import data_utils
 from helpers import ROOT, refused
 from lace_lora.config import Config, describe, dump_config, load_config
 from lace_lora.errors import UserError
@@ -209,6 +211,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ("prompt: []\n", [], "empty prompt"),
         ("prompt: [lace, '']\n", [], "empty prompt"),
         ("num_inference_steps: 4\n", [], "less than one step"),
+        ("preview: sheet.jpg\n", [], "preview is 'sheet.jpg': set it to a file that ends in .png"),
     ],
 )
 def test_other_mistakes(tmp_path: Path, text: str, overrides: list[str], part: str) -> None:
@@ -237,6 +240,12 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 )
 def test_dumped_settings_read_back_equal(tmp_path: Path, config: Config) -> None:
     assert load(tmp_path, dump_config(config)) == config
+
+
+def test_the_kinds_of_pictures_that_phones_and_the_web_save_are_used() -> None:
+    assert Config().image_extensions == (".jpg", ".jpeg", ".png", ".webp", ".heic")
+    assert not FIELDS["image_extensions"].metadata["affects"]  # a run resumes with another list
+    assert inspect.signature(data_utils.list_images).parameters["extensions"].default == {".jpg"}  # R9
 
 
 def test_alpha_is_the_rank_unless_set() -> None:

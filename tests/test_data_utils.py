@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import data_utils
-from helpers import as_file, gradient, jpg, jpgs, truncated_jpg
+from helpers import as_file, gradient, jpg, jpgs, photo, truncated_jpg
 from lace_lora import files
 from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.errors import UserError
-from lace_lora.pictures import checking, image_files
+from lace_lora.pictures import checking, image_files, photo_folder
 
 
 def test_list_images(tmp_path: Path) -> None:
@@ -47,9 +47,9 @@ def test_a_missing_folder_or_a_file_is_refused(name: str, part: str, tmp_path: P
 def report(folder: Path, *extensions: str) -> str:
     paths = data_utils.list_images(folder, extensions or (".jpg",))
     pictures = checking.check_pictures(paths, 32, image_files.formats_of(IMAGE_EXTENSIONS))
-    pictures = data_utils.drop_duplicates(pictures, ())
+    pictures = photo_folder.without_duplicates(pictures, folder)
     annotations = data_utils.plan_annotations(folder, "lace", [p.path for p in pictures if p.used], folder)
-    return data_utils.report_text(folder, pictures, annotations, "lace")
+    return data_utils.report_text(folder, pictures, annotations, "lace", extensions or (".jpg",))
 
 
 def test_the_report_counts_everything(tmp_path: Path) -> None:
@@ -68,13 +68,13 @@ def test_the_report_counts_everything(tmp_path: Path) -> None:
     text = report(tmp_path)
     assert "5 used, 3 skipped" in text
     assert "unused .txt  1: lace 2.txt (no picture of that name)" in text
-    assert "pages        1 have several, of which the first is used: pages.jpg (2)" in text
+    assert "pages        1 have several, of which the first or the main one is used: pages.jpg (2)" in text
     assert "64x48 to 90x200" in text
     assert "tiny.jpg (20x20" in text
     assert "cut.jpg (" in text
     assert "duplicate    1: lace_1.jpg (equal to copy.jpg)" in text
     assert "other files  1 .heic, 2 .png" in text
-    assert "image_extensions: [.jpg, .heic, .png]" in text
+    assert "to use them, set image_extensions: [.jpg, .png, .heic]" in text
     assert "5: 1 from .txt files next to the pictures, the others 'lace'" in text
 
 
@@ -82,7 +82,7 @@ def test_the_report_suggests_extensions_including_those_in_use(tmp_path: Path) -
     jpgs(tmp_path, 1)
     gradient().save(tmp_path / "a.png")
     gradient().save(tmp_path / "a.webp")
-    assert "image_extensions: [.jpg, .png, .webp]" in report(tmp_path, ".png")
+    assert "image_extensions: [.png, .jpg, .webp]" in report(tmp_path, ".png")
 
 
 def test_the_report_fits_a_screen_however_many_there_are(tmp_path: Path) -> None:
@@ -91,6 +91,43 @@ def test_the_report_fits_a_screen_however_many_there_are(tmp_path: Path) -> None
     text = data_utils.report_text(tmp_path, pictures, data_utils.Annotations(tmp_path, {}, False), "lace")
     assert len(text.splitlines()) < 24
     assert "and 497 more" in text
+
+
+def checked(folder: Path) -> list[checking.Picture]:
+    return checking.check_pictures(data_utils.list_images(folder), 32)
+
+
+def test_pictures_in_subfolders_are_used_with_recursive(tmp_path: Path) -> None:
+    for name in ("b.jpg", "sub/a.jpg", "sub/deeper/c.JPG", "sub.jpg/d.jpg", ".hidden/e.jpg", "sub/.f.jpg", "out/g.jpg"):
+        photo(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "link").symlink_to(tmp_path / "photos" / "sub")
+    found = image_files.named_as_pictures(tmp_path / "photos", [".jpg"], True, {tmp_path / "photos" / "out"})
+    assert [str(path.relative_to(tmp_path / "photos")) for path in found] == [
+        "b.jpg", "sub.jpg", "sub/a.jpg", "sub/deeper/c.JPG", "sub.jpg/d.jpg",
+    ]  # fmt: skip
+
+
+def test_the_report_tells_of_pictures_in_subfolders(tmp_path: Path) -> None:
+    for name in ("a.jpg", "sub/b.jpg", "sub/deeper/c.JPG", "sub/d.png", "out/e.jpg", ".hidden/f.jpg"):
+        photo(tmp_path / name)
+    plan = data_utils.Annotations(tmp_path, {}, False)
+    out = {tmp_path / "out"}
+    text = data_utils.report_text(tmp_path, checked(tmp_path), plan, "lace", [".jpg", ".heic"], False, out)
+    assert "\n  subfolders   2 .jpg in them; to use these too, set recursive: true\n" in text
+    text = data_utils.report_text(tmp_path, checked(tmp_path), plan, "lace", [".jpg", ".heic"], True, out)
+    assert "subfolders" not in text
+    assert "other files  1 .png\n               to use them, set image_extensions: [.jpg, .heic, .png]\n" in text
+
+
+def test_names_in_subfolders_are_shown_with_them(tmp_path: Path) -> None:
+    photo(tmp_path / "a.jpg")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes())
+    paths = image_files.named_as_pictures(tmp_path, [".jpg"], True)
+    pictures = photo_folder.without_duplicates(checking.check_pictures(paths, 32), tmp_path)
+    assert [picture.reason for picture in pictures] == ["", "duplicate: equal to a.jpg"]
+    text = data_utils.report_text(tmp_path, pictures, data_utils.Annotations(tmp_path, {}, False), "lace")
+    assert "duplicate    1: sub/a.jpg (equal to a.jpg)" in text
 
 
 def test_the_report_as_json() -> None:
@@ -113,49 +150,3 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space"):
         files.write_atomically(path, b"new")
     assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("a.txt", b"old")]
-
-
-def test_of_equal_pictures_the_one_with_a_caption_stays(tmp_path: Path) -> None:
-    names = {"a.jpg": "1", "b.jpg": "1", "c.jpg": "2"}
-    same = [checking.Picture(tmp_path / name, 9, 9, digest) for name, digest in names.items()]
-    same.append(checking.Picture(tmp_path / "d.jpg", 9, 9, "1", reason="unreadable: x"))
-    found = data_utils.drop_duplicates(same, {tmp_path / "b.jpg"})
-    assert [picture.reason for picture in found] == ["duplicate: equal to b.jpg", "", "", "unreadable: x"]
-    assert [picture.used for picture in data_utils.drop_duplicates(same, ())] == [True, False, True, False]
-
-
-def test_odd_ones_out_are_named(tmp_path: Path) -> None:
-    photos = [checking.Picture(tmp_path / f"IMG_{n}.jpg", 4032, 3024, str(n), camera=True) for n in range(8)]
-    assert data_utils.odd_ones_out(photos) == []
-    odd = [
-        checking.Picture(tmp_path / "Screenshot_2026.png", 1170, 2532, "s"),
-        checking.Picture(tmp_path / "from a shop.jpg", 3000, 3000, "w"),
-        checking.Picture(tmp_path / "icon.jpg", 300, 300, "t", camera=True),
-    ]
-    assert data_utils.odd_ones_out([*photos, *odd]) == [
-        "Screenshot_2026.png (a screenshot, by its name)",
-        "from a shop.jpg (names no camera, as most others do)",
-        "icon.jpg (300x300, much smaller than most)",
-    ]
-    scans = [checking.Picture(tmp_path / f"{n}.png", 2000, 3000, str(n)) for n in range(8)]
-    assert data_utils.odd_ones_out(scans) == []  # without a camera, all of them
-    assert data_utils.odd_ones_out([]) == []
-
-
-def test_pictures_in_subfolders_are_pointed_out(tmp_path: Path) -> None:
-    jpgs(tmp_path, 1)
-    jpgs(tmp_path / "2026" / "May", 2)
-    text = report(tmp_path)
-    assert "subfolders   2 pictures in 2026/May" in text
-    assert "to use them, set recursive: true" in text
-    assert "2 .jpg" in data_utils.what_is_there(tmp_path)
-
-
-def test_captions_lie_beside_pictures_in_subfolders(tmp_path: Path) -> None:
-    jpgs(tmp_path, 1)
-    [inside] = jpgs(tmp_path / "sub", 1)
-    inside.with_suffix(".txt").write_text("inside")
-    (tmp_path / "sub" / "none.txt").write_text("of no picture")
-    used, unused = data_utils.caption_files(tmp_path, [tmp_path / "lace_0.jpg", inside])
-    assert used == {inside: tmp_path / "sub" / "lace_0.txt"}
-    assert unused == ["sub/none.txt (no picture of that name)"]

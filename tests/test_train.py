@@ -13,14 +13,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import data_utils
-import heic
 import helpers
 import train
 from helpers import ROOT, Make, gradient, jpg, jpgs, names, snapshot, truncated_jpg
 from lace_lora import process
 from lace_lora.config import Config, load_config
 from lace_lora.errors import UserError
-from lace_lora.pictures import recipe
+from lace_lora.pictures import gallery, recipe
 from lace_lora.training import checkpoint, launch
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -228,11 +227,50 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, make: Make) -> None:
     refused(make(report=str(tmp_path / "missing" / "report.json")), "report: cannot write .*report.json", 4, True)
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_preview_is_written(
+    dry_run: bool, tmp_path: Path, launched: FakeLaunch, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truncated_jpg(tmp_path / "photos" / "cut.jpg")
+    config = make(preview=str(tmp_path / "photos" / "preview.png"), image_extensions=(".jpg", ".png"))
+    for _ in range(2):  # the second time it lies among the photos
+        train.run(config, dry_run)
+    assert f"Wrote {config.preview}: 3 pictures as training crops them" in capsys.readouterr().out
+    assert not launched.jobs or len(launched.jobs[0]["captions"]) == 3
+    with Image.open(str(config.preview)) as sheet:
+        assert sheet.width == gallery.GAP + 3 * (gallery.NAMED + gallery.GAP)
+
+
+def test_a_preview_that_cannot_be_written(tmp_path: Path, make: Make) -> None:
+    refused(make(preview=str(tmp_path / "missing" / "a.png")), "preview: cannot write .*a.png .*: set it", 4, True)
+    gradient().save(tmp_path / "photos" / "mine.png")
+    before = snapshot(tmp_path)
+    part = "preview: .*mine.png exists and is no preview: set it to another file"
+    refused(make(preview=str(tmp_path / "photos" / "mine.png")), part, 4, True)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_picture_that_is_deleted_before_the_preview(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = data_utils.report_text
+
+    def delete_one(*arguments: Any) -> str:
+        (tmp_path / "photos" / "lace_1.jpg").unlink()
+        return report(*arguments)
+
+    monkeypatch.setattr(data_utils, "report_text", delete_one)
+    part = "preview: a picture can no longer be read .*lace_1.jpg.*: run the same command again"
+    refused(make(preview=str(tmp_path / "a.png")), part, dry_run=True)
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_without_a_good_picture_nothing_is_written(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     config = make(min_image_size=500)
     before = snapshot(tmp_path)
     refused(config, "no pictures to train on")
-    refused(make(image_extensions=(".png",)), "no pictures to train on")
+    advice = "set image_extensions: \\[.png, .jpg\\], or set images_dir to another folder"
+    refused(make(image_extensions=(".png",)), f"no pictures to train on: .*/photos has 3 .jpg: {advice}")
     assert snapshot(tmp_path) == before
 
 
@@ -252,6 +290,80 @@ def test_more_than_a_tenth_of_bad_pictures_is_refused(
     assert len(launched.jobs[0]["captions"]) == 10
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_thumbnail_and_copies_do_not_count_as_broken(
+    dry_run: bool, tmp_path: Path, launched: FakeLaunch, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = jpgs(tmp_path / "photos", 5)
+    jpg(tmp_path / "photos" / "thumbnail.jpg", gradient(20, 20))
+    for number in range(3):
+        (tmp_path / "photos" / f"lace_0 copy {number}.jpg").write_bytes(paths[0].read_bytes())
+    train.run(make(skip_bad_images=False), dry_run)
+    printed = capsys.readouterr().out
+    assert "5 used, 4 skipped" in printed
+    assert "too small    1: thumbnail.jpg (20x20, min_image_size is 32)" in printed
+    assert "duplicate    3: lace_0 copy 1.jpg (equal to lace_0 copy 0.jpg); lace_0 copy 2.jpg (equal" in printed
+    if not dry_run:
+        assert len(launched.jobs[0]["captions"]) == 5
+        assert len((tmp_path / "photos" / "annotations.txt").read_text().splitlines()) == 5
+
+
+def test_pictures_of_phones_are_used_by_default(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
+    folder = tmp_path / "photos"
+    (folder / "a.HEIC").write_bytes((ROOT / "tests/pictures/heic/turned.heic").read_bytes())
+    for number, name in enumerate(("b.jpeg", "c.png", "d.webp", "e.bmp")):
+        gradient(turn=10 + number).save(folder / name)
+    train.run(make())
+    used = [Path(path).name for path in launched.jobs[0]["captions"]]
+    assert used == ["a.HEIC", "b.jpeg", "c.png", "d.webp", "lace_0.jpg", "lace_1.jpg", "lace_2.jpg"]
+
+
+def test_more_extensions_and_subfolders_without_pictures_do_not_stop_a_resume(
+    tmp_path: Path, launched: FakeLaunch, make: Make
+) -> None:
+    launched.stop_at = 5
+    refused(make(image_extensions=(".jpg",)), "stopped", 130)
+    refused(make(recursive=True), "stopped", 130)
+    assert launched.jobs[1]["resume"] == str(tmp_path / "lora" / "checkpoint-4")
+
+
+def test_subfolders(tmp_path: Path, launched: FakeLaunch, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = tmp_path / "photos"
+    (photos / "sub").mkdir()
+    inside = jpg(photos / "sub" / "lace.jpg", gradient(turn=9))
+    put(photos / "sub" / "lace.txt", "a rosette")
+    (photos / "lora" / "class_images").mkdir(parents=True)
+    jpg(photos / "lora" / "class_images" / "class.jpg", gradient(turn=10))
+    train.run(make(lora_output_dir=str(photos / "lora")), dry_run=True)
+    assert "subfolders   1 .jpg in them; to use these too, set recursive: true" in capsys.readouterr().out
+    train.run(make(lora_output_dir=str(photos / "lora"), recursive=True))
+    captions = launched.jobs[0]["captions"]
+    assert (len(captions), captions[str(inside)]) == (4, "a rosette")
+
+
+def test_a_folder_with_pictures_in_subfolders_only(tmp_path: Path, make: Make) -> None:
+    advice = "has no files, and 3 .jpg in subfolders: set recursive: true, or set images_dir to another folder"
+    refused(make(images_dir=str(tmp_path)), f"no pictures to train on: {tmp_path} {advice}")
+
+
+def test_of_equal_pictures_the_one_with_a_caption_is_used(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
+    photos = tmp_path / "photos"
+    (photos / "lace_0 (1).jpg").write_bytes((photos / "lace_0.jpg").read_bytes())
+    put(photos / "lace_0.txt", "a rosette")
+    train.run(make())
+    assert launched.jobs[0]["captions"][str(photos / "lace_0.jpg")] == "a rosette"
+
+
+def test_of_equal_pictures_the_one_in_the_users_annotations_is_used(
+    tmp_path: Path, launched: FakeLaunch, make: Make
+) -> None:
+    photos = tmp_path / "photos"
+    (photos / "lace_3.jpg").write_bytes((photos / "lace_0.jpg").read_bytes())
+    put(photos / "annotations.txt", "lace_3.jpg\tmine\nlace_1.jpg\tmine too\n")
+    train.run(make())
+    assert launched.jobs[0]["captions"] == {str(photos / "lace_3.jpg"): "mine", str(photos / "lace_1.jpg"): "mine too"}
+
+
 def test_too_few_pictures_are_refused(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     truncated_jpg(tmp_path / "photos" / "lace_0.jpg")
     refused(make(min_images=3), "only 2 pictures to train on, but min_images is 3")
@@ -261,7 +373,7 @@ def test_too_few_pictures_are_refused(tmp_path: Path, launched: FakeLaunch, make
 def test_the_users_annotations_choose_the_pictures(
     tmp_path: Path, launched: FakeLaunch, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    jpg(tmp_path / "elsewhere.jpg", gradient(turn=5))
+    jpg(tmp_path / "elsewhere.jpg", gradient(turn=7))
     lines = [f"{tmp_path}/elsewhere.jpg\tone", f"{tmp_path}/photos/lace_2.jpg\ttwo", f"{tmp_path}/gone.jpg\tthree"]
     put(tmp_path / "photos" / "annotations.txt", "\n".join(lines))
     train.run(make())
@@ -495,102 +607,6 @@ def test_annotations_changed_to_a_list_of_other_pictures_is_a_change(
     path = tmp_path / "photos" / data_utils.ANNOTATIONS
     put(path, path.read_text().replace("a photo of", "one photo of"))
     refused(make(max_train_steps=12), "changed: captions")
-
-
-def test_small_pictures_and_duplicates_are_left_out_and_stop_nothing(
-    tmp_path: Path, launched: FakeLaunch, make: Make, capsys: pytest.CaptureFixture[str]
-) -> None:
-    jpg(tmp_path / "photos" / "thumbnail.jpg", gradient(20, 20))
-    copy = tmp_path / "photos" / "copy of lace_1.jpg"
-    copy.write_bytes((tmp_path / "photos" / "lace_1.jpg").read_bytes())
-    copy.with_suffix(".txt").write_text("with a caption")
-    train.run(make(skip_bad_images=False))
-    [job] = launched.jobs
-    names = {Path(path).name: caption for path, caption in job["captions"].items()}
-    assert set(names) == {"lace_0.jpg", "lace_2.jpg", copy.name}
-    assert names[copy.name] == "with a caption"
-    printed = capsys.readouterr().out
-    assert "too small    1: thumbnail.jpg (20x20, min_image_size is 32)" in printed
-    assert "duplicate    1: lace_1.jpg (equal to copy of lace_1.jpg)" in printed
-
-
-def test_of_duplicates_the_one_in_the_users_annotations_is_used(
-    tmp_path: Path, launched: FakeLaunch, make: Make
-) -> None:
-    photos = tmp_path / "photos"
-    (photos / "a copy.jpg").write_bytes((photos / "lace_1.jpg").read_bytes())
-    put(photos / "annotations.txt", "lace_1.jpg\tone\nlace_2.jpg\ttwo\n")
-    train.run(make())
-    assert {Path(path).name for path in launched.jobs[0]["captions"]} == {"lace_1.jpg", "lace_2.jpg"}
-
-
-def test_pictures_in_subfolders_are_used_if_asked_for(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
-    (tmp_path / "photos" / "2026").mkdir()
-    inside = jpg(tmp_path / "photos" / "2026" / "may.jpg", gradient(turn=7))
-    inside.with_suffix(".txt").write_text("in May")
-    train.run(make(recursive=True))
-    assert launched.jobs[0]["captions"][str(inside)] == "in May"
-    assert len(launched.jobs[0]["captions"]) == 4
-    train.run(make(recursive=True))  # annotations that we wrote are known to be ours
-    assert "\tin May\n" in (tmp_path / "photos" / "annotations.txt").read_text()
-
-
-@pytest.mark.parametrize(
-    ("files", "changes", "message"),
-    [
-        ([], {}, r"no pictures to train on in .*/folder \(it is empty\): set images_dir to the folder"),
-        (["a.mov", "b.mov", "c.cr2"], {}, r"\(2 .mov, 1 .cr2\): set images_dir"),
-        (["sub/a.jpg"], {}, r"\(in subfolders: 1 .jpg\): set recursive: true"),
-        (["a.tif", "sub/a.jpg"], {}, r"\(1 .tif; in subfolders: 1 .jpg\): set image_.*.tif\], and set rec"),
-        (["a.jpg"], {"min_image_size": 500}, r"\(1 .jpg\): use larger ones, or lower min_image_size"),
-        (["a.jpg", "broken.jpg"], {"min_image_size": 500}, "lower min_image_size"),
-        (["broken.jpg"], {}, r"\(1 .jpg\): see the list above"),
-    ],
-)  # fmt: skip
-def test_a_folder_without_a_usable_picture(
-    files: list[str], changes: dict[str, Any], message: str, tmp_path: Path, make: Make
-) -> None:
-    for name in files:
-        path = tmp_path / "folder" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if name.startswith("broken"):
-            path.write_bytes(b"x")
-        else:
-            gradient().save(path, format="TIFF" if path.suffix == ".tif" else "JPEG")
-    (tmp_path / "folder").mkdir(exist_ok=True)
-    refused(make(images_dir=str(tmp_path / "folder"), **changes), message)
-
-
-def test_a_preview_shows_every_picture_as_it_will_be_cropped(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
-    sheet = tmp_path / "preview.png"
-    wide = Image.new("RGB", (400, 100), "red")
-    wide.paste("blue", (150, 0, 250, 100))  # the centre, which is all that a square crop keeps
-    jpg(tmp_path / "photos" / "a wide one with a very long name indeed.jpg", wide)
-    (tmp_path / "photos" / "zz.heic").write_bytes(heic.TURNED)
-    truncated_jpg(tmp_path / "photos" / "cut.jpg")
-    train.run(make(preview=str(sheet)), dry_run=True)
-    with Image.open(sheet) as picture:
-        assert picture.size == (8 + 5 * 188, 8 + 208)  # the wide one, three of lace, HEIC
-        pixels = np.asarray(picture.convert("RGB"))
-    red, _, blue = pixels[12:184, 12:184].mean((0, 1))
-    assert blue > 240 > 20 > red
-    red, _, blue = pixels[12:50, 8 + 4 * 188 + 130 : 5 * 188].mean((0, 1))
-    assert blue > 150 > red  # its blue corner, at the top right
-    train.run(make(preview=str(sheet)), dry_run=True)  # its own is written again
-    refused(make(images_dir=str(tmp_path)), "no pictures to train on")  # and never trained on
-    assert not launched.commands
-
-
-def test_a_preview_never_overwrites_what_is_not_its_own(tmp_path: Path, make: Make) -> None:
-    gradient().save(tmp_path / "mine.png")
-    before = (tmp_path / "mine.png").read_bytes()
-    refused(
-        make(preview=str(tmp_path / "mine.png")), "mine.png exists, and this program did not write it", dry_run=True
-    )
-    assert (tmp_path / "mine.png").read_bytes() == before
-    refused(make(preview=str(tmp_path / "no" / "p.png")), "preview: cannot write .*p.png .*: set it to", 4, True)
-    with pytest.raises(UserError, match="preview is 'p.jpg': give a file name that ends in .png"):
-        make(preview="p.jpg")
 
 
 def test_odd_settings_are_warned_about(

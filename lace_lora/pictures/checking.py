@@ -5,7 +5,6 @@ a notebook or a script without a main guard.
 """
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -25,16 +24,24 @@ from PIL import Image
 from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.errors import first_line
 from lace_lora.pictures import recipe
-from lace_lora.pictures.image_files import BROKEN, HEIF, Unsuitable, formats_of, open_picture, pages_and_camera
+from lace_lora.pictures.image_files import (
+    BROKEN,
+    Unsuitable,
+    count_pages,
+    formats_of,
+    has_camera,
+    open_picture,
+    reads_heic,
+)
 from lace_lora.process import launch_environment
 
 _CRASHED = "unreadable: it crashes the decoder, or exhausts memory"
 _COPY = "copy or download it again"
 _GAP = bytes(1024)
-_HEIF_GAP = bytes(4096)  # pictures in it have no three zeros in a row, its EXIF may
+_HEIC_GAP = bytes(16384)  # some cameras' EXIF data has shorter ones
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # that ends a scan of a JPEG
 # What Pillow raises as well, on files that are made to mislead it.
-_RARE = (MemoryError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
+_RARE = (MemoryError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError)
 # How files begin that are not pictures, or pictures that this program does not read.
 _OTHERS = {
     rb"GIF8": "a GIF: save it as PNG",
@@ -49,12 +56,12 @@ _OTHERS = {
 }
 _PICTURES = {
     rb"\xff\xd8\xff": "JPEG", rb"\x89PNG\r\n\x1a\n": "PNG", rb"RIFF....WEBP": "WEBP", rb"BM": "BMP",
-    rb"II\*\0|MM\0\*|II\+\0|MM\0\+": "TIFF", HEIF: "HEIF",
+    rb"II\*\0|MM\0\*|II\+\0|MM\0\+": "TIFF",
+    rb"....ftyp(hei|hev|mif1|msf1)": "HEIF",
 }  # fmt: skip
 
 
-TOO_SMALL, DUPLICATE, NO_PHOTO = "too small", "duplicate", "not a photo"
-LEFT_OUT = (TOO_SMALL, DUPLICATE, NO_PHOTO)  # how the reasons begin of files that are sound, and not used
+_NAMES = {"HEIF": "HEIC"}  # that users know
 
 
 @dataclass(frozen=True)
@@ -67,13 +74,8 @@ class Picture:
     sha256: str = ""
     reason: str = ""  # why it is skipped; empty when it is used
     drawn: bool = False  # by this program
-    pages: int = 1  # of which the first is used
-    camera: bool = False  # whether the file names one
-
-    @property
-    def broken(self) -> bool:
-        """Whether something is wrong with the file, unlike one that is only too small, a duplicate or a drawing."""
-        return not self.used and not self.reason.startswith(LEFT_OUT)
+    pages: int = 1  # of which one is used
+    camera: bool = False  # the file names one
 
     @property
     def used(self) -> bool:
@@ -183,25 +185,26 @@ def _check(path: Path, min_image_size: int, formats: Sequence[str]) -> Picture:
         _, (width, height) = open_picture(io.BytesIO(content), at_least=64, formats=formats)
         if _has_gap(content, width * height):
             raise Unsuitable(f"part of it is missing: {_COPY}")
-        (pages, camera), drawn = pages_and_camera(content, formats), recipe.is_drawn(content)
+        pages, camera = count_pages(content, formats), has_camera(content, formats)
     except Unsuitable as error:
         return Picture(path, reason=f"unreadable: {error}")
     except (*BROKEN, *_RARE) as error:
         return Picture(path, reason=f"unreadable: {_what_it_is(content, formats, error)}")
     is_small = min(width, height) < min_image_size
-    reason = f"{TOO_SMALL}: {width}x{height}, min_image_size is {min_image_size}" if is_small else ""
-    return Picture(path, width, height, hashlib.sha256(content).hexdigest(), reason, drawn, pages, camera)
+    reason = f"too small: {width}x{height}, min_image_size is {min_image_size}" if is_small else ""
+    digest, drawn = hashlib.sha256(content).hexdigest(), recipe.is_drawn(content)
+    return Picture(path, width, height, digest, reason, drawn, pages, camera)
 
 
 def _has_gap(content: bytes, pixels: int) -> bool:
-    """Whether part of a JPEG's, WebP's or HEIF's data was never written: decoders take zeros for grey."""
+    """Whether part of a JPEG's, WebP's or HEIC's data was never written: decoders take zeros for grey."""
     if _GAP not in content:
         return False
-    if re.match(HEIF, content[:20], re.DOTALL):
-        return _HEIF_GAP in content[content.find(b"mdat") :]
     if content.startswith(b"RIFF"):
         gap = bytes(max(len(_GAP), pixels // 8000))  # a plain ground takes a zero for 12,000 pixels or more
         return any(gap in data for data in _webp_data(content))
+    if content[4:8] == b"ftyp":
+        return any(_HEIC_GAP in data for data in _heic_data(content))
     first: dict[int, int] = {}  # what a zero means, by Huffman table
     at, scan = 2, False
     while content[at : at + 1] == b"\xff" and at + 4 <= len(content):
@@ -240,6 +243,19 @@ def _webp_data(content: bytes) -> Iterator[bytes]:
         at = end + end % 2
 
 
+def _heic_data(content: bytes) -> Iterator[bytes]:
+    """The data of a HEIC's pictures; what phones append, such as a video, has boxes of its own."""
+    at = 0
+    while at + 16 <= len(content):
+        size, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
+        if size == 1:
+            size = int.from_bytes(content[at + 8 : at + 16], "big")
+        end = at + size if size else len(content)
+        if kind == b"mdat":
+            yield content[at:end]
+        at = max(end, at + 8)
+
+
 def _what_it_is(content: bytes, formats: Sequence[str], error: Exception) -> str:
     """Why a file cannot be decoded, by what it really is."""
     if isinstance(error, MemoryError):
@@ -251,14 +267,18 @@ def _what_it_is(content: bytes, formats: Sequence[str], error: Exception) -> str
             return what
     found = next((name for begins, name in _PICTURES.items() if re.match(begins, content[:20], re.DOTALL)), None)
     if found is None:
-        return f"not a valid {' or '.join(formats)} file"
+        *names, last = (_NAMES.get(name, name) for name in formats)
+        return f"not a valid {', '.join(names)}{' or ' if names else ''}{last} file"
+    name = _NAMES.get(found, found)
     if found not in formats:
         extension = next(name for name in IMAGE_EXTENSIONS if found in formats_of([name]))
-        return f"a {found} file under another name: add {extension} to image_extensions"
-    if found == "HEIF" and importlib.util.find_spec("pi_heif") is None:
-        return "a HEIC picture, which needs a package: run `pip install pi-heif`"
+        return f"a {name} file under another name: add {extension} to image_extensions"
+    if found == "HEIF" and not reads_heic():
+        return "a HEIC file: run `pip install pi-heif`, which reads it"
+    if found == "HEIF" and isinstance(error, Image.UnidentifiedImageError):
+        return f"damaged or incomplete, or of a rare kind: {_COPY}, or export it as JPEG"
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"a damaged {found} file, or one of a rare kind: save it again, with 8 bits per colour"
+        return f"a damaged {name} file, or one of a rare kind: save it again, with 8 bits per colour"
     return f"damaged or incomplete ({first_line(error)}): {_COPY}"
 
 

@@ -14,12 +14,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from lace_lora.pictures.image_files import PNG_OPTIONS, open_finished
+from lace_lora.pictures.image_files import BROKEN, PNG_OPTIONS, open_finished
 from lace_lora.pictures.recipe import TEXT, Design
 
 CONTACT_SHEET, PAGE, MANIFEST = "contact_sheet.png", "gallery.html", "manifest.json"
 SMALL, LARGE = 320, 1024  # longer side of a picture in pixels, at most: on the contact sheet, on the page
+NAMED = 180  # the same, on a sheet with names
 GAP = 8  # pixels between pictures on the contact sheet
+SHEET = "contact sheet"  # what our text in such a PNG says
 Attributes = dict[str, str | int]  # of an element of HTML
 
 
@@ -62,26 +64,6 @@ def contact_sheet(pictures: Sequence[Image.Image], side: int = SMALL) -> bytes:
     return _as_png(sheet)
 
 
-def named_sheet(pictures: Sequence[Image.Image], names: Sequence[str]) -> bytes:
-    """Pictures in rows on one PNG, each with its name below it, shortened to fit."""
-    side, text = max(max(picture.size) for picture in pictures), 12
-    columns = min(8, len(pictures))
-    width, height = side + GAP, side + text + 2 * GAP
-    rows, font = math.ceil(len(pictures) / columns), ImageFont.load_default(text)
-    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    for position, (picture, name) in enumerate(zip(pictures, names, strict=True)):
-        row, column = divmod(position, columns)
-        left, top = GAP + column * width, GAP + row * height
-        sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
-        short = name.encode(errors="replace").decode()
-        while draw.textlength(short, font) > side:
-            middle = len(short) // 2
-            short = f"{short[: middle - 1]}…{short[middle + 1 :]}"
-        draw.text((left + side / 2, top + side + GAP // 2), short, fill="black", font=font, anchor="ma")
-    return _as_png(sheet)
-
-
 def column(pictures: Sequence[Image.Image], side: int = 512) -> bytes:
     """Pictures of one size below one another on a PNG, each within `side` pixels: a column of `strip`."""
     small = [_shrink(picture, side) for picture in pictures]
@@ -106,9 +88,44 @@ def strip(columns: Mapping[str, Image.Image]) -> bytes:
     return _as_png(sheet)
 
 
+def named_sheet(pictures: Sequence[Image.Image], names: Sequence[str]) -> bytes:
+    """Pictures of at most `NAMED` pixels in rows of eight or fewer on a PNG, with the name of each below it."""
+    columns, text = min(8, len(pictures)), 12
+    width, height = NAMED + GAP, NAMED + text + 2 * GAP
+    sheet = Image.new("RGB", (columns * width + GAP, math.ceil(len(pictures) / columns) * height + GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(text)
+    for position, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+        row, column = divmod(position, columns)
+        left, top = GAP + column * width, GAP + row * height
+        sheet.paste(picture, (left + (NAMED - picture.width) // 2, top + (NAMED - picture.height) // 2))
+        draw.text((left + NAMED / 2, top + NAMED + 2), _shorten(name, font), fill="black", font=font, anchor="ma")
+    return _as_png(sheet)
+
+
+def _shorten(name: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    """A name without its middle, if it is too long to stand below a picture."""
+    name = name.encode(errors="replace").decode()  # fonts have no bytes that are not UTF-8
+    shorter = name
+    for left_out in range(1, len(name)):
+        if font.getlength(shorter) <= NAMED:
+            break
+        start = (len(name) - left_out) // 2
+        shorter = f"{name[:start]}...{name[start + left_out :]}"
+    return shorter
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file is a PNG with several pictures, as the functions above make it."""
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            return picture.info.get(TEXT) == SHEET
+    except BROKEN:
+        return False
+
+
 def _as_png(sheet: Image.Image) -> bytes:
     content, text = io.BytesIO(), PngImagePlugin.PngInfo()
-    text.add_itxt(TEXT, "contact sheet")  # so that nobody trains on it by mistake
+    text.add_itxt(TEXT, SHEET)  # so that nobody trains on it by mistake
     sheet.save(content, format="PNG", pnginfo=text, **PNG_OPTIONS)
     return content.getvalue()
 

@@ -1,9 +1,8 @@
-"""Picture files: finding them in a folder, opening and cropping them."""
+"""Picture files: finding them in a folder, opening and scaling them."""
 
 import fcntl
 import io
 import logging
-import math
 import numbers
 import os
 import re
@@ -11,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
@@ -21,8 +21,9 @@ from lace_lora.errors import DISK_OR_DRIVE, UserError
 logger = logging.getLogger(__name__)
 
 # Pillow's names of formats, by extension.
-_NAMES = ("JPEG", "JPEG", "PNG", "WEBP", "HEIF", "HEIF", "BMP", "TIFF", "TIFF")
-_FORMATS = dict(zip(IMAGE_EXTENSIONS, _NAMES, strict=True))
+_FORMATS = dict(
+    zip(IMAGE_EXTENSIONS, ("JPEG", "JPEG", "PNG", "WEBP", "HEIF", "HEIF", "BMP", "TIFF", "TIFF"), strict=True)
+)
 # What Pillow's decoders raise on broken files, besides OSError (truncated, unidentified, unreadable).
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 MAX_PIXELS = 250_000_000  # phones make up to 201 million, an A4 page scanned at 1200 dpi has 139
@@ -31,14 +32,18 @@ _MAX_TEXT = 2**26  # bytes of a text or colour profile in a PNG
 _SAVE_AGAIN = "save it again with 8 or 16 bits per colour"
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES, _COLOUR_MAP, _SAMPLE_FORMAT = 258, 262, 284, 320, 339  # tags of a TIFF
 
-HEIF = rb"....ftyp(hei|hev|mif1|msf1)"  # how its files begin
-
 # How to turn a picture of each EXIF orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+# The red, green and blue of a HEIC's colours, by their number in ITU-T H.273, as X, Y and Z at a profile's D50.
+_PRIMARIES = {
+    9: {b"rXYZ": (0.6735, 0.2790, -0.0019), b"gXYZ": (0.1657, 0.6753, 0.0300), b"bXYZ": (0.1251, 0.0456, 0.7968)},
+    12: {b"rXYZ": (0.5151, 0.2412, -0.0011), b"gXYZ": (0.2920, 0.6922, 0.0419), b"bXYZ": (0.1571, 0.0666, 0.7841)},
+}  # BT.2020, Display P3
+_HDR = (16, 18)  # brightness as in H.273: PQ, HLG
 # Types of EXIF, by their code, as struct names them; 2 is text.
 _EXIF_TYPES = {1: "B", 2: "c", 3: "H", 4: "I", 5: "II", 6: "b", 7: "B", 8: "h", 9: "i", 10: "ii", 11: "f", 12: "d"}
 
@@ -47,32 +52,33 @@ class Unsuitable(ValueError):
     """A picture that is whole, but cannot be used; the text says why, and what to do."""
 
 
-def named_as_pictures(image_dir: str | Path, extensions: Collection[str], recursive: bool = False) -> list[Path]:
-    """Everything with a picture's name, folders too, so that `check_pictures` can say why it is skipped."""
+def named_as_pictures(
+    image_dir: str | Path, extensions: Collection[str], recursive: bool = False, without: Collection[Path] = ()
+) -> list[Path]:
+    """Everything with a picture's name, folders too, so that `check_pictures` can say why it is skipped.
+
+    With `recursive` also in subfolders; for `without` see `visible_entries`.
+    """
     wanted = {extension.lower() for extension in extensions} - {".txt"}
-    found = [path for path in visible_entries(image_dir) if path.suffix.lower() in wanted]
-    return found + [path for path in in_subfolders(image_dir) if path.suffix.lower() in wanted] if recursive else found
+    return [path for path in visible_entries(image_dir, recursive, without) if path.suffix.lower() in wanted]
 
 
-def in_subfolders(image_dir: str | Path) -> list[Path]:
-    """All files in subfolders, and theirs, that are not hidden, sorted; links to folders are not followed."""
-    found: list[Path] = []
-    for folder, inside, names in os.walk(image_dir):
-        inside[:] = sorted(name for name in inside if name[0] != ".")
-        if folder != os.fspath(image_dir):
-            found += [Path(folder, name) for name in sorted(names) if name[0] != "."]
-    return found
+def visible_entries(image_dir: str | Path, recursive: bool = False, without: Collection[Path] = ()) -> list[Path]:
+    """Everything in a folder that is not hidden, sorted by name; with `recursive`, then what its subfolders have.
 
-
-def visible_entries(image_dir: str | Path) -> list[Path]:
-    """Everything in a folder that is not hidden, sorted by name.
+    Links to folders are not followed, and resolved folders in `without` are left out.
 
     Raises:
         UserError: the folder is missing or cannot be read.
     """
     try:
         with os.scandir(image_dir) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.name[0] != ".")
+            visible = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+        found = [Path(entry.path) for entry in visible]
+        for folder in visible if recursive else []:
+            if folder.is_dir(follow_symlinks=False) and Path(folder.path).resolve() not in without:
+                found += visible_entries(folder.path, recursive, without)
+        return found
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "not a folder" if isinstance(error, NotADirectoryError) else "no such folder"
         raise UserError(f"{image_dir}: {what}; set images_dir to the folder with your pictures") from None
@@ -81,27 +87,27 @@ def visible_entries(image_dir: str | Path) -> list[Path]:
         raise UserError(f"{image_dir} cannot be read ({error.strerror}): {advice}", DISK_OR_DRIVE) from error
 
 
+@cache
+def reads_heic() -> bool:
+    """Whether pi-heif is installed, which decodes HEIC; if it is, Pillow opens them from now on."""
+    try:
+        import pi_heif
+
+        pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
+    except ImportError:
+        return False
+    return True
+
+
 def formats_of(extensions: Collection[str]) -> tuple[str, ...]:
     """Pillow's names for the formats of extensions: no other decoder gets to read the file."""
     return tuple(dict.fromkeys(_FORMATS[extension.lower()] for extension in extensions))
 
 
-def _decoders(formats: Sequence[str]) -> tuple[str, ...]:
-    """Those of the formats that can be decoded: HEIF needs a package."""
-    if "HEIF" in formats:
-        try:
-            import pi_heif
-
-            pi_heif.register_heif_opener()
-        except ImportError:
-            return tuple(name for name in formats if name != "HEIF")
-    return tuple(formats)
-
-
 def open_picture(
     source: str | Path | io.BytesIO, at_least: int | None = None, formats: Sequence[str] = ("JPEG",)
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """Decode one picture upright in sRGB; the first, where a file has several pages or frames.
+    """Decode one picture upright in sRGB; the first, or a HEIC's main one, where a file has several.
 
     Args:
         source: a file or its bytes; opened for reading only.
@@ -117,13 +123,13 @@ def open_picture(
         OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error: it cannot be decoded.
     """
     _set_limits()
-    with Image.open(source, formats=_decoders(formats)) as image:
+    with _open(source, formats) as image:
         full = image.size
         if full[0] * full[1] > MAX_PIXELS:
             raise Unsuitable(f"{full[0]}x{full[1]} are over {MAX_PIXELS // 10**6} megapixels: scale it down")
         _check_tiff(image)
         _check_gamma(image)
-        _check_range(image)
+        _use_nclx(image)
         _scale_transparent_colour(image)
         if at_least:
             shrink = min(full) / at_least
@@ -133,12 +139,16 @@ def open_picture(
         with _one_at_a_time() if width * height > _LARGE else nullcontext():
             image.load()  # all of it: verify() accepts truncated JPEGs
             picture = _to_srgb(image)
-        if image.format == "TIFF":  # Pillow has turned it while loading
+        if image.format in ("TIFF", "HEIF"):  # turned while loading; what a HEIC's EXIF says does not count
             return picture, picture.size
         orientation = _orientation(image)
     if (turn := _TURNS.get(orientation or 1)) is not None:
         picture = picture.transpose(turn)
     return picture, full[::-1] if orientation in (5, 6, 7, 8) else full
+
+
+def _open(source: str | Path | io.BytesIO, formats: Sequence[str]) -> ImageFile.ImageFile:
+    return Image.open(source, formats=[name for name in formats if name != "HEIF" or reads_heic()])
 
 
 def _set_limits() -> None:
@@ -159,59 +169,67 @@ def _one_at_a_time() -> Iterator[None]:
         os.close(descriptor)
 
 
-def is_heif(path: Path) -> bool:
-    """Whether a file is HEIC or HEIF, whatever its name says."""
-    with open(path, "rb") as file:
-        return re.match(HEIF, file.read(20), re.DOTALL) is not None
+def count_pages(content: bytes, formats: Sequence[str]) -> int:
+    """How many pages or frames a picture file has, of which one is used; a JPEG's others are previews."""
+    with _open(io.BytesIO(content), formats) as image:
+        return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
 
 
-def pages_and_camera(content: bytes, formats: Sequence[str]) -> tuple[int, bool]:
-    """How many pages or frames a picture file has, of which the first is used, and whether it names its camera.
-
-    A JPEG's other frames are previews, and a HEIF file says itself which of its pictures is meant.
-    """
-    with Image.open(io.BytesIO(content), formats=_decoders(formats)) as image:
-        pages = 1 if image.format in ("JPEG", "MPO", "HEIF") else getattr(image, "n_frames", 1)
-        with suppress(*BROKEN, TypeError, KeyError, AttributeError):  # of broken EXIF
-            return pages, bool({ExifTags.Base.Make, ExifTags.Base.Model} & image.getexif().keys())
-    return pages, False
+def has_camera(content: bytes, formats: Sequence[str]) -> bool:
+    """Whether a picture file names the camera that made it, as photos do that no messenger has passed on."""
+    camera = (ExifTags.Base.Make, ExifTags.Base.Model)
+    with _open(io.BytesIO(content), formats) as image:
+        fields = (tag for tag, _, length, _, _ in _exif_fields(_exif(image)) if length > 1)
+        return not {*fields, *getattr(image, "tag_v2", ())}.isdisjoint(camera)
 
 
 def _orientation(image: Image.Image) -> int | None:
     """The orientation of a loaded picture as in EXIF or, where that has none, XMP; None where neither has one."""
-    # A PNG's texts can have any name, also these.
-    exif, xmp = (data if isinstance(data := image.info.get(name), bytes) else b"" for name in ("exif", "xmp"))
-    with suppress(ValueError):
-        if as_text := image.info.get("Raw profile type exif"):  # of a PNG by ImageMagick
-            exif = exif or bytes.fromhex("".join(as_text.split("\n")[3:]))
-    found = _exif_orientation(exif)
+    xmp = data if isinstance(data := image.info.get("xmp"), bytes) else b""
+    found = _exif_orientation(_exif(image))
     if found is None and (in_xmp := re.search(rb"tiff:Orientation(?:=[\"']|>)([1-8])", xmp)):
         return int(in_xmp[1])
     return found
 
 
-def _exif_orientation(exif: bytes) -> int | None:
-    """EXIF's orientation, read without the other fields: Pillow does not get past one that is broken.
-
-    A number of any type is accepted.
-    """
+def _exif(image: Image.Image) -> bytes:
+    # A PNG's texts can have any name, also this.
+    exif = data if isinstance(data := image.info.get("exif"), bytes) else b""
+    with suppress(ValueError):
+        if as_text := image.info.get("Raw profile type exif"):  # of a PNG by ImageMagick
+            exif = exif or bytes.fromhex("".join(as_text.split("\n")[3:]))
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
+    return exif
+
+
+def _exif_orientation(exif: bytes) -> int | None:
+    """EXIF's orientation; a number of any type is accepted."""
+    with suppress(struct.error, ZeroDivisionError, ValueError, OverflowError):
+        for tag, kind, length, order, at in _exif_fields(exif):
+            if tag == ExifTags.Base.Orientation and kind in _EXIF_TYPES:
+                layout = order + _EXIF_TYPES[kind]
+                inline = struct.calcsize(layout) * length <= 4
+                place = at if inline else struct.unpack_from(order + "I", exif, at)[0]
+                value, *divisor = struct.unpack_from(layout, exif, place)
+                return int(value / divisor[0] if divisor else value)
+    return None
+
+
+def _exif_fields(exif: bytes) -> Iterator[tuple[int, int, int, str, int]]:
+    """Tag, type, count, byte order and place of the value of EXIF's first fields, one by one.
+
+    Pillow does not get past one that is broken.
+    """
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
-        return None
-    with suppress(struct.error, ZeroDivisionError, ValueError, OverflowError):
+        return
+    with suppress(struct.error):
         [directory] = struct.unpack_from(order + "I", exif, 4)
         [count] = struct.unpack_from(order + "H", exif, directory)
         for at in range(directory + 2, directory + 2 + 12 * count, 12):
             tag, kind, length = struct.unpack_from(order + "HHI", exif, at)
-            if tag == ExifTags.Base.Orientation and kind in _EXIF_TYPES:
-                layout = order + _EXIF_TYPES[kind]
-                inline = struct.calcsize(layout) * length <= 4
-                place = at + 8 if inline else struct.unpack_from(order + "I", exif, at + 8)[0]
-                value, *divisor = struct.unpack_from(layout, exif, place)
-                return int(value / divisor[0] if divisor else value)
-    return None
+            yield tag, kind, length, order, at + 8
 
 
 def _check_tiff(image: ImageFile.ImageFile) -> None:
@@ -243,10 +261,24 @@ def _check_gamma(image: Image.Image) -> None:
         raise Unsuitable(f"its values are not sRGB (gamma {gamma:g}): {_SAVE_AGAIN}")
 
 
-def _check_range(image: Image.Image) -> None:
-    """Refuse HDR, whose values say nothing without the brightness that they were made for."""
-    if image.format == "HEIF" and (image.info.get("nclx_profile") or {}).get("transfer_characteristics") in (16, 18):
-        raise Unsuitable("it is an HDR picture: export it as JPEG")
+def _use_nclx(image: Image.Image) -> None:
+    """Give a HEIC that has numbers in place of a colour profile the one they stand for; refuse one in HDR."""
+    if (nclx := image.info.get("nclx_profile")) and image.format == "HEIF":
+        if nclx["transfer_characteristics"] in _HDR:
+            raise Unsuitable("its brightness is HDR (PQ or HLG): export it as JPEG")
+        if nclx["color_primaries"] in _PRIMARIES:
+            image.info["icc_profile"] = _profile(nclx["color_primaries"])
+
+
+def _profile(primaries: int) -> bytes:
+    """sRGB's colour profile, with the red, green and blue of `_PRIMARIES`."""
+    content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    [count] = struct.unpack_from(">I", content, 128)
+    for at in range(132, 132 + 12 * count, 12):
+        name, place = struct.unpack_from(">4sI", content, at)
+        if colour := _PRIMARIES[primaries].get(name):
+            struct.pack_into(">3i", content, place + 8, *(round(value * 2**16) for value in colour))
+    return bytes(content)
 
 
 def _scale_transparent_colour(image: ImageFile.ImageFile) -> None:
@@ -328,26 +360,6 @@ def fit(picture: Image.Image, shape: tuple[int, int]) -> tuple[Image.Image, tupl
     left, top = round((scaled_width - width) / 2), round((scaled_height - height) / 2)
     scaled = picture.resize((scaled_width, scaled_height), Image.Resampling.LANCZOS)
     return scaled.crop((left, top, left + width, top + height)), (top, left)
-
-
-def crop_shapes(resolution: int, buckets: bool) -> list[tuple[int, int]]:
-    """Heights and widths that pictures are cropped to: a square, or SDXL's buckets scaled to `resolution`.
-
-    In multiples of 32 pixels. Podell et al. 2023, "SDXL", appendix I: sides in multiples of 64, 0.9 to 1 times 1024²;
-    1344x704 only in portrait.
-    """
-    if not buckets:
-        return [(resolution, resolution)]
-    sides = range(512, 2049, 64)
-    pairs = [(short, long) for short in sides for long in reversed(sides) if 0.9 <= short * long / 1024**2 <= 1]
-    scaled = [tuple(max(32, round(side * resolution / 1024 / 32) * 32) for side in pair) for pair in pairs]
-    return list(dict.fromkeys(shape for short, long in scaled for shape in ((short, long), (long, short))))
-
-
-def nearest_shape(size: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Of heights and widths the one with the proportions nearest to a picture's (width, height)."""
-    width, height = size
-    return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
 
 
 # Lace at 1024² takes 7 % more bytes than with zlib's default, and a third of the time.

@@ -6,11 +6,17 @@ The script is `train_dreambooth_lora_sdxl.py`, in place of train_lora.py; accele
 
 import ast
 import logging
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from lace_lora.config import SCRIPT, Config
 from lace_lora.errors import UserError
+from lace_lora.pictures import image_files
 from lace_lora.sdxl import hub
 from lace_lora.training import class_pictures
 
@@ -51,6 +57,34 @@ def flags_of(path: Path) -> dict[str, bool]:
     if not {"instance_data_dir", "pretrained_model_name_or_path", "output_dir"} <= set(flags):
         raise UserError(f"train_script: {path} is not diffusers' train_dreambooth_lora_sdxl.py: options are missing")
     return flags
+
+
+def hand_over(pictures: Iterable[Path], folder: Path, extensions: Iterable[str]) -> None:
+    """Fill the script's folder: links to pictures, and PNG copies in RGB, upright, of those it opens wrongly or not.
+
+    Several processes of one run may do this at the same time.
+    """
+    formats = image_files.formats_of(list(extensions))
+    for number, path in enumerate(pictures):
+        link = folder / f"{number:05d}{path.suffix}"
+        copy = link.with_suffix(".png")
+        if _opens_alike(path):
+            with suppress(FileExistsError):  # by another process of this run
+                link.symlink_to(path.absolute())
+        elif not copy.exists():
+            picture, _ = image_files.open_picture(path, formats=formats)
+            unfinished = folder.with_name(f"{copy.name}.{os.getpid()}")  # the script takes every file of its folder
+            picture.save(unfinished, format="PNG", **image_files.PNG_OPTIONS)
+            os.replace(unfinished, copy)
+
+
+def _opens_alike(path: Path) -> bool:
+    """Whether the script, which converts to RGB whatever it opens, sees a picture as we do, but for colour profiles."""
+    try:
+        with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF")) as picture:
+            return picture.mode in ("RGB", "L", "1") and "transparency" not in picture.info
+    except Image.UnidentifiedImageError:
+        return False
 
 
 def command_line(config: Config, flags: dict[str, bool], pictures: Path, folder: Path, precision: str) -> list[str]:

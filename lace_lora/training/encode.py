@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lace_lora.config import IMAGE_EXTENSIONS, Config
 from lace_lora.files import file_sha256
-from lace_lora.pictures.image_files import crop_shapes, formats_of
+from lace_lora.pictures import crops
+from lace_lora.pictures.image_files import formats_of
 from lace_lora.sdxl import models, prompts
 from lace_lora.training import batches, latents
 from lace_lora.training.cache import stamps
@@ -94,7 +95,7 @@ def _encode_files(
     contents: dict[str, str], extensions: Sequence[str],
 ) -> latents.Latents:  # fmt: skip
     """Picture files, each with its SHA-256, to latents; several processes encode them once."""
-    shapes = crop_shapes(config.resolution, config.aspect_ratio_buckets)
+    shapes = crops.shapes(config.resolution, config.aspect_ratio_buckets)
     source, subfolder = models.vae_source(config)
     path = Path(source) if Path(source).is_file() else Path(source, subfolder)
     depends_on = [stamps(path), config.variant, str(dtype), accelerator.device.type]

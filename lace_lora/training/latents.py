@@ -18,12 +18,11 @@ from PIL import ImageOps
 from torch import Tensor
 
 from lace_lora.errors import UserError
-from lace_lora.pictures import image_files
+from lace_lora.pictures.crops import Shape, open_crop
+from lace_lora.pictures.image_files import BROKEN
 from lace_lora.progress import Progress
 from lace_lora.sdxl.vae import encode_pixels, to_tensor
 from lace_lora.training import cache
-
-Shape = tuple[int, int]  # height and width in pixels
 
 _VERSION = 2  # of the cached latents: count up when pictures are encoded in another way
 
@@ -89,14 +88,11 @@ def _read(
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != contents[path]:
             raise UserError(f"{path} was changed while the program was running: run the same command again")
-        # Twice the training size is enough to scale down from, and much faster to decode.
-        picture, (width, height) = image_files.open_picture(io.BytesIO(content), 2 * max(map(min, allowed)), formats)
-    except image_files.BROKEN as error:
+        part, time_ids = open_crop(io.BytesIO(content), allowed, formats)
+    except BROKEN as error:
         raise UserError(f"{path} can no longer be read ({error}): run the same command again") from error
-    shape = image_files.nearest_shape((width, height), allowed)
-    part, corner = image_files.fit(picture, shape)
     versions = [part, ImageOps.mirror(part)] if mirrored else [part]
-    return torch.stack([to_tensor(version) for version in versions]), [height, width, *corner, *shape]
+    return torch.stack([to_tensor(version) for version in versions]), time_ids
 
 
 def _prefetch(function: Callable[[Path], Any], items: Iterable[Path]) -> Iterator[Any]:

@@ -11,7 +11,6 @@ import os
 import runpy
 import sys
 import traceback
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from lace_lora import console
 from lace_lora.config import LORA_FILE, Config
 from lace_lora.errors import UserError, explain, first_line
 from lace_lora.files import write_atomically
-from lace_lora.pictures import image_files
 from lace_lora.process import ADVICE, Stopped
 from lace_lora.sdxl import lora_weights, models
 from lace_lora.training import diffusers_script, launch, results
@@ -40,7 +38,7 @@ def main() -> int:
 
 
 def run(config: Config, job: launch.Job, pictures: Path) -> str:
-    """Run the script in this process, with links to the used pictures in `pictures`; returns the closing line.
+    """Run the script in this process, on links to the used pictures in `pictures`; returns the closing line.
 
     Raises:
         UserError: the script failed, or its checkpoints were trained with different settings or pictures.
@@ -53,13 +51,7 @@ def run(config: Config, job: launch.Job, pictures: Path) -> str:
     if fingerprint_file.exists() and json.loads(fingerprint_file.read_text()) != job.fingerprint:
         raise UserError(f"{folder} was trained with other settings or pictures: set lora_output_dir to a new folder")
     write_atomically(fingerprint_file, json.dumps(job.fingerprint).encode())
-    for number, path in enumerate(job.captions):
-        with suppress(FileExistsError):  # by another process of this run
-            if image_files.is_heif(Path(path)):  # which the script cannot open
-                copy, _ = image_files.open_picture(path, formats=("HEIF",))
-                copy.save(pictures / f"{number:05d}.png", format="PNG", compress_level=1)
-            else:
-                (pictures / f"{number:05d}{Path(path).suffix}").symlink_to(Path(path).absolute())
+    diffusers_script.hand_over(map(Path, job.captions), pictures, config.image_extensions)
     if set(job.captions.values()) != {config.instance_prompt}:
         logger.warning("%s trains every picture with instance_prompt: captions have no effect", script.name)
     dtype = models.pick_dtype(config.mixed_precision, models.pick_device(config.device))

@@ -10,10 +10,9 @@ from typing import Any
 
 import psutil
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 import data_utils
-import heic
 from helpers import ROOT, as_file, gradient, jpg, jpgs, snapshot, truncated_jpg
 from lace_lora.config import Config
 from lace_lora.pictures import checking, gallery, image_files, recipe
@@ -193,7 +192,7 @@ def test_no_process_is_left_when_the_main_one_ends(number: int, tmp_path: Path) 
     ("content", "reason"),
     [
         (bytes(5000), "nothing but zeros, as of an unfinished upload: copy or download it again"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIF file under another name: add .heic to image_extensions"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC file under another name: add .heic to image_extensions"),
         (b"\0\0\0\x1cftypavif", "an AVIF picture: save it as JPEG"),
         (b"\0\0\0\x20ftypisom", "a video"),
         (b"GIF89a", "a GIF: save it as PNG"),
@@ -304,42 +303,12 @@ def test_texts_that_are_named_as_something_else(mode: str, tmp_path: Path) -> No
         assert found.reason.startswith("unreadable: damaged") if name in ("transparency", "bbox") else found.used, name
 
 
-def test_heic_photos_are_checked(tmp_path: Path) -> None:
-    (tmp_path / "good.heic").write_bytes(heic.TURNED)
-    (tmp_path / "cut.heic").write_bytes(heic.TURNED[:-40])
-    start = heic.TURNED.index(b"mdat") + 40
-    (tmp_path / "gap.heic").write_bytes(heic.TURNED[:start] + bytes(5000) + heic.TURNED[start:])
-    (tmp_path / "photo.jpg").write_bytes(heic.TURNED)  # renamed, by a messenger
-    jpg(tmp_path / "plain.jpg", gradient(64, 48))
-    found = checking.check_pictures(sorted(tmp_path.iterdir()), 32, ("JPEG", "HEIF"))
-    checked = {picture.path.name: picture for picture in found}
-    assert checked["cut.heic"].reason.startswith("unreadable: a damaged HEIF file")
-    assert checked["gap.heic"].reason == "unreadable: part of it is missing: copy or download it again"
-    for name in ("good.heic", "photo.jpg"):
-        assert (checked[name].used, checked[name].width, checked[name].height) == (True, 64, 96)
-        assert checked[name].camera
-        assert checked[name].pages == 1
-    assert checked["plain.jpg"].used
-    assert not checked["plain.jpg"].camera
-
-
-def test_without_its_package_a_heic_photo_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.heic").write_bytes(heic.TURNED)
-    monkeypatch.setitem(sys.modules, "pi_heif", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    found = checking._check(tmp_path / "a.heic", 32, ("JPEG", "HEIF"))
-    assert found.reason == "unreadable: a HEIC picture, which needs a package: run `pip install pi-heif`"
-
-
-@pytest.mark.parametrize(
-    ("reason", "broken"),
-    [
-        ("", False),
-        ("too small: 9x9", False),
-        ("duplicate: a", False),
-        ("not a photo: a", False),
-        ("unreadable: a", True),
-    ],
-)
-def test_what_is_left_out_is_not_broken(reason: str, broken: bool, tmp_path: Path) -> None:
-    assert checking.Picture(tmp_path, reason=reason).broken is broken
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("camera", [True, False])
+def test_the_camera_of_a_file(camera: bool, kind: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Software] = 1, "a program"
+    if camera:
+        exif[ExifTags.Base.Model] = "iPhone 13"
+    (tmp_path / "a").write_bytes(as_file(gradient(), kind, exif=exif).getvalue())
+    assert checking.check_pictures([tmp_path / "a"], 32, (kind,))[0].camera == camera

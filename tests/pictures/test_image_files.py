@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageCms, ImageStat, PngImagePlugin
 
-import heic
 from helpers import UPRIGHT, Fields, Tags, Transpose, as_file, exif_of, gradient, jpg, swapped_profile, tiff
 from lace_lora.config import IMAGE_EXTENSIONS
 from lace_lora.pictures import checking, image_files
@@ -478,47 +477,3 @@ def test_a_tiff_with_a_palette_of_8_bits_is_refused() -> None:
     image_files.open_picture(io.BytesIO(content), formats=("TIFF",))
     with pytest.raises(image_files.Unsuitable, match="its palette has 8 bits"):
         image_files.open_picture(io.BytesIO(dark), formats=("TIFF",))
-
-
-def test_a_heic_photo_is_turned_once() -> None:
-    """By HEIF's own rotation, which EXIF repeats."""
-    picture, size = image_files.open_picture(io.BytesIO(heic.TURNED), formats=ANY)
-    assert picture.size == size == (64, 96)
-    corners = {(3, 3): (200, 30, 30), (60, 3): (30, 30, 200), (3, 92): (240, 240, 240), (60, 92): (200, 30, 30)}
-    for place, colour in corners.items():
-        assert max(abs(a - b) for a, b in zip(picture.getpixel(place), colour, strict=True)) < 4  # type: ignore[arg-type]
-
-
-def test_heic_is_known_by_its_content(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(heic.TURNED)
-    jpg(tmp_path / "b.heic")
-    assert image_files.is_heif(tmp_path / "a.jpg")
-    assert not image_files.is_heif(tmp_path / "b.heic")
-
-
-def test_hdr_is_refused() -> None:
-    colours = b"colrnclx\x00\x01\x00\x0d"  # primaries of sRGB, and its transfer function
-    assert heic.TURNED.count(colours) == 1
-    hdr = heic.TURNED.replace(colours, b"colrnclx\x00\x09\x00\x10")  # BT.2020, PQ
-    with pytest.raises(image_files.Unsuitable, match="an HDR picture: export it as JPEG"):
-        opened(io.BytesIO(hdr))
-
-
-def test_pictures_in_subfolders(tmp_path: Path) -> None:
-    (tmp_path / "sub" / "more").mkdir(parents=True)
-    (tmp_path / ".hidden").mkdir()
-    names = ["b.jpg", "sub/a.JPG", "sub/more/c.jpg", "sub/no.txt", ".hidden/d.jpg", "sub/.e.jpg"]
-    for name in names:
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "sub" / "more" / "round").symlink_to(tmp_path)
-    assert image_files.named_as_pictures(tmp_path, [".jpg"]) == [tmp_path / "b.jpg"]
-    expected = [tmp_path / name for name in names[:3]]
-    assert image_files.named_as_pictures(tmp_path, [".jpg"], recursive=True) == expected
-
-
-@pytest.mark.parametrize(
-    ("size", "shapes", "nearest"),
-    [((400, 300), [(64, 64), (48, 64)], (48, 64)), ((300, 310), [(64, 64), (48, 64)], (64, 64))],
-)
-def test_the_nearest_shape(size: tuple[int, int], shapes: list[tuple[int, int]], nearest: tuple[int, int]) -> None:
-    assert image_files.nearest_shape(size, shapes) == nearest

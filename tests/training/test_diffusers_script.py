@@ -8,14 +8,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageChops, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import heic
-from helpers import Make, gradient, jpg, main_py, names, refused, truncated_jpg
+from helpers import ROOT, Make, gradient, jpg, main_py, names, refused, truncated_jpg
 from lace_lora.config import Config, dump_config
+from lace_lora.pictures import image_files
 from lace_lora.training import diffusers_script, run_diffusers_script
 from training_helpers import job_of
 
@@ -68,7 +70,6 @@ def test_a_run(script: Path, settings: Make, tmp_path: Path) -> None:
     photos.mkdir()
     for index in range(12):
         jpg(photos / f"lace {index}.jpg", gradient(turn=index))
-    (photos / "lace 99.heic").write_bytes(heic.TURNED)
     truncated_jpg(photos / "broken.jpg")
     (photos / "notes.txt").write_text("no picture")
     config = settings(
@@ -81,7 +82,7 @@ def test_a_run(script: Path, settings: Make, tmp_path: Path) -> None:
     assert "has no option for these settings, so they have no effect: snr_gamma, validation_steps" in done.stderr
     folder = tmp_path / "lora"
     given = json.loads((folder / "train_script" / "arguments.json").read_text())
-    assert given["pictures"] == [*(f"{index:05d}.jpg" for index in range(12)), "00012.png"]
+    assert given["pictures"] == [f"{index:05d}.jpg" for index in range(12)]
     assert given["pretrained_model_name_or_path"] == config.pretrained_model
     assert (given["rank"], given["resolution"], given["mixed_precision"]) == ("4", "64", "no")
     assert given["with_prior_preservation"]
@@ -99,6 +100,33 @@ def test_a_run(script: Path, settings: Make, tmp_path: Path) -> None:
     assert {"myspecialstyle.safetensors", "config.yaml"} <= names(folder)
     again = main_py(*write(config, tmp_path))
     assert (again.returncode, "Finished already" in again.stdout) == (0, True)
+
+
+def test_the_script_gets_copies_of_pictures_that_it_opens_wrongly(tmp_path: Path) -> None:
+    """It opens a picture with Pillow alone, turns it as EXIF says, and converts it to RGB."""
+    (tmp_path / "a.heic").write_bytes((ROOT / "tests/pictures/heic/turned.heic").read_bytes())
+    jpg(tmp_path / "b.jpg", orientation=6)
+    see_through = gradient().convert("RGBA")
+    see_through.putalpha(Image.linear_gradient("L").resize((64, 48)))
+    see_through.save(tmp_path / "c.png")
+    Image.fromarray(np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype("u2")).save(tmp_path / "d.png")
+    gradient().convert("L").save(tmp_path / "e.png")
+    paths = sorted(tmp_path.iterdir())
+    folder = tmp_path / "job" / "pictures"
+    folder.mkdir(parents=True)
+    extensions = (".heic", ".jpg", ".png")
+    for _ in range(2):  # as a second process does
+        diffusers_script.hand_over(paths, folder, extensions)
+    given = sorted(folder.iterdir())
+    assert [path.name for path in given] == ["00000.png", "00001.jpg", "00002.png", "00003.png", "00004.png"]
+    assert [path.is_symlink() for path in given] == [False, True, False, False, True]
+    assert names(folder.parent) == {"pictures"}
+    for path, theirs in zip(paths, given, strict=True):
+        ours, _ = image_files.open_picture(path, formats=image_files.formats_of(extensions))
+        with Image.open(theirs, formats=("JPEG", "PNG")) as picture:
+            opened = ImageOps.exif_transpose(picture).convert("RGB")
+        assert opened.size == ours.size
+        assert ImageChops.difference(opened, ours).getbbox() is None
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import data_utils
 from helpers import Make, contents
 from lace_lora.config import Config
 from lace_lora.errors import UserError
-from lace_lora.pictures import image_files
+from lace_lora.pictures import crops
 from lace_lora.sdxl import models
 from lace_lora.training import latents
 from lace_lora.training.latents import Latents
@@ -32,7 +32,7 @@ def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def encode(
-    config: Config, paths: Iterable[Path], allowed: Sequence[latents.Shape] = SQUARE, mirrored: bool = False
+    config: Config, paths: Iterable[Path], allowed: Sequence[crops.Shape] = SQUARE, mirrored: bool = False
 ) -> Latents:
     load_vae = partial(models.load_vae, config, CPU, torch.float32)
     return latents.encode_pictures(load_vae, contents(paths), allowed, mirrored)
@@ -79,15 +79,15 @@ def test_a_picture_that_is_deleted_or_changed_is_reported(settings: Make, photos
 
 
 def test_buckets_are_sdxls_at_1024_and_of_about_one_area_at_any_size() -> None:
-    assert image_files.crop_shapes(512, buckets=False) == [(512, 512)]
-    full = image_files.crop_shapes(1024, buckets=True)
+    assert crops.shapes(512, buckets=False) == [(512, 512)]
+    full = crops.shapes(1024, buckets=True)
     assert len(full) == len(set(full)) == 41
     assert {(1024, 1024), (2048, 512), (512, 2048), (832, 1216), (1216, 832), (704, 1344)} <= set(full)
     for resolution in (512, 768, 1024):
-        for height, width in image_files.crop_shapes(resolution, buckets=True):
+        for height, width in crops.shapes(resolution, buckets=True):
             assert height % 32 == width % 32 == 0
             assert 0.83 < height * width / resolution**2 < 1.08
-    assert image_files.crop_shapes(64, buckets=True)  # the demo's size
+    assert crops.shapes(64, buckets=True)  # the demo's size
 
 
 def test_each_picture_gets_the_bucket_with_the_nearest_aspect_ratio(settings: Make, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_each_picture_gets_the_bucket_with_the_nearest_aspect_ratio(settings: Ma
     for width, height in sizes:
         paths.append(tmp_path / f"{width}x{height}.jpg")
         Image.radial_gradient("L").resize((width, height)).convert("RGB").save(paths[-1])
-    found = encode(settings(), paths, allowed=image_files.crop_shapes(128, buckets=True))
+    found = encode(settings(), paths, allowed=crops.shapes(128, buckets=True))
     for mean, ids, shape in zip(found.mean, found.time_ids.tolist(), sizes.values(), strict=True):
         assert tuple(mean.shape) == (1, 4, shape[0] // 8, shape[1] // 8)
         assert tuple(ids[4:]) == shape
@@ -106,12 +106,12 @@ def test_each_picture_gets_the_bucket_with_the_nearest_aspect_ratio(settings: Ma
 
 def test_a_second_run_needs_neither_vae_nor_pictures(settings: Make, photos: Path) -> None:
     paths = data_utils.list_images(photos)
-    first = encode(settings(), paths, mirrored=True, allowed=image_files.crop_shapes(64, buckets=True))
+    first = encode(settings(), paths, mirrored=True, allowed=crops.shapes(64, buckets=True))
 
     def load_nothing() -> Any:
         raise AssertionError("the VAE is loaded")
 
-    options: dict[str, Any] = {"mirrored": True, "allowed": image_files.crop_shapes(64, buckets=True)}
+    options: dict[str, Any] = {"mirrored": True, "allowed": crops.shapes(64, buckets=True)}
     known = {Path("gone") / str(number): digest for number, digest in enumerate(contents(paths).values())}
     again = latents.encode_pictures(load_nothing, known, **options)
     assert all(map(torch.equal, first.mean + first.std, again.mean + again.std))
