@@ -42,7 +42,7 @@ DRAWN = CLASS_PICTURE | PICTURE
 
 
 def setting(default: Any, affects: Affects, explanation: str, **rules: Any) -> Any:
-    """A field of `Config`. Rules: `group` (opens a group), `least`, `most`, `above`, `multiple_of`, `each_of`."""
+    """A field of `Config`. Rules: `group` (opens one), `least`, `most`, `above`, `multiple_of`, `each_of`, `ends_in`."""
     return field(default=default, metadata={"affects": affects, "explanation": explanation, **rules})
 
 
@@ -184,7 +184,9 @@ class Config:
     save_base: bool = setting(False, PICTURE, "also save every picture as it was before refining")
 
     report: str | None = setting(None, NOTHING, "file for the report on your pictures, as JSON", group="single run")
-    preview: str | None = setting(None, NOTHING, "PNG file for a sheet of your pictures as training crops them")
+    preview: str | None = setting(
+        None, NOTHING, "PNG file for a sheet of your pictures as training crops them", ends_in=".png"
+    )
     rebuild: str | None = setting(None, NOTHING, "path of a drawn picture: draw it again from its recipe")
 
     def __post_init__(self) -> None:
@@ -210,8 +212,6 @@ class Config:
         if self.refine and self.refiner_flow == "img2img" and self.num_inference_steps * self.refiner_strength < 1:
             steps = f"refiner_strength {self.refiner_strength:g} times num_inference_steps {self.num_inference_steps}"
             problems.append(f"{steps} is less than one step: raise one of them")
-        if self.preview is not None and not self.preview.lower().endswith(".png"):
-            problems.append(f"preview is {redact(self.preview)!r}: set it to a file that ends in .png")
         secret = [name for name, value in vars(self).items() if holds_secret(repr(value))]
         problems += [f"{name} contains an access token or a password: {NO_SECRETS}" for name in secret]
         if problems:
@@ -408,5 +408,7 @@ def _check_range(value: Any, rules: Any) -> None:
         raise ValueError(f"is {value}; it must be above {rules['above']}")
     if "multiple_of" in rules and value % rules["multiple_of"]:
         raise ValueError(f"is {value}; it must be a multiple of {rules['multiple_of']}")
+    if "ends_in" in rules and not value.lower().endswith(rules["ends_in"]):
+        raise ValueError(f"is {redact(value)!r}; it must end in {rules['ends_in']}")
     if "each_of" in rules and not (value and {item.lower() for item in value} <= set(rules["each_of"])):
         raise ValueError(f"is [{', '.join(value)}]; choose from {', '.join(rules['each_of'])}")

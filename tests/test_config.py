@@ -178,6 +178,7 @@ def test_files_that_change_nothing(tmp_path: Path, text: str) -> None:
         ("instance_prompt: {a: b}", ["instance_prompt", "text"]),
         ("image_extensions: [jpg]", ["image_extensions", "[jpg]", ".jpeg"]),
         ("image_extensions: []", ["image_extensions", ".jpeg"]),
+        ("preview: sheet.jpg", ["preview", "'sheet.jpg'", "must end in .png"]),
         ("seed: 99999999999999999999999", ["seed", "at most"]),
     ],
 )
@@ -211,7 +212,6 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ("prompt: []\n", [], "empty prompt"),
         ("prompt: [lace, '']\n", [], "empty prompt"),
         ("num_inference_steps: 4\n", [], "less than one step"),
-        ("preview: sheet.jpg\n", [], "preview is 'sheet.jpg': set it to a file that ends in .png"),
     ],
 )
 def test_other_mistakes(tmp_path: Path, text: str, overrides: list[str], part: str) -> None:
