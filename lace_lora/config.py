@@ -42,7 +42,7 @@ DRAWN = CLASS_PICTURE | PICTURE
 
 
 def setting(default: Any, affects: Affects, explanation: str, **rules: Any) -> Any:
-    """A field of `Config`. Rules: `group` (opens one), `least`, `most`, `above`, `multiple_of`, `each_of`, `ends_in`."""
+    """A field of `Config`. Rules: `group` (opened), `least`, `most`, `above`, `multiple_of`, `each_of`, `ends_in`."""
     return field(default=default, metadata={"affects": affects, "explanation": explanation, **rules})
 
 
