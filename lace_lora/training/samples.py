@@ -94,6 +94,7 @@ def draw_samples(
 def _write_strip(newest: Path) -> Image.Image:
     """Samples of all steps up to the newest, a column each, on one picture; those of another size are left out."""
     files = [path for path in sorted(newest.parent.glob("step-*.png")) if path.name <= newest.name]
+    files = [path for path in files if path.stem[5:].isdecimal()]  # not Drive's copies, "step-000250 (1).png"
     columns = {f"step {int(path.stem[5:])}": open_finished(path) for path in files}
     size = columns[f"step {int(newest.stem[5:])}"].size
     content = gallery.strip({name: column for name, column in columns.items() if column.size == size})

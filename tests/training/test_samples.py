@@ -142,11 +142,12 @@ def test_the_strip_grows_by_a_column_at_each_point_in_training(settings: Make, t
             assert np.asarray(number).min() < 128  # something is written there
 
 
-def test_the_strip_leaves_out_samples_of_another_size(settings: Make, tmp_path: Path) -> None:
+def test_the_strip_leaves_out_samples_of_another_size_and_copies(settings: Make, tmp_path: Path) -> None:
     folder = tmp_path / "lora" / "samples"
     folder.mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(folder / "step-000001.png")
     Image.new("RGB", (64, 64)).save(folder / "step-000009.png")  # of a run that was longer
+    Image.new("RGB", (64, 136)).save(folder / "step-000001 (1).png")  # as Drive names copies
     draw(settings(num_validation_images=2), 2)
     with Image.open(tmp_path / "lora" / "samples.png") as strip:
         assert strip.width == (64 + 8) + 8
