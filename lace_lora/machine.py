@@ -4,6 +4,7 @@ import csv
 import os
 import platform
 import subprocess
+import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -46,6 +47,8 @@ def require_gpu(on_cpu: str) -> None:
     if _has_apple_gpu():
         return
     gpu = find_gpu()
+    if gpu is None and not _is_cpu_build() and _pytorch_has_gpu():
+        return
     if gpu is None:
         reason, advice = "no GPU was found", "use Colab (lace_lora.ipynb), or see the demo (`make demo`)"
     elif _is_cpu_build():
@@ -61,6 +64,15 @@ def _is_cpu_build() -> bool:
         return version("torch").endswith("+cpu")
     except PackageNotFoundError:
         return False
+
+
+def _pytorch_has_gpu() -> bool:
+    """Whether PyTorch itself finds a GPU, in a process of its own, since importing it takes seconds.
+
+    It finds those that `nvidia-smi` does not know, or not by that name: AMD's, MIG slices, and some in containers.
+    """
+    command = [sys.executable, "-P", "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
 
 
 def _has_apple_gpu() -> bool:

@@ -79,3 +79,20 @@ def test_what_needs_a_gpu_is_refused_without_one(
             require_gpu("it takes days")
     else:
         require_gpu("it takes days")
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_a_gpu_that_only_pytorch_knows_is_enough(
+    has_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi(tmp_path, "NVIDIA GB10, [N/A], [N/A], 12.1\n", monkeypatch)
+    monkeypatch.setattr(machine, "version", lambda _: "2.13.0+cu130")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("from torch import cuda")
+    (tmp_path / "torch" / "cuda.py").write_text(f"is_available = lambda: {has_gpu}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    if has_gpu:
+        require_gpu("it takes days")
+    else:
+        with pytest.raises(machine.UserError, match="no GPU was found"):
+            require_gpu("it takes days")
