@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--mode", choices=("train", "inference"), required=True, help="train the LoRA, or draw pictures with it"
     )
     parser.add_argument("--config", default="config.yaml", help="settings file (default: config.yaml)")
-    dry_run = "check settings and pictures, print what would be done, write nothing but the `report` file"
+    dry_run = "check settings and pictures, print what would be done, write nothing but `report` and `preview`"
     parser.add_argument("--dry-run", action="store_true", help=dry_run)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting for this run")
     return parser

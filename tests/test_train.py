@@ -302,7 +302,7 @@ def test_a_thumbnail_and_copies_do_not_count_as_broken(
     printed = capsys.readouterr().out
     assert "5 used, 4 skipped" in printed
     assert "too small    1: thumbnail.jpg (20x20, min_image_size is 32)" in printed
-    assert "duplicate    3: lace_0 copy 1.jpg (equal to lace_0 copy 0.jpg); lace_0 copy 2.jpg (equal" in printed
+    assert "duplicate    3: lace_0 copy 0.jpg (equal to lace_0.jpg); lace_0 copy 1.jpg (equal to lace_0.jpg)" in printed
     if not dry_run:
         assert len(launched.jobs[0]["captions"]) == 5
         assert len((tmp_path / "photos" / "annotations.txt").read_text().splitlines()) == 5

@@ -20,9 +20,12 @@ _SCREENSHOT = re.compile(r"screen.?shot|bildschirmfoto|capture d.[ée]cran|ekran
 def without_duplicates(
     pictures: Sequence[Picture], image_dir: str | Path, listed: Collection[Path] = ()
 ) -> list[Picture]:
-    """The same pictures, with those skipped whose file equals an earlier one's, or that of one that is `listed`."""
+    """The same pictures, but of equal files only one is not skipped.
+
+    One that is `listed` stays, and of several the one with the shortest name: `a.jpg` rather than its copy `a (1).jpg`.
+    """
     first: dict[str, Path] = {}
-    for picture in sorted(pictures, key=lambda picture: picture.path not in listed):
+    for picture in sorted(pictures, key=lambda one: (one.path not in listed, len(one.path.name))):
         if picture.used:
             first.setdefault(picture.sha256, picture.path)
     kept = set(first.values())
