@@ -3,6 +3,7 @@
 torch is not imported before a picture has to be drawn.
 """
 
+import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,12 +14,14 @@ from lace_lora import errors, files, machine
 from lace_lora.config import Config
 from lace_lora.drawing import refining
 from lace_lora.drawing.output_folder import BEFORE, UNFINISHED, OutputFolder, is_there
-from lace_lora.drawing.plan import check_input, importing_torch, lora_name
+from lace_lora.drawing.plan import check_input, importing_torch, lora_name, without_token
 from lace_lora.errors import UserError
 from lace_lora.pictures import gallery, recipe
 from lace_lora.pictures.gallery import Card, Preview
 from lace_lora.pictures.recipe import Drawn, Recipe
 from lace_lora.sdxl import hub
+
+logger = logging.getLogger(__name__)
 
 ADVICE = "set inference_batch_size: 1, or a smaller width and height"
 
@@ -45,6 +48,8 @@ def run(config: Config, dry_run: bool = False) -> Path:
 
 def _run(config: Config, dry_run: bool) -> Path:
     folder = OutputFolder(config)
+    for warning in without_token(config, folder.prompts):
+        logger.warning("warning: %s", warning)
     if dry_run:
         missing, size = len(folder.missing()), f"{config.width}x{config.height}"
         print(f"Would draw {missing} of {config.num_images} pictures, {size}, into {folder.path}")

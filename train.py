@@ -169,7 +169,7 @@ def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_ut
     if bad > len(photos) * MAX_BROKEN and good and not config.skip_bad_images:
         missing = any(picture.reason.startswith(MISSING) for picture in photos)
         raise UserError(
-            f"{bad} of {len(photos)} pictures cannot be used: fix or remove those in the list above, "
+            f"{bad} of {len(photos)} pictures cannot be used, more than a tenth: fix or remove those listed above, "
             f"{rewrite + ', ' if missing else ''}or set skip_bad_images: true to train without them"
         )
     pictures = [picture for picture in good if picture.path in annotations.captions]

@@ -159,8 +159,8 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
 
 
 def draw_samples(run: Run, log: Metrics, step: int) -> None:
-    """Draw the samples of a step, on the process and in the steps that draw any."""
-    if run.sample_inputs and step % run.config.validation_steps == 0:
+    """Draw the samples of a step, on the process and in the steps that draw any; the last one does."""
+    if run.sample_inputs and (step % run.config.validation_steps == 0 or step == run.config.max_train_steps):
         with log.label(SAMPLING):
             strip = samples.draw_samples(run.config, step, run.train_step, run.noise_scheduler, run.sample_inputs)
         log.show_samples(strip, step)

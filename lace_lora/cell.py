@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 1100  # pixels, of a picture in a cell
 # A frame of a progress bar, or what main.py prints in its place.
 _PROGRESS = re.compile(r"[^:]+: .*?(\d+%\||\S+ of \S+ \w+(,|$))")
+_FOR_THE_COMMAND_LINE = ("To draw with it: ", "Wrote ")
 _TERMINAL_CODE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -115,7 +116,8 @@ class _Shown:
             self.progress.show(Pretty(line))
         elif line:
             self.lines.append(line)
-            print(line)
+            if not line.startswith(_FOR_THE_COMMAND_LINE):
+                print(line)
 
 
 class _Output:

@@ -325,7 +325,9 @@ def _override_entries(overrides: Iterable[str], hints: dict[str, Any]) -> Iterat
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise UserError(f"command line: {override!r} is not of the form key=value")
+            raise UserError(
+                f"command line: {override!r} is not of the form key=value: no spaces around =, and quotes around it"
+            )
         wants_list = tuple in (get_origin(hints.get(key)), *map(get_origin, get_args(hints.get(key))))
         if wants_list and text.lstrip().startswith("["):
             try:

@@ -27,6 +27,13 @@ from lace_lora.training import plan
 QUALITIES = {"quick": (300, 512), "good": (1000, 512), "fine": (1500, 1024)}  # steps, resolution
 NO_GPU = "no GPU: in Colab's menu choose Runtime → Change runtime type → T4 GPU, then run the cells again from the top"
 PAGE_PIXELS = 12e6  # of all pictures on a page in a cell: some 5 MB, whatever their number
+PROGRAM = "lace-lora-program"  # the folder that the first cell copies the program to, anew each time
+_MARK = "# Written by the form of lace_lora.ipynb. If you edit it, the form leaves it alone. "
+# Fields of the form, by what they set; all others are in more_settings.
+_FIELDS = {
+    "images_dir": "photos", "lora_output_dir": "results", "output_dir": "results", "instance_prompt": "word",
+    "resolution": "quality", "max_train_steps": "quality", "validation_steps": "quality",
+}  # fmt: skip
 _EMBEDDED = re.compile(r"(?<=data:image/jpeg;base64,)[A-Za-z0-9+/=]+")
 
 
@@ -40,7 +47,7 @@ class Project:
     def __init__(
         self, results: str, photos: str, word: str, quality: str, more_settings: str = "", use_this_form: bool = False
     ) -> None:
-        """The form's values; an existing settings.yaml wins, unless `use_this_form`.
+        """The form's values; settings.yaml wins if a LoRA began with it or it was edited, unless `use_this_form`.
 
         Raises:
             CellError: a value is not valid, or there are no photos, no GPU, or a LoRA of other settings.
@@ -54,16 +61,28 @@ class Project:
             differ = _differences(saved or form, form)
             if saved and use_this_form:
                 _check_same_training(saved, differ)
-            config = form if use_this_form or not saved else saved
+            keep = saved and not use_this_form and (Path(saved.lora_output_dir).exists() or self._is_edited())
+            config = saved if saved and keep else form
             _check_machine(config)
             if not Path(config.images_dir).is_dir():
                 raise CellError(f"there is no folder {config.images_dir}: put your photos there, or correct its name")
             if config is form:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 _save(self.settings_file, form, names)
-        kept = f", used as they are (tick use_this_form to change {', '.join(differ)})"
+        fields = ", ".join(dict.fromkeys(_FIELDS.get(name, "more_settings") for name in differ))
+        kept = f", used as they are (tick use_this_form to change them to this form's: {fields})"
         print(f"Settings in {self.settings_file}{kept if differ and config is saved else ''}:")
         print(self.settings_file.read_text(encoding="utf-8"), end="")
+
+        if drive.in_colab() and not self._is_on_drive():
+            print(f"Note: {self.folder} is not in your Drive; it is lost when the runtime ends.")
+
+    def _is_edited(self) -> bool:
+        text, _, digest = self.settings_file.read_text(encoding="utf-8").rpartition(_MARK)
+        return digest.strip() != files.json_digest(text)
+
+    def _is_on_drive(self) -> bool:
+        return not {"MyDrive", "Shareddrives"}.isdisjoint(self.folder.parts)
 
     @property
     def config(self) -> Config:
@@ -117,7 +136,8 @@ class Project:
             place = Path(tempfile.gettempdir()) if in_colab else self.folder
             target = files.free_name(place, config.lora_name, ".zip")
             with zipfile.ZipFile(target, "w") as archive:
-                for file in [self.settings_file, *(file for folder in [lora, *own] for file in folder.glob("[!.]*"))]:
+                archive.write(self.settings_file, self.settings_file.name)
+                for file in [*(file for folder in [lora, *own] for file in folder.glob("[!.]*"))]:
                     if file.is_file():
                         archive.write(file, f"{file.parent.name}/{file.name}")
         print(f"{target}: {target.stat().st_size / 1e6:.0f} MB")
@@ -133,6 +153,8 @@ class Project:
         if drive.in_colab():
             from google.colab import drive as google_drive
 
+            if not self._is_on_drive():
+                raise CellError(f"{self.folder} is not in your Drive: download it with the cell above first")
             google_drive.flush_and_unmount()
         print(f"Everything is in {self.folder}. You can close the runtime.")
 
@@ -155,9 +177,9 @@ def _read_form(folder: Path, photos: str, word: str, quality: str, more: str) ->
         "resolution": resolution,
         "validation_steps": steps // 5,
     }
-    # At a comma before the next key, since values may contain commas too.
-    others = [text.strip() for text in re.split(r"[,\n](?=\s*\w+\s*=)", more) if text.strip()]
-    others = [re.sub(r"\s*=\s*", "=", text, count=1) for text in others]
+    # At a comma before the next key, since values may contain commas too; `key: value`, as messages have it, is fine.
+    others = [text.strip() for text in re.split(r"[,\n](?=\s*\w+\s*[=:])", more) if text.strip()]
+    others = [re.sub(r"^(\w+)\s*[=:]\s*", r"\1=", text) for text in others]
     config = _config(Path(os.devnull), [*(f"{name}={value}" for name, value in form.items()), *others])
     return config, list(dict.fromkeys([*form, *(text.partition("=")[0] for text in others)]))
 
@@ -165,7 +187,17 @@ def _read_form(folder: Path, photos: str, word: str, quality: str, more: str) ->
 def _absolute(name: str, folder: str) -> Path:
     if not folder.strip():
         raise CellError(f"{name} is empty: give a folder, such as /content/drive/MyDrive/{name}")
-    return Path(folder.strip()).expanduser().absolute()
+    path = Path(folder.strip()).expanduser()
+    if "://" in folder:
+        raise CellError(f"{name} is a link: give the folder's path, such as /content/drive/MyDrive/{name}")
+    if not path.is_absolute():
+        if not drive.in_colab():
+            raise CellError(f"{name} is {folder!r}: give its whole path, which begins with /")
+        parts = path.parts[1:] if path.parts[0] in ("My Drive", "MyDrive") else path.parts
+        path = Path(Config().drive_mount_path, "MyDrive", *parts)
+    if PROGRAM in path.parts:
+        raise CellError(f"{name} is {path}, which is replaced with the program: choose a folder elsewhere")
+    return path
 
 
 def _config(file: Path, form: list[str]) -> Config:
@@ -184,7 +216,7 @@ def _save(file: Path, config: Config, names: Sequence[str]) -> None:
     plain = yaml.safe_load(dump_config(config))
     kept = {name: plain[name] for name in names}
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=1000)
-    files.write_atomically(file, text.encode())
+    files.write_atomically(file, f"{text}{_MARK}{files.json_digest(text)}\n".encode())
 
 
 def _check_same_training(saved: Config, differ: Sequence[str]) -> None:

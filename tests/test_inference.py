@@ -18,6 +18,7 @@ import lace_lora.drawing
 from helpers import ROOT, Make, gradient, jpg, names, refused, snapshot
 from lace_lora import files
 from lace_lora.config import LORA_FILE, Config
+from lace_lora.drawing import plan
 from lace_lora.drawing.output_folder import BEFORE, UNFINISHED, OutputFolder
 from lace_lora.errors import UserError
 from lace_lora.pictures.recipe import Design, Drawn
@@ -423,3 +424,20 @@ def test_a_dry_run_writes_nothing(
 def test_unused_prompts_are_warned_about(fake: FakePhases, make: Make, caplog: pytest.LogCaptureFixture) -> None:
     inference.run(make(num_images=2, prompt=("edge", "net", "rosette")), dry_run=True)
     assert "1 of 3 prompts" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [({}, True), ({"lora_scale": 0.0}, False), ({"lora_path": "mine.safetensors"}, False)],
+)
+def test_a_prompt_without_the_token_is_named(changes: dict[str, Any], warned: bool, settings: Make) -> None:
+    found = plan.without_token(settings(**changes), ["a photo of <myspecialstyle>", "a doily"])
+    assert [text.partition(":")[0] for text in found] == ["prompt 'a doily' does not contain <myspecialstyle>"] * warned
+
+
+def test_that_warning_comes_before_drawing(settings: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / LORA_FILE).write_bytes(b"")
+    with pytest.raises(UserError):  # it is no LoRA
+        inference.run(settings(prompt=("a doily",)), dry_run=True)
+    assert "warning: prompt 'a doily' does not contain <myspecialstyle>: add it" in caplog.text

@@ -238,7 +238,7 @@ def an_interrupt_saves_and_leaves_nothing_running(colab: Colab, results: Results
 
 def a_new_runtime_goes_on_with_the_settings_beside_the_lora(results: Results) -> None:
     assert [result["ok"] for result in results] == [True] * len(CELLS), results[-1]["printed"]
-    kept = "used as they are (tick use_this_form to change instance_prompt, pretrained_model, "
+    kept = "used as they are (tick use_this_form to change them to this form's: "
     assert kept in results[FORM]["printed"]
     assert "resuming from" in results[TRAIN]["printed"]
     assert "trained 40 steps" in results[TRAIN]["printed"]
@@ -282,7 +282,7 @@ def lora_and_pictures_are_downloaded_and_drive_is_flushed(colab: Colab) -> None:
     archive.unlink()
     lora = {"pytorch_lora_weights.safetensors", "mylace.safetensors", "samples.png", "loss.png", "metrics.csv"}
     expected = {f"lora/{name}" for name in lora} | {"pictures/refined_output_002.png", "pictures/gallery.html"}
-    assert expected | {"lace-lora-results/settings.yaml"} <= names
+    assert expected | {"settings.yaml"} <= names
     assert not [name for name in names if "checkpoint" in name or "/." in name]
 
 

@@ -3,9 +3,11 @@
 import base64
 import io
 import re
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from PIL import Image
@@ -55,7 +57,13 @@ def test_a_form_becomes_settings(fill_in: Form, tmp_path: Path, capsys: pytest.C
         ({"results": " "}, "results is empty"),
         ({"results": f"{ROOT}/main.py/x"}, f"{ROOT}/main.py/x/lora cannot be used as a folder"),
         ({"more_settings": "rnak=32"}, "unknown key 'rnak'; did you mean rank?"),
-        ({"more_settings": "rank: 32"}, "'rank: 32' is not of the form key=value"),
+        ({"more_settings": "rank 32"}, "'rank 32' is not of the form key=value"),
+        ({"results": "lace"}, "results is 'lace': give its whole path, which begins with /"),
+        ({"photos": "https://drive.google.com/drive/folders/1"}, "photos is a link: give the folder's path"),
+        (
+            {"results": "/lace-lora-program/out"},
+            "results is /lace-lora-program/out, which is replaced",
+        ),
         ({"more_settings": "rank=no"}, "rank is 'no', not a whole number"),
         ({"more_settings": "optimizer=prodigy"}, "optimizer prodigy adapts the learning rate"),
     ],
@@ -88,9 +96,8 @@ def test_settings_that_are_there_win_unless_the_form_is_to_change_them(
     settings.write_text(mine)
     assert fill_in(quality="fine").config.rank == 4
     assert settings.read_text() == mine
-    assert (
-        "(tick use_this_form to change resolution, max_train_steps, rank, validation_steps)" in capsys.readouterr().out
-    )
+    hint = "(tick use_this_form to change them to this form's: quality, more_settings)"
+    assert hint in capsys.readouterr().out
     # A LoRA is there: more steps are fine, another resolution is not.
     (tmp_path / "out" / "lora").mkdir()
     with pytest.raises(CellError, match=r"has other settings, resolution \(was 512\): choose another results folder"):
@@ -98,6 +105,31 @@ def test_settings_that_are_there_win_unless_the_form_is_to_change_them(
     assert settings.read_text() == mine
     longer = fill_in(more_settings="rank=4, max_train_steps=2000", use_this_form=True)
     assert longer.config.max_train_steps == 2000
+
+
+def test_a_form_can_be_corrected_until_a_lora_is_begun(fill_in: Form, tmp_path: Path) -> None:
+    fill_in(word="wrong", more_settings="rank: 8, random_flip: true")
+    assert fill_in().config.instance_prompt == "a photo of <lace>"
+    (tmp_path / "out" / "lora").mkdir()
+    assert fill_in(word="other").config.instance_prompt == "a photo of <lace>"
+
+
+def test_in_colab_folders_are_those_of_drive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "1")
+    for name in ("lace photos", "MyDrive/lace photos", "My Drive/lace photos", "/content/drive/MyDrive/lace photos"):
+        assert notebook._absolute("photos", name) == Path("/content/drive/MyDrive/lace photos")
+
+
+def test_what_is_not_in_drive_is_said_to_be_lost(
+    fill_in: Form, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "1")
+    project = fill_in()
+    assert "is not in your Drive; it is lost when the runtime ends" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    sys.modules["google.colab"].drive = None  # type: ignore[attr-defined]
+    with pytest.raises(CellError, match="is not in your Drive: download it"):
+        project.finish()
 
 
 def test_damaged_settings_are_one_line(fill_in: Form, tmp_path: Path) -> None:
@@ -144,7 +176,7 @@ def test_outside_colab_the_zip_is_a_link(fill_in: Form, capsys: pytest.CaptureFi
     [archive] = project.folder.glob("*.zip")
     assert capsys.readouterr().out.strip().endswith(archive.name)  # what a terminal has in place of a link
     with zipfile.ZipFile(archive) as opened:
-        assert set(opened.namelist()) == inside - {"pictures-of-a-cat/c.png"} | {"out/settings.yaml"}
+        assert set(opened.namelist()) == inside - {"pictures-of-a-cat/c.png"} | {"settings.yaml"}
 
 
 def test_a_page_with_many_pictures_stays_small() -> None:

@@ -36,6 +36,16 @@ def read_prompts(config: Config) -> list[str]:
     return prompts
 
 
+def without_token(config: Config, prompts: list[str]) -> list[str]:
+    """A warning for each prompt that does not call for our LoRA's style; another one may have another token."""
+    if config.lora_scale == 0 or config.lora_path:
+        return []
+    advice = f"add it, or little of your style will show (in quotes: 'prompt=a photo of {config.token}')"
+    return [
+        f"prompt {text!r} does not contain {config.token}: {advice}" for text in prompts if config.token not in text
+    ]
+
+
 def find_lora(config: Config) -> Path | None:
     """The LoRA file to draw with; None when `lora_scale` is 0.
 

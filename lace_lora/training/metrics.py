@@ -34,6 +34,7 @@ _CAPTION = (
     "Each step trains at random noise levels, so its loss says little, and the mean falls only a little.\n"
     "A mean that rises, or jumps: the learning rate is too high. How good the pictures are, samples.png shows."
 )
+_TOO_FEW = "So few steps say nothing: each trains at random noise levels. How good the pictures are, samples.png shows."
 
 logger = logging.getLogger("train_lora")
 
@@ -149,9 +150,8 @@ class Metrics:
         per_step = (now - self.first_reading[1]) / (step - self.first_reading[0])
         seconds = (last - step) * per_step
         if every:
-            seconds += (last // every - (step - 1) // every) * self.others.get(SAMPLING, 0.0)  # this step's come later
-        every = self.config.checkpointing_steps
-        seconds += (math.ceil(last / every) - (step - 1) // every) * self.others.get(SAVING, 0.0)
+            seconds += _rounds(step, last, every) * self.others.get(SAMPLING, 0.0)
+        seconds += _rounds(step, last, self.config.checkpointing_steps) * self.others.get(SAVING, 0.0)
         return f"{duration(seconds)} left at {per_step:.3g} s a step, "
 
     @contextmanager
@@ -227,6 +227,11 @@ class Metrics:
                 self.writer.close()
 
 
+def _rounds(step: int, last: int, every: int) -> int:
+    """How often what is done every so many steps, and after the last one, is still to come, `step` included."""
+    return math.ceil(last / every) - (step - 1) // every
+
+
 def _read_rows(path: Path, before: int) -> list[dict[str, float]]:
     """Rows of an earlier run up to the step that this one resumes from."""
     if not before or not path.exists():
@@ -255,7 +260,7 @@ def _plot(rows: list[dict[str, float]]) -> bytes:
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
     axes.plot(steps[settled:], smooth[settled:], color="tab:blue", label=f"mean of about {MEAN_OVER} steps")
     axes.set(xlabel="step", ylabel="loss", title="Training loss")
-    figure.supxlabel(_CAPTION, fontsize="small")
+    figure.supxlabel(_CAPTION if len(rows) > 2 * MEAN_OVER else _TOO_FEW, fontsize="small")
     axes.legend()
     image = io.BytesIO()
     # With the text, nobody trains on it by mistake.

@@ -19,7 +19,7 @@ STEP_SECONDS = {
         (1024, 1): 0.051, (1024, 2): 0.079, (1024, 4): 0.147,
     }
 }  # fmt: skip
-MANY_VIEWS = 1000  # of each picture
+MANY_VIEWS = 150  # of each picture
 HIGH_RATE = 0.1  # for adamw
 
 
@@ -55,7 +55,7 @@ def describe(config: Config, pictures: int, first_step: int, downloads: Sequence
     lines = [
         *_hardware(config, is_sdxl),
         f"steps: {first_step} to {config.max_train_steps}, each of {batch} of the {pictures} pictures; "
-        f"in all of them, every picture is seen {times} ({views:.1f} epochs)",
+        f"every picture is seen {times} in all ({views:.1f} epochs)",
     ]
     if seconds := _seconds(config, config.max_train_steps - first_step) if is_sdxl else None:
         lines.append(f"time: {duration(seconds)} of steps (computed from measurements of this kind of GPU)")
@@ -128,7 +128,7 @@ def warnings(config: Config, captions: Collection[str]) -> list[str]:
         few = round(100 * len(captions) / (config.train_batch_size * config.gradient_accumulation_steps))
         found.append(
             f"max_train_steps is {config.max_train_steps}: each of the {len(captions)} pictures would be seen "
-            f"{views:,.0f} times, which copies them rather than their style: {few} steps are 100 times"
+            f"{views:,.0f} times, which may copy them rather than their style: {few} steps are 100 times"
         )
     for name in ("lora_output_dir", "output_dir"):
         if Path(getattr(config, name)).resolve() == Path(config.images_dir).resolve():

@@ -142,6 +142,12 @@ def test_the_strip_grows_by_a_column_at_each_point_in_training(settings: Make, t
             assert np.asarray(number).min() < 128  # something is written there
 
 
+def test_the_last_step_has_samples_too(settings: Make, tmp_path: Path) -> None:
+    train_here(settings(max_train_steps=3, validation_steps=2, num_validation_images=1))
+    names = sorted(path.name for path in (tmp_path / "lora" / "samples").iterdir())
+    assert names == ["step-000000.png", "step-000002.png", "step-000003.png"]
+
+
 def test_the_strip_leaves_out_samples_of_another_size_and_copies(settings: Make, tmp_path: Path) -> None:
     folder = tmp_path / "lora" / "samples"
     folder.mkdir(parents=True)

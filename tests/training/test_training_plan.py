@@ -34,7 +34,7 @@ def test_what_people_ask_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said["GPU"] == "NVIDIA H100 80GB HBM3, 79.1 of 79.6 GiB free; precision: bf16"
     assert said["GPU memory"] == "7.7 GiB needed (computed from measurements of an H100)"
     assert said["steps"].startswith("0 to 1000, each of 2 of the 250 pictures")
-    assert said["steps"].endswith("every picture is seen 8 times (8.0 epochs)")
+    assert said["steps"].endswith("every picture is seen 8 times in all (8.0 epochs)")
     assert said["time"] == "30 s of steps (computed from measurements of this kind of GPU)"
     assert said["download"].startswith(f"{DOWNLOADS[0]}, to ")
     assert said["disk"].endswith("GB free for lora; needed: 1.3 GB (computed)")
@@ -93,7 +93,7 @@ def test_in_colab_the_space_is_that_of_drive(monkeypatch: pytest.MonkeyPatch) ->
         ({"instance_prompt": "a photo of lace"}, ["a photo of lace"], "instance_prompt 'a photo of lace' has no token"),
         ({"learning_rate": 1.0}, [TOKEN], "learning_rate is 1, far too high for adamw: 1e-4"),
         ({"learning_rate": 1.0, "optimizer": "prodigy"}, [TOKEN], ""),
-        ({"max_train_steps": 100_000}, [TOKEN] * 48, "48 pictures would be seen 4,167 times.* 2400 steps"),
+        ({"max_train_steps": 100_000}, [TOKEN] * 48, "48 pictures would be seen 4,167 times, .* 2400 steps"),
         ({"lora_output_dir": "./photos"}, [TOKEN], "lora_output_dir is the same folder as images_dir"),
         ({"output_dir": "photos"}, [TOKEN], "output_dir is the same folder as images_dir"),
     ],
