@@ -328,8 +328,8 @@ def report_text(
     used = [picture for picture in pictures if picture.used]
     lines = [f"Pictures in {image_dir}: {len(used)} used, {len(pictures) - len(used)} skipped"]
     if used:
-        small, large = (pick(used, key=lambda p: p.width * p.height) for pick in (min, max))
-        lines.append(f"  sizes        {small.width}x{small.height} to {large.width}x{large.height}")
+        wide, high = ([getattr(picture, side) for picture in used] for side in ("width", "height"))
+        lines.append(f"  sizes        {min(wide)} to {max(wide)} pixels wide, {min(high)} to {max(high)} high")
     kinds = defaultdict(list)
     for picture in pictures:
         if picture.reason:
@@ -337,7 +337,7 @@ def report_text(
             kinds[kind].append(f"{photo_folder.shown(picture.path, image_dir)} ({why})")
     lines += [f"  {kind:<12} {len(names)}: {_few(names)}" for kind, names in kinds.items()]
     if odd := photo_folder.odd_ones(used, image_dir):
-        lines.append(f"  odd ones     {len(odd)}, used too; look at these: {_few(odd)}")
+        lines.append(f"  odd ones     {len(odd)}, used too; remove those that do not belong here: {_few(odd)}")
     wanted = {extension.lower() for extension in extensions}
     here, below = photo_folder.count_files(image_dir, recursive, without)
     others = {kind: here[kind] for kind in sorted(here) if kind not in {"", ".txt", *wanted}}

@@ -327,8 +327,11 @@ def _print_plan(config: Config, annotations: data_utils.Annotations, class_count
     if config.with_prior_preservation:
         missing = config.num_class_images - class_count
         print(f"Would use {class_count} existing class pictures, and first draw {missing} more")
-    print(f"Would write {output_dir}/config.yaml, checkpoints, metrics.csv, loss.png, {LORA_FILE}")
-    print(f"  and {config.lora_name}.safetensors, the same LoRA for ComfyUI, A1111, Forge and InvokeAI")
+    watching = ["metrics.csv", "loss.png"]
+    watching += ["logs for TensorBoard"] if config.report_to == "tensorboard" else []
+    watching += ["samples.png and samples"] if config.validation_steps else []
+    print(f"Would write {output_dir}/config.yaml, checkpoints, {', '.join(watching)}, {LORA_FILE}")
+    print(f"  and {config.lora_name}.safetensors, the same LoRA for ComfyUI, A1111, Forge and InvokeAI, with its card")
 
 
 def _print_results(config: Config) -> None:

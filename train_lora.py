@@ -142,6 +142,7 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
         saving = ending or done % config.checkpointing_steps == 0
         if saving or done % READ_EVERY == 0:
             run.publisher.poll()
+            log.writing = run.publisher.seconds
             log.read(latest=saving)
             # The weights just before a series of NaN losses may be their cause: do not save them.
             saving = log.check_finite(ending) and saving

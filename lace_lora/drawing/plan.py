@@ -57,7 +57,10 @@ def find_lora(config: Config) -> Path | None:
     path = Path(config.lora_path or config.lora_output_dir)
     path = path / LORA_FILE if path.is_dir() or not path.suffix else path
     if not path.is_file():
-        advice = "train one first (--mode train), set lora_path to another one, or set lora_scale=0 to draw without one"
+        advice = (
+            "train one first (--mode train); if you have, give the same settings, as with --config "
+            "FOLDER/config.yaml, where FOLDER is the LoRA's; or set lora_path, or lora_scale=0 to draw without one"
+        )
         raise UserError(f"no LoRA found at {path}: {advice}")
     if not is_safetensors(path):
         raise UserError(f"{path} {NOT_SAFETENSORS}")

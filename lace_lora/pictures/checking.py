@@ -279,7 +279,8 @@ def _what_it_is(content: bytes, formats: Sequence[str], error: Exception) -> str
         return f"damaged or incomplete, or of a rare kind: {_COPY}, or export it as JPEG"
     if isinstance(error, Image.UnidentifiedImageError):
         return f"a damaged {name} file, or one of a rare kind: save it again, with 8 bits per colour"
-    return f"damaged or incomplete ({first_line(error)}): {_COPY}"
+    why = "it ends too early" if "truncated" in str(error) else first_line(error)
+    return f"damaged or incomplete ({why}): {_COPY}"
 
 
 if __name__ == "__main__":

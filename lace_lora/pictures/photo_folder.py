@@ -48,7 +48,7 @@ def odd_ones(pictures: Sequence[Picture], image_dir: str | Path) -> list[str]:
         long, short = max(picture.width, picture.height), min(picture.width, picture.height)
         reasons = {
             "a screenshot by its name": _SCREENSHOT.search(picture.path.name),
-            "no camera": not picture.camera,
+            "no camera named, as in a screenshot or a picture from a messenger": not picture.camera,
             "another shape": not 1 / 1.6 < long / short / shape < 1.6,
             "much smaller": 16 * long * short < size,
         }

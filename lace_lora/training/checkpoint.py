@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -80,13 +81,21 @@ class Publisher:
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[Path] | None = None
+        self.seconds = 0.0  # that the last one took
 
     def publish(
         self, output_dir: Path, step: int, write: Callable[[Path], None], keep: int, spared: Path | None = None
     ) -> None:
         """Start; what `write` reads must not change until `wait` returns."""
         self.wait()
-        self.pending = self.thread.submit(publish, output_dir, step, write, keep, spared)
+
+        def timed() -> Path:
+            began = time.monotonic()
+            folder = publish(output_dir, step, write, keep, spared)
+            self.seconds = time.monotonic() - began
+            return folder
+
+        self.pending = self.thread.submit(timed)
 
     def wait(self) -> None:
         if self.pending:

@@ -32,9 +32,10 @@ MEAN_OVER = 50  # steps, about, of which the running mean of the loss is
 
 _CAPTION = (
     "Each step trains at random noise levels, so its loss says little, and the mean falls only a little.\n"
-    "A mean that rises, or jumps: the learning rate is too high. How good the pictures are, samples.png shows."
+    "A mean that rises, or jumps: the learning rate is too high."
 )
-_TOO_FEW = "So few steps say nothing: each trains at random noise levels. How good the pictures are, samples.png shows."
+_TOO_FEW = "So few steps say nothing: each trains at random noise levels."
+_SEE_SAMPLES = " How good the pictures are, samples.png shows."
 
 logger = logging.getLogger("train_lora")
 
@@ -88,6 +89,7 @@ class Metrics:
         self.config = config
         self.others: dict[str, float] = {}  # seconds of what was done last in place of training, by its label
         self.in_others = 0.0  # seconds of all of that
+        self.writing = 0.0  # seconds in which the last checkpoint was written, beside the training
         self.first_reading: tuple[int, float] | None = None  # step and seconds
         self.bar = Progress(disable=True)
         self.writer: Any = None
@@ -147,11 +149,15 @@ class Metrics:
             self.first_reading = step, now
             return ""
         last, every = self.config.max_train_steps, self.config.validation_steps
+        if step == last:
+            return ""
         per_step = (now - self.first_reading[1]) / (step - self.first_reading[0])
         seconds = (last - step) * per_step
         if every:
             seconds += _rounds(step, last, every) * self.others.get(SAMPLING, 0.0)
         seconds += _rounds(step, last, self.config.checkpointing_steps) * self.others.get(SAVING, 0.0)
+        # In the end the last checkpoint is waited for, and then the LoRA written twice, which is half as much.
+        seconds += 1.5 * self.writing
         return f"{duration(seconds)} left at {per_step:.3g} s a step, "
 
     @contextmanager
@@ -214,7 +220,7 @@ class Metrics:
     def draw_curve(self) -> None:
         """Write loss.png, and what TensorBoard has so far."""
         with self._only_warn("loss.png"):
-            write_atomically(self.folder / "loss.png", _plot(self.rows))
+            write_atomically(self.folder / "loss.png", _plot(self.rows, self.config.validation_steps > 0))
         if self.writer:
             with self._only_warn("TensorBoard"):
                 self.writer.flush()
@@ -245,7 +251,7 @@ def _read_rows(path: Path, before: int) -> list[dict[str, float]]:
     return [row | {"step": int(row["step"])} for row in rows if row["step"] <= before]
 
 
-def _plot(rows: list[dict[str, float]]) -> bytes:
+def _plot(rows: list[dict[str, float]], has_samples: bool) -> bytes:
     """The loss by step as a PNG: single steps faint, because they are noisy, and their running mean."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which may be set, need not be installed here
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
@@ -260,7 +266,8 @@ def _plot(rows: list[dict[str, float]]) -> bytes:
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
     axes.plot(steps[settled:], smooth[settled:], color="tab:blue", label=f"mean of about {MEAN_OVER} steps")
     axes.set(xlabel="step", ylabel="loss", title="Training loss")
-    figure.supxlabel(_CAPTION if len(rows) > 2 * MEAN_OVER else _TOO_FEW, fontsize="small")
+    caption = _CAPTION if len(rows) > 2 * MEAN_OVER else _TOO_FEW
+    figure.supxlabel(caption + _SEE_SAMPLES * has_samples, fontsize="small")
     axes.legend()
     image = io.BytesIO()
     # With the text, nobody trains on it by mistake.
