@@ -83,8 +83,7 @@ def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list
     threads = os.environ.get("OMP_NUM_THREADS", "")  # as accelerate and PyTorch do
     if not threads.isdecimal() or not int(threads):  # each process gets its share of the CPUs
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        settings = yaml.safe_load(Path(config.accelerate_config).read_text()) if config.accelerate_config else {}
-        threads = str(max(1, cpus // _processes_here(settings)))
+        threads = str(max(1, cpus // _processes_here(_accelerate_settings(config))))
     ours = [str(Path(__file__).resolve().parents[2] / "train_lora.py")]
     return [
         sys.executable, "-m", "lace_lora.process",
@@ -95,6 +94,15 @@ def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list
         "--config", str(Path(config.lora_output_dir) / "config.yaml"),
         "--job", str(job_file),
     ]  # fmt: skip
+
+
+def processes(config: Config) -> int:
+    """How many processes train together, on all machines; each takes a batch of its own in every step."""
+    return int(_accelerate_settings(config).get("num_processes") or 1)
+
+
+def _accelerate_settings(config: Config) -> dict[str, Any]:
+    return yaml.safe_load(Path(config.accelerate_config).read_text()) if config.accelerate_config else {}
 
 
 def _processes_here(settings: dict[str, Any]) -> int:

@@ -10,6 +10,7 @@ from lace_lora.config import Config
 from lace_lora.files import free_space
 from lace_lora.progress import duration
 from lace_lora.sdxl import hub
+from lace_lora.training import launch
 
 LORA_WEIGHTS = 1_451_520  # per rank, in the attention of SDXL's UNet
 # Seconds of a step on GPUs that were measured, by (resolution, batch size): bf16, without checkpointing.
@@ -34,6 +35,11 @@ def gpu_memory(config: Config) -> float:
     return size + (3.2 if config.train_text_encoder else 0)
 
 
+def pictures_per_step(config: Config) -> int:
+    """The effective batch: over all micro-batches and all processes."""
+    return config.train_batch_size * config.gradient_accumulation_steps * launch.processes(config)
+
+
 def disk_space(config: Config) -> float:
     """GB of checkpoints and LoRA files of SDXL, with one checkpoint more while it is written."""
     weights = 4 * LORA_WEIGHTS * config.rank  # bytes in fp32
@@ -49,7 +55,7 @@ def describe(config: Config, pictures: int, first_step: int, downloads: Sequence
         downloads: models of which something is still to be downloaded.
     """
     is_sdxl = hub.is_full_size(config.pretrained_model)
-    batch = config.train_batch_size * config.gradient_accumulation_steps
+    batch = pictures_per_step(config)
     views = config.max_train_steps * batch / pictures
     times = f"{views:,.0f} times" if views >= 1.5 else "once" if views >= 1 else "at most once"
     lines = [
@@ -95,6 +101,7 @@ def _seconds(config: Config, steps: int) -> float | None:
     """How long the steps take, without samples, if that was measured."""
     gpu = machine.find_gpu() if config.device == "auto" else None
     slower = config.gradient_checkpointing or config.train_text_encoder or config.with_prior_preservation
+    slower = slower or launch.processes(config) > 1
     if gpu is None or slower or config.train_script or gpu.dtype(config.mixed_precision) != "bf16":
         return None
     measured = next((times for name, times in STEP_SECONDS.items() if name in gpu.name), {})
@@ -123,9 +130,9 @@ def warnings(config: Config, captions: Collection[str]) -> list[str]:
         found.append(
             f"learning_rate is {config.learning_rate:g}, far too high for adamw: 1e-4 is usual; 1 is for prodigy"
         )
-    views = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps / len(captions)
+    views = config.max_train_steps * pictures_per_step(config) / len(captions)
     if views > MANY_VIEWS:
-        few = round(100 * len(captions) / (config.train_batch_size * config.gradient_accumulation_steps))
+        few = round(100 * len(captions) / pictures_per_step(config))
         found.append(
             f"max_train_steps is {config.max_train_steps}: each of the {len(captions)} pictures would be seen "
             f"{views:,.0f} times, which may copy them rather than their style: {few} steps are 100 times"

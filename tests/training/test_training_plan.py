@@ -57,6 +57,16 @@ def test_no_time_is_invented(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None, c
     assert "after its first steps" in described(monkeypatch, gpu, **changes)["time"]
 
 
+def test_each_process_takes_pictures_of_its_own(monkeypatch: pytest.MonkeyPatch, two_processes: str) -> None:
+    said = described(monkeypatch, H100, accelerate_config=two_processes)
+    assert said["steps"].startswith("0 to 1000, each of 4 of the 250 pictures")
+    assert said["steps"].endswith("every picture is seen 16 times in all (16.0 epochs)")
+    assert "after its first steps" in said["time"]  # measured with one only
+    [warning] = plan.warnings(replace(SDXL, accelerate_config=two_processes), [TOKEN] * 20)
+    assert "20 pictures would be seen 200 times" in warning
+    assert "500 steps are 100 times" in warning
+
+
 def test_a_resumed_training_takes_the_rest_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     said = described(monkeypatch, H100, first_step=500)
     assert said["time"].startswith("15 s of steps")
