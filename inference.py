@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from lace_lora import errors, files, machine
+from lace_lora import errors, files
 from lace_lora.config import Config
 from lace_lora.drawing import refining
 from lace_lora.drawing.output_folder import BEFORE, UNFINISHED, OutputFolder, is_there
@@ -57,8 +57,8 @@ def _run(config: Config, dry_run: bool) -> Path:
         print(f"LoRA: {folder.lora or 'none (lora_scale is 0)'}; refining: {refining_is}")
         print("\n".join(f"prompt: {prompt}" for prompt in folder.prompts))
         check_input(config, folder.lora, folder.path)
-    if folder.missing() and config.device == "auto" and hub.is_full_size(config.pretrained_model):
-        machine.require_gpu("drawing with SDXL on a CPU takes hours")
+    if folder.missing():
+        hub.require_gpu(config, "drawing with SDXL on a CPU takes hours")
     if dry_run:
         return folder.path
     pages = [folder.path / name for name in (gallery.CONTACT_SHEET, gallery.PAGE)]

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 import data_utils
-from lace_lora import files, machine, process
+from lace_lora import files, process
 from lace_lora.config import LORA_FILE, TRAINING, Config, dump_config
 from lace_lora.errors import DISK_OR_DRIVE, UserError, disk_advice
 from lace_lora.pictures import checking, crops, gallery, image_files, photo_folder
@@ -66,8 +66,7 @@ def run(config: Config, dry_run: bool = False) -> None:
         print("\n".join(plan.describe(config, len(pictures), first_step, downloads)))
         if dry_run:
             _print_plan(config, annotations, len(class_files), resume)
-        if config.device == "auto" and hub.is_full_size(config.pretrained_model):
-            machine.require_gpu("training SDXL on a CPU takes days")
+        hub.require_gpu(config, "training SDXL on a CPU takes days")
         if dry_run:
             return
         models = hub.fetch_models(replace(config, refine=False))

@@ -45,6 +45,8 @@ def run(config: Config, dry_run: bool = False) -> Path:
         path = free_name(*names)
         print(f"Would redraw {original}, with {len(recorded.batch) - 1} others of its batch, and save it as {path}")
         check_input(drawn, lora, output_dir)
+    hub.require_gpu(drawn, "drawing with SDXL on a CPU takes hours")
+    if dry_run:
         return path
     before = image_files.open_finished(original)
     check_writable(output_dir)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 from huggingface_hub import errors
 
+from lace_lora import machine
 from lace_lora.config import Config
 from lace_lora.errors import DISK_OR_DRIVE, UserError, first_line
 from lace_lora.files import is_safetensors
@@ -209,6 +210,16 @@ def is_full_size(source: str) -> bool:
         return True
     files = [path] if path.is_file() else (path / "unet").glob("*.safetensors")
     return sum(file.stat().st_size for file in files) > _FULL_SIZE
+
+
+def require_gpu(config: Config, on_cpu: str) -> None:
+    """Stop before SDXL is downloaded for a CPU, unless `device: cpu` asks for one; `on_cpu` says how long it takes.
+
+    Raises:
+        UserError: see `machine.require_gpu`.
+    """
+    if config.device == "auto" and is_full_size(config.pretrained_model):
+        machine.require_gpu(on_cpu)
 
 
 def layout(file: Path, download: bool = True) -> Path | None:

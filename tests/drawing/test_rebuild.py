@@ -12,6 +12,7 @@ from lace_lora.config import PICTURE
 from lace_lora.drawing import rebuild
 from lace_lora.pictures import recipe
 from lace_lora.pictures.recipe import Design, Recipe
+from lace_lora.sdxl import hub
 
 BATCH = [Design(2, "edge", 9), Design(3, "lace", 10)]
 
@@ -104,6 +105,17 @@ def test_a_dry_run_checks_models_and_folder(
             refused(lambda config=config, dry_run=dry_run: rebuild.run(config, dry_run), part, code)  # type: ignore[misc]
     # A base picture needs no refiner.
     rebuild.run(settings(rebuild=str(tmp_path / "base.png"), refiner_model=str(tiny / "base")), dry_run=True)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_sdxl_is_not_downloaded_for_a_cpu(
+    own: Recipe, settings: Make, tmp_path: Path, dry_run: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.settings.update(lora_scale=0.0)
+    recipe.save_picture(tmp_path / "a.png", gradient(64, 64), own)
+    config = settings(rebuild=str(tmp_path / "a.png"), pretrained_model="someone/sdxl", refiner_model="someone/refiner")
+    monkeypatch.setattr(hub, "fetch_models", lambda *_: pytest.fail("downloads"))
+    refused(lambda: rebuild.run(config, dry_run), "no GPU was found, and drawing with SDXL on a CPU takes hours", 2)
 
 
 def test_a_recipe_cannot_choose_models(
