@@ -55,23 +55,24 @@ def describe(config: Config, pictures: int, first_step: int, downloads: Sequence
         downloads: models of which something is still to be downloaded.
     """
     is_sdxl = hub.is_full_size(config.pretrained_model)
+    is_measured = is_sdxl and not config.train_script  # the script takes its own time and memory
     batch = pictures_per_step(config)
     views = config.max_train_steps * batch / pictures
     times = f"{views:,.0f} times" if views >= 1.5 else "once" if views >= 1 else "at most once"
     lines = [
-        *_hardware(config, is_sdxl),
+        *_hardware(config, is_sdxl, is_measured),
         f"steps: {first_step} to {config.max_train_steps}, each of {batch} of the {pictures} pictures; "
         f"every picture is seen {times} in all ({views:.1f} epochs)",
     ]
-    if seconds := _seconds(config, config.max_train_steps - first_step) if is_sdxl else None:
+    if seconds := _seconds(config, config.max_train_steps - first_step) if is_measured else None:
         lines.append(f"time: {duration(seconds)} of steps (computed from measurements of this kind of GPU)")
-    elif is_sdxl:
+    elif is_measured:
         lines.append("time: not measured for this computer; the training says it after its first steps")
     cache = Path(HF_HUB_CACHE)
     lines += [f"download: {model}, to {cache} with {free_space(cache):.1f} GB free" for model in downloads]
     output_dir = Path(config.lora_output_dir)
     on_drive = drive.in_colab() and output_dir.is_relative_to(config.drive_mount_path)
-    needed = f"; needed: {disk_space(config):.1f} GB (computed)" if is_sdxl else ""
+    needed = f"; needed: {disk_space(config):.1f} GB (computed)" if is_measured else ""
     where = "Google Drive" if on_drive else "disk"
     lines.append(f"{where}: {free_space(output_dir):.1f} GB free for {output_dir}{needed}")
     lines.append("privacy: your pictures are read on this machine only; nothing is uploaded")
@@ -82,15 +83,15 @@ def describe(config: Config, pictures: int, first_step: int, downloads: Sequence
     return lines
 
 
-def _hardware(config: Config, is_sdxl: bool) -> list[str]:
-    """The GPU, and what a training of SDXL takes of its memory."""
+def _hardware(config: Config, is_sdxl: bool, is_measured: bool) -> list[str]:
+    """The GPU, and what a training of SDXL by this program takes of its memory."""
     gpu = machine.find_gpu() if config.device == "auto" else None
     if gpu is None:
         reason = "device is cpu" if config.device == "cpu" else "no NVIDIA GPU was found"
         return [f"GPU: none ({reason})" + ("" if is_sdxl else "; a model this small needs none")]
     dtype = gpu.dtype(config.mixed_precision)
     lines = [f"GPU: {gpu.name}, {gpu.free:.1f} of {gpu.total:.1f} GiB free; precision: {dtype}"]
-    if is_sdxl:
+    if is_measured:
         needed = gpu_memory(config) * (2 if dtype == "no" else 1)
         fits = "" if needed < gpu.free else ": more than is free, so it will train with less at once, which is slower"
         lines.append(f"GPU memory: {needed:.1f} GiB needed (computed from measurements of an H100){fits}")
@@ -102,7 +103,7 @@ def _seconds(config: Config, steps: int) -> float | None:
     gpu = machine.find_gpu() if config.device == "auto" else None
     slower = config.gradient_checkpointing or config.train_text_encoder or config.with_prior_preservation
     slower = slower or launch.processes(config) > 1
-    if gpu is None or slower or config.train_script or gpu.dtype(config.mixed_precision) != "bf16":
+    if gpu is None or slower or gpu.dtype(config.mixed_precision) != "bf16":
         return None
     measured = next((times for name, times in STEP_SECONDS.items() if name in gpu.name), {})
     step = measured.get((config.resolution, config.train_batch_size))

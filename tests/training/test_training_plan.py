@@ -67,6 +67,12 @@ def test_each_process_takes_pictures_of_its_own(monkeypatch: pytest.MonkeyPatch,
     assert "500 steps are 100 times" in warning
 
 
+def test_nothing_is_said_of_the_time_and_memory_of_diffusers_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = described(monkeypatch, H100, train_script="script.py")
+    assert not {"time", "GPU memory"} & said.keys()
+    assert "needed" not in said["disk"]
+
+
 def test_a_resumed_training_takes_the_rest_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     said = described(monkeypatch, H100, first_step=500)
     assert said["time"].startswith("15 s of steps")
