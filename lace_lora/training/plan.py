@@ -15,7 +15,7 @@ from lace_lora.training import launch
 LORA_WEIGHTS = 1_451_520  # per rank, in the attention of SDXL's UNet
 # Seconds of a step on GPUs that were measured, by (resolution, batch size): bf16, without checkpointing.
 STEP_SECONDS = {
-    "H100": {
+    "NVIDIA H100 80GB HBM3": {
         (512, 1): 0.024, (512, 2): 0.030, (512, 4): 0.045, (512, 8): 0.070, (768, 2): 0.051,
         (1024, 1): 0.051, (1024, 2): 0.079, (1024, 4): 0.147,
     }
@@ -105,8 +105,7 @@ def _seconds(config: Config, steps: int) -> float | None:
     slower = slower or launch.processes(config) > 1
     if gpu is None or slower or gpu.dtype(config.mixed_precision) != "bf16":
         return None
-    measured = next((times for name, times in STEP_SECONDS.items() if name in gpu.name), {})
-    step = measured.get((config.resolution, config.train_batch_size))
+    step = STEP_SECONDS.get(gpu.name, {}).get((config.resolution, config.train_batch_size))
     return step * steps * config.gradient_accumulation_steps if step else None
 
 

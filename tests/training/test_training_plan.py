@@ -46,6 +46,8 @@ def test_what_people_ask_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     ("gpu", "changes"),
     [
         (T4, {}),
+        (replace(H100, name="NVIDIA H100 PCIe"), {}),
+        (replace(H100, name="NVIDIA H100 NVL"), {}),
         (H100, {"resolution": 640}),
         (H100, {"gradient_checkpointing": True}),
         (H100, {"mixed_precision": "fp16"}),
