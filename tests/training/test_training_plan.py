@@ -84,9 +84,17 @@ def test_a_resumed_training_takes_the_rest_of_the_time(monkeypatch: pytest.Monke
 def test_a_gpu_that_is_too_small_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     said = described(monkeypatch, T4, resolution=1024, train_batch_size=4)
     assert said["GPU"].endswith("precision: fp16")
-    assert "22.9 GiB needed" in said["GPU memory"]
+    assert "at most 22.9 GiB needed" in said["GPU memory"]
     assert "more than is free" in said["GPU memory"]
     assert "more than is free" not in described(monkeypatch, T4)["GPU memory"]
+
+
+@pytest.mark.parametrize(("validation_steps", "needed"), [(250, "7.3"), (0, "5.8")])
+def test_samples_take_more_memory_than_a_training_with_checkpointing(
+    monkeypatch: pytest.MonkeyPatch, validation_steps: int, needed: str
+) -> None:
+    said = described(monkeypatch, H100, gradient_checkpointing=True, validation_steps=validation_steps)
+    assert said["GPU memory"].startswith(f"{needed} GiB needed")
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
