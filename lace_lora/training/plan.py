@@ -79,7 +79,8 @@ def describe(config: Config, pictures: int, first_step: int, downloads: Sequence
     needed = f"; needed: {disk_space(config):.1f} GB (computed)" if is_measured else ""
     where = "Google Drive" if on_drive else "disk"
     lines.append(f"{where}: {free_space(output_dir):.1f} GB free for {output_dir}{needed}")
-    lines.append("privacy: your pictures are read on this machine only; nothing is uploaded")
+    uploaded = "results go to your own Google Drive, nothing else is uploaded" if on_drive else "nothing is uploaded"
+    lines.append(f"privacy: your pictures are read on this machine only; {uploaded}")
     if config.pretrained_model == hub.BASE_LAYOUT:
         lines.append("licence: for results of SDXL 1.0, its own: CreativeML Open RAIL++-M")
     elif is_sdxl:

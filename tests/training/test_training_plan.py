@@ -105,9 +105,11 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
     assert "licence" not in said
 
 
-def test_in_colab_the_space_is_that_of_drive(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_colab_results_go_to_drive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLAB_RELEASE_TAG", "1")
-    assert "GB free" in described(monkeypatch, lora_output_dir="/content/drive/MyDrive/lora")["Google Drive"]
+    said = described(monkeypatch, lora_output_dir="/content/drive/MyDrive/lora")
+    assert "GB free" in said["Google Drive"]
+    assert said["privacy"].endswith("results go to your own Google Drive, nothing else is uploaded")
 
 
 @pytest.mark.parametrize(
