@@ -269,8 +269,9 @@ def find_resume_checkpoint(
 
 
 def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> None:
+    former = {"pictures": "pictures (if you changed none, set image_extensions: [.jpg], its former default)"}
     changes = [
-        f"{name} (was {trained_on.get(name)}, is {value})" if hasattr(Config, name) else name
+        f"{name} (was {trained_on.get(name)}, is {value})" if hasattr(Config, name) else former.get(name, name)
         for name, value in fingerprint.items()
         if trained_on.get(name) != value
     ]

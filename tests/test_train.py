@@ -559,6 +559,13 @@ def test_a_changed_fingerprint_is_refused(
     assert snapshot(tmp_path) == before
 
 
+def test_the_former_default_of_image_extensions_is_named(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
+    gradient(96, 72).save(tmp_path / "photos" / "lace_9.png")
+    train.run(make(image_extensions=(".jpg",)))
+    refused(make(), "changed: pictures \\(if you changed none, set image_extensions: \\[.jpg\\]")
+    train.run(make(image_extensions=(".jpg",)))
+
+
 def test_moved_pictures_have_the_same_fingerprint(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     train.run(make())
     (tmp_path / "photos").rename(tmp_path / "moved")
