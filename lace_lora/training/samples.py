@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lace_lora import seeds
 from lace_lora.config import Config
-from lace_lora.errors import first_line, is_out_of_memory
+from lace_lora.errors import UserError, first_line, is_out_of_memory
 from lace_lora.fast import drawing_unet
 from lace_lora.files import write_atomically
 from lace_lora.pictures import gallery
@@ -25,6 +25,7 @@ from lace_lora.sdxl.prompts import Embeddings
 from lace_lora.sdxl.vae import decode_latents
 from lace_lora.training.train_step import TrainStep
 
+MAX_COLUMNS = 40  # of the strip, which is at most 8192 pixels wide
 SAMPLES = "samples"  # in lora_output_dir: the folder of single steps, and with .png the strip of all
 
 logger = logging.getLogger("train_lora")
@@ -92,10 +93,19 @@ def draw_samples(
 
 
 def _write_strip(newest: Path) -> Image.Image:
-    """Samples of all steps up to the newest, a column each, on one picture; those of another size are left out."""
+    """Samples of steps up to the newest, a column each, on one picture; those damaged or of another size are left out.
+
+    Of more than `MAX_COLUMNS` it has some at even distances, the first and the newest among them.
+    """
     files = [path for path in sorted(newest.parent.glob("step-*.png")) if path.name <= newest.name]
     files = [path for path in files if path.stem[5:].isdecimal()]  # not Drive's copies, "step-000250 (1).png"
-    columns = {f"step {int(path.stem[5:])}": open_finished(path) for path in files}
+    gaps = min(len(files), MAX_COLUMNS) - 1
+    columns = {}
+    for path in [files[place * (len(files) - 1) // gaps] for place in range(gaps)] + [newest]:
+        try:
+            columns[f"step {int(path.stem[5:])}"] = open_finished(path)
+        except (UserError, OSError) as error:
+            logger.warning("left out of the strip of samples: %s", first_line(error))
     size = columns[f"step {int(newest.stem[5:])}"].size
     content = gallery.strip({name: column for name, column in columns.items() if column.size == size})
     write_atomically(newest.parent.with_suffix(".png"), content)

@@ -142,6 +142,31 @@ def test_the_strip_grows_by_a_column_at_each_point_in_training(settings: Make, t
             assert np.asarray(number).min() < 128  # something is written there
 
 
+def test_the_strip_of_a_long_run_stays_readable(settings: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "lora" / "samples"
+    folder.mkdir(parents=True)
+    for step in range(1100):
+        Image.new("RGB", (64, 64), (0, 255, 0) if step == 0 else "white").save(folder / f"step-{step:06d}.png")
+    draw(settings(num_validation_images=1), 1100)
+    with Image.open(tmp_path / "lora" / "samples.png") as strip:
+        assert strip.width == 40 * (64 + 8) + 8
+        first, last = strip.crop((8, 8, 72, 72)), strip.crop((strip.width - 72, 8, strip.width - 8, 72))
+    assert first.getpixel((9, 9)) == (0, 255, 0)
+    assert ImageChops.difference(last, Image.open(folder / "step-001100.png")).getbbox() is None
+
+
+def test_a_damaged_column_is_left_out(settings: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "lora" / "samples"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(folder / "step-000001.png")
+    (folder / "step-000000.png").write_bytes((folder / "step-000001.png").read_bytes()[:60])
+    draw(settings(num_validation_images=1), 2)
+    assert "left out of the strip of samples: " in caplog.text
+    assert "step-000000.png is truncated or damaged" in caplog.text
+    with Image.open(tmp_path / "lora" / "samples.png") as strip:
+        assert strip.width == 2 * (64 + 8) + 8
+
+
 def test_the_last_step_has_samples_too(settings: Make, tmp_path: Path) -> None:
     train_here(settings(max_train_steps=3, validation_steps=2, num_validation_images=1))
     names = sorted(path.name for path in (tmp_path / "lora" / "samples").iterdir())
