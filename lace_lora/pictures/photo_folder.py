@@ -18,21 +18,27 @@ _SCREENSHOT = re.compile(r"screen.?shot|bildschirmfoto|capture d.[ée]cran|ekran
 
 
 def without_duplicates(
-    pictures: Sequence[Picture], image_dir: str | Path, listed: Collection[Path] = ()
+    pictures: Sequence[Picture], image_dir: str | Path, captions: Mapping[Path, object] | None = None
 ) -> list[Picture]:
     """The same pictures, but of equal files only one is not skipped.
 
-    One that is `listed` stays, and of several the one with the shortest name: `a.jpg` rather than its copy `a (1).jpg`.
+    One that is in `captions`, which may be files, stays, and of several the one with the shortest name: `a.jpg` rather
+    than its copy `a (1).jpg`. Of another with another caption the reason says that it is not used.
     """
+    captions = captions or {}
     first: dict[str, Path] = {}
-    for picture in sorted(pictures, key=lambda one: (one.path not in listed, len(one.path.name))):
+    for picture in sorted(pictures, key=lambda one: (one.path not in captions, len(one.path.name))):
         if picture.used:
             first.setdefault(picture.sha256, picture.path)
     kept = set(first.values())
+
+    def skipped(picture: Picture, same: Path) -> Picture:
+        unused = captions.get(picture.path, captions.get(same)) != captions.get(same)
+        lost = ", but its own caption is not used" if unused else ""
+        return replace(picture, reason=f"duplicate: equal to {shown(same, image_dir)}{lost}")
+
     return [
-        replace(picture, reason=f"duplicate: equal to {shown(first[picture.sha256], image_dir)}")
-        if picture.used and picture.path not in kept
-        else picture
+        skipped(picture, first[picture.sha256]) if picture.used and picture.path not in kept else picture
         for picture in pictures
     ]
 

@@ -39,10 +39,18 @@ def test_without_cameras_in_most_pictures_none_is_odd(cameras: int, tmp_path: Pa
     assert photo_folder.odd_ones([], tmp_path) == []
 
 
-def test_of_equal_pictures_the_one_that_is_listed_stays(tmp_path: Path) -> None:
+def test_of_equal_pictures_the_one_with_a_caption_stays(tmp_path: Path) -> None:
     pictures = [checking.Picture(tmp_path / name, 9, 9, "same") for name in "abc"]
-    kept = photo_folder.without_duplicates(pictures, tmp_path, [tmp_path / "b"])
+    kept = photo_folder.without_duplicates(pictures, tmp_path, {tmp_path / "b": "lace"})
     assert [picture.reason for picture in kept] == ["duplicate: equal to b", "", "duplicate: equal to b"]
+
+
+def test_another_caption_of_an_equal_picture_is_said_to_be_unused(tmp_path: Path) -> None:
+    pictures = [checking.Picture(tmp_path / name, 9, 9, "same") for name in "abc"]
+    captions = {tmp_path / "a": "lace", tmp_path / "b": "lace", tmp_path / "c": "a net"}
+    kept = photo_folder.without_duplicates(pictures, tmp_path, captions)
+    unused = "duplicate: equal to a, but its own caption is not used"
+    assert [picture.reason for picture in kept] == ["", "duplicate: equal to a", unused]
 
 
 @pytest.mark.parametrize(
