@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from lace_lora.errors import DISK_OR_DRIVE, UserError, disk_advice, first_line
-from lace_lora.files import CONTROL, file_sha256, one_line, read_text, write_atomically
+from lace_lora.files import CONTROL, counted, file_sha256, one_line, read_text, write_atomically
 from lace_lora.pictures import photo_folder
 from lace_lora.pictures.checking import Picture
 from lace_lora.pictures.image_files import named_as_pictures, visible_entries
@@ -217,8 +217,8 @@ def _warn_about_lines(file: Path, lines: Sequence[Path], meant: Sequence[Path], 
     outside = {parent for parent, place in folders.items() if folder not in (place, *place.parents)}
     elsewhere = [str(path) for path in dict.fromkeys(meant) if path.parent in outside and os.path.exists(path)]
     if elsewhere:
-        logger.warning("%s names %d pictures outside %s, which are trained on too: %s",
-                       file, len(elsewhere), image_dir, _few(elsewhere))  # fmt: skip
+        logger.warning("%s names %s outside %s, trained on too: %s",
+                       file, counted(len(elsewhere), "picture"), image_dir, _few(elsewhere))  # fmt: skip
     if repeated := [picture.name for picture, count in Counter(meant).items() if count > 1]:
         logger.warning("%s has more than one line for a picture, of which the last counts: %s", file, _few(repeated))
 
@@ -351,7 +351,7 @@ def report_text(
         )
     if several := [f"{picture.path.name} ({picture.pages})" for picture in used if picture.pages > 1]:
         lines.append(
-            f"  pages        {len(several)} have several, of which the first or the main one is used: {_few(several)}"
+            f"  pages        {len(several)} with several, of which the first or the main one is used: {_few(several)}"
         )
     if not annotations.by_user:
         _, unused = caption_files(image_dir, [picture.path for picture in pictures])

@@ -52,7 +52,7 @@ def _run(config: Config, dry_run: bool) -> Path:
         logger.warning("warning: %s", warning)
     if dry_run:
         missing, size = len(folder.missing()), f"{config.width}x{config.height}"
-        print(f"Would draw {missing} of {config.num_images} pictures, {size}, into {folder.path}")
+        print(f"Would draw {missing} of {files.counted(config.num_images, 'picture')}, {size}, into {folder.path}")
         refining_is = config.refiner_flow if config.refine else "off"
         print(f"LoRA: {folder.lora or 'none (lora_scale is 0)'}; refining: {refining_is}")
         print("\n".join(f"prompt: {prompt}" for prompt in folder.prompts))
@@ -81,7 +81,7 @@ def _run(config: Config, dry_run: bool) -> Path:
                 raise
             _publish(folder, previews)
             shutil.rmtree(folder.path / UNFINISHED, ignore_errors=True)
-    print(f"{len(folder.designs)} pictures: {folder.path}")
+    print(f"{files.counted(len(folder.designs), 'picture')}: {folder.path}")
     print(f"contact sheet: {folder.path / gallery.CONTACT_SHEET}")
     print(f"gallery page: {folder.path / gallery.PAGE}")
     return folder.path

@@ -140,7 +140,7 @@ def _write_preview(config: Config, path: Path, pictures: Sequence[Picture]) -> N
     except image_files.BROKEN as error:
         raise UserError(f"preview: a picture can no longer be read ({error}): run the same command again") from error
     _write("preview", path, content)
-    print(f"Wrote {path}: {len(pictures)} pictures as training crops them")
+    print(f"Wrote {path}: {files.counted(len(pictures), 'picture')}, cropped as for training")
 
 
 def _write(setting: str, path: Path, content: bytes) -> None:
@@ -168,13 +168,14 @@ def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_ut
     if bad > len(photos) * MAX_BROKEN and good and not config.skip_bad_images:
         missing = any(picture.reason.startswith(MISSING) for picture in photos)
         raise UserError(
-            f"{bad} of {len(photos)} pictures cannot be used, more than a tenth: fix or remove those listed above, "
-            f"{rewrite + ', ' if missing else ''}or set skip_bad_images: true to train without them"
+            f"{bad} of {files.counted(len(photos), 'picture')} cannot be used, more than a tenth: "
+            f"fix or remove those listed above, {rewrite + ', ' if missing else ''}"
+            "or set skip_bad_images: true to train without them"
         )
     pictures = [picture for picture in good if picture.path in annotations.captions]
     if left_out := len(good) - len(pictures):
-        message = "%d pictures are skipped, because your own %s does not list them; delete it to have it written again"
-        logger.warning(message, left_out, annotations.path)
+        message = "skipped %s that your own %s does not list; delete it to have it written again"
+        logger.warning(message, files.counted(left_out, "picture"), annotations.path)
     if not pictures and annotations.by_user:
         raise UserError(f"no pictures to train on: see the list above, then {rewrite}")
     if not pictures:
@@ -182,8 +183,8 @@ def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_ut
         raise UserError(f"no pictures to train on: {photo_folder.nothing_usable(*where)}")
     if len(pictures) < config.min_images:
         raise UserError(
-            f"only {len(pictures)} pictures to train on, but min_images is {config.min_images}: see the list above, "
-            "then add pictures or lower min_images"
+            f"only {files.counted(len(pictures), 'picture')} to train on, but min_images is {config.min_images}: "
+            "see the list above, then add pictures or lower min_images"
         )
     return pictures
 
@@ -326,7 +327,7 @@ def _print_plan(config: Config, annotations: data_utils.Annotations, class_count
     print("Would read" if annotations.by_user else "Would write", annotations.path)
     if config.with_prior_preservation:
         missing = config.num_class_images - class_count
-        print(f"Would use {class_count} existing class pictures, and first draw {missing} more")
+        print(f"Would use {files.counted(class_count, 'existing class picture')}, and first draw {missing} more")
     watching = ["metrics.csv", "loss.png"]
     watching += ["logs for TensorBoard"] if config.report_to == "tensorboard" else []
     watching += ["samples.png and samples"] if config.validation_steps else []

@@ -67,6 +67,11 @@ def one_line(text: str) -> str:
     return " ".join(CONTROL.sub(" ", text).replace("\ufeff", "").split())
 
 
+def counted(number: int, what: str) -> str:
+    """A number with its noun: 1 picture, 2 pictures."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove temporary files of killed writes. Only call this while holding `lock_for_one_run`."""
     for path in folder.glob(".*.tmp"):

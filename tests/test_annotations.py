@@ -378,7 +378,7 @@ def test_pictures_outside_the_folder_are_told(
     (tmp_path / "new" / "annotations.txt").write_text("".join(f"{line}\tmine\n" for line in lines))
     captions = data_utils.plan_annotations("new", PROMPT, new, tmp_path).captions
     assert set(map(str, captions)) == {"new/lace_0.jpg", "new/more/lace_0.jpg", *lines[1:3], "old/gone.jpg"}
-    told = f"names 2 pictures outside new, which are trained on too: old/lace_1.jpg; {old[2]}\n"
+    told = f"names 2 pictures outside new, trained on too: old/lace_1.jpg; {old[2]}\n"
     assert told in caplog.text
     assert "names another folder; pictures of the same name in new are used: lace_0.jpg\n" in caplog.text
 

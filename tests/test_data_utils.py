@@ -68,7 +68,7 @@ def test_the_report_counts_everything(tmp_path: Path) -> None:
     text = report(tmp_path)
     assert "5 used, 3 skipped" in text
     assert "unused .txt  1: lace 2.txt (no picture of that name)" in text
-    assert "pages        1 have several, of which the first or the main one is used: pages.jpg (2)" in text
+    assert "pages        1 with several, of which the first or the main one is used: pages.jpg (2)" in text
     assert "64 to 90 pixels wide, 48 to 200 high" in text
     assert "tiny.jpg (20x20" in text
     assert "cut.jpg (" in text

@@ -235,7 +235,7 @@ def test_a_preview_is_written(
     config = make(preview=str(tmp_path / "photos" / "preview.png"), image_extensions=(".jpg", ".png"))
     for _ in range(2):  # the second time it lies among the photos
         train.run(config, dry_run)
-    assert f"Wrote {config.preview}: 3 pictures as training crops them" in capsys.readouterr().out
+    assert f"Wrote {config.preview}: 3 pictures, cropped as for training" in capsys.readouterr().out
     assert not launched.jobs or len(launched.jobs[0]["captions"]) == 3
     with Image.open(str(config.preview)) as sheet:
         assert sheet.width == gallery.GAP + 3 * (gallery.NAMED + gallery.GAP)
@@ -379,7 +379,7 @@ def test_the_users_annotations_choose_the_pictures(
     train.run(make())
     [job] = launched.jobs
     assert job["captions"] == {f"{tmp_path}/photos/lace_2.jpg": "two", f"{tmp_path}/elsewhere.jpg": "one"}
-    assert "2 pictures are skipped, because" in caplog.text
+    assert "skipped 2 pictures that your own" in caplog.text
 
 
 @pytest.mark.parametrize("images_dir", ["photos", "./photos/../photos", "link"])
@@ -621,7 +621,7 @@ def test_odd_settings_are_warned_about(
 ) -> None:
     (tmp_path / "photos" / "lace_1.txt").write_text("a doily")
     train.run(make(learning_rate=1.0))
-    assert "warning: 1 of 3 captions do not contain <myspecialstyle>, such as 'a doily'" in caplog.text
+    assert "warning: 1 of 3 captions without <myspecialstyle>, such as 'a doily'" in caplog.text
     assert "warning: learning_rate is 1, far too high" in caplog.text
 
 

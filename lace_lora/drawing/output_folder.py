@@ -38,7 +38,7 @@ class OutputFolder:
         self.prompts = prompts = read_prompts(config)
         number = config.num_images
         if (unused := len(prompts) - number) > 0:
-            text = "%d of %d prompts get no picture, because num_images is %d: raise it to draw all of them"
+            text = "no picture for %d of %d prompts, because num_images is %d: raise it to draw all of them"
             logger.warning(text, unused, len(prompts), number)
         self.designs = [Design(index, prompts[index % len(prompts)], config.seed + index) for index in range(number)]
         self.lora = find_lora(config)

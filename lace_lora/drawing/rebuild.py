@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 from lace_lora.config import PICTURE, Config, dump_config, load_config, settings_that_affect
 from lace_lora.drawing.plan import check_input, find_lora, importing_torch, lora_name, picture_settings
 from lace_lora.errors import UserError
-from lace_lora.files import check_writable, free_name
+from lace_lora.files import check_writable, counted, free_name
 from lace_lora.pictures import image_files, recipe
 from lace_lora.pictures.recipe import Drawn, Recipe
 from lace_lora.sdxl import hub
@@ -43,7 +43,8 @@ def run(config: Config, dry_run: bool = False) -> Path:
     names = output_dir, f"rebuilt_{original.stem}", f".{config.image_format}"
     if dry_run:
         path = free_name(*names)
-        print(f"Would redraw {original}, with {len(recorded.batch) - 1} others of its batch, and save it as {path}")
+        others = counted(len(recorded.batch) - 1, "other")
+        print(f"Would redraw {original}, with {others} of its batch, and save it as {path}")
         check_input(drawn, lora, output_dir)
     hub.require_gpu(drawn, "drawing with SDXL on a CPU takes hours")
     if dry_run:

@@ -7,7 +7,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from lace_lora import drive, machine
 from lace_lora.config import Config
-from lace_lora.files import free_space
+from lace_lora.files import counted, free_space
 from lace_lora.progress import duration
 from lace_lora.sdxl import hub
 from lace_lora.training import launch
@@ -65,7 +65,7 @@ def describe(config: Config, pictures: int, first_step: int, downloads: Sequence
     times = f"{views:,.0f} times" if views >= 1.5 else "once" if views >= 1 else "at most once"
     lines = [
         *_hardware(config, is_sdxl, is_measured),
-        f"steps: {first_step} to {config.max_train_steps}, each of {batch} of the {pictures} pictures; "
+        f"steps: {first_step} to {config.max_train_steps}, each of {batch} of the {counted(pictures, 'picture')}; "
         f"every picture is seen {times} in all ({views:.1f} epochs)",
     ]
     if seconds := _seconds(config, config.max_train_steps - first_step) if is_measured else None:
@@ -121,8 +121,8 @@ def warnings(config: Config, captions: Collection[str]) -> list[str]:
     without = [caption for caption in captions if config.token not in caption]
     if without:
         found.append(
-            f"{len(without)} of {len(captions)} captions do not contain {config.token}, such as {without[0]!r}: "
-            "add it to them, since prompts with it will call for the style"
+            f"{len(without)} of {counted(len(captions), 'caption')} without {config.token}, such as {without[0]!r}: "
+            "add it, since prompts with it will call for the style"
         )
     if config.token not in (config.validation_prompt or config.token):
         shown = f"validation_prompt {config.validation_prompt!r} does not contain {config.token}"
@@ -140,8 +140,8 @@ def warnings(config: Config, captions: Collection[str]) -> list[str]:
     if views > MANY_VIEWS:
         few = round(100 * len(captions) / pictures_per_step(config))
         found.append(
-            f"max_train_steps is {config.max_train_steps}: each of the {len(captions)} pictures would be seen "
-            f"{views:,.0f} times, which may copy them rather than their style: {few} steps are 100 times"
+            f"max_train_steps is {config.max_train_steps}: each of {counted(len(captions), 'picture')} would be seen "
+            f"{views:,.0f} times, which may copy pictures rather than their style: {few} steps are 100 times"
         )
     for name in ("lora_output_dir", "output_dir"):
         if Path(getattr(config, name)).resolve() == Path(config.images_dir).resolve():

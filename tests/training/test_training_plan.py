@@ -59,6 +59,10 @@ def test_no_time_is_invented(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None, c
     assert "after its first steps" in described(monkeypatch, gpu, **changes)["time"]
 
 
+def test_one_picture_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "each of 2 of the 1 picture; " in described(monkeypatch, pictures=1)["steps"]
+
+
 def test_each_process_takes_pictures_of_its_own(monkeypatch: pytest.MonkeyPatch, two_processes: str) -> None:
     said = described(monkeypatch, H100, accelerate_config=two_processes)
     assert said["steps"].startswith("0 to 1000, each of 4 of the 250 pictures")
@@ -116,11 +120,13 @@ def test_in_colab_results_go_to_drive(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "captions", "expected"),
     [
         ({}, [TOKEN], ""),
-        ({}, [TOKEN, "a doily"], "1 of 2 captions do not contain <myspecialstyle>, such as 'a doily'"),
+        ({}, [TOKEN, "a doily"], "1 of 2 captions without <myspecialstyle>, such as 'a doily'"),
         ({"validation_prompt": "lace"}, [TOKEN], "validation_prompt 'lace' does not contain <myspecialstyle>"),
         ({"instance_prompt": "a photo of lace"}, ["a photo of lace"], "instance_prompt 'a photo of lace' has no token"),
         ({"learning_rate": 1.0}, [TOKEN], "learning_rate is 1, far too high for adamw: 1e-4"),
         ({"learning_rate": 1.0, "optimizer": "prodigy"}, [TOKEN], ""),
+        ({"max_train_steps": 100_000}, [TOKEN], "each of 1 picture would be seen 200,000 times"),
+        ({}, ["a doily"], "1 of 1 caption without"),
         ({"max_train_steps": 100_000}, [TOKEN] * 48, "48 pictures would be seen 4,167 times, .* 2400 steps"),
         ({"lora_output_dir": "./photos"}, [TOKEN], "lora_output_dir is the same folder as images_dir"),
         ({"output_dir": "photos"}, [TOKEN], "output_dir is the same folder as images_dir"),
