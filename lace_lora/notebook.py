@@ -229,11 +229,10 @@ def _check_same_training(saved: Config, differ: Sequence[str]) -> None:
 def _check_machine(config: Config) -> None:
     """Print what there is of GPU and disk; stop if there is no GPU for a model that needs one."""
     gpu, large = machine.find_gpu(), hub.is_full_size(config.pretrained_model)
-    if large and config.device == "auto":
-        if gpu is None and drive.in_colab():
-            raise CellError(NO_GPU)
-        machine.require_gpu("training SDXL on a CPU takes days")
-    print(f"GPU: {gpu.name}, {gpu.free:.1f} of {gpu.total:.1f} GiB free" if gpu else "GPU: none")
+    if large and config.device == "auto" and gpu is None and drive.in_colab():
+        raise CellError(NO_GPU)
+    hub.require_gpu(config, "training SDXL on a CPU takes days")
+    print(f"GPU: {gpu.name}, {gpu.total:.1f} GiB" if gpu else "GPU: none")
     needed, free = plan.disk_space(config), files.free_space(Path(config.lora_output_dir))
     print(f"Disk: {free:.0f} GB free for results, about {needed:.1f} GB needed" + " (too little)" * (free < needed))
     if large:

@@ -249,8 +249,8 @@ def training_is_shown_as_it_goes_in_little_room(colab: Colab, results: Results) 
     progress = [each for each in displays if "mean loss" in each["data"].get("text/plain", "")]
     assert progress
     assert [each["update"] for each in displays].count(False) == 3  # progress, samples, loss
-    assert " left at " not in results[TRAIN]["printed"]
-    assert any(" left at " in each["data"]["text/plain"] for each in progress)
+    assert " left, samples" not in results[TRAIN]["printed"]
+    assert any(" left, samples" in each["data"]["text/plain"] for each in progress)
     strip, loss = (Image.open(colab.results / "lora" / name) for name in ("samples.png", "loss.png"))
     sizes = [picture.size for picture in pictures_in(results[TRAIN])]
     assert strip.size in sizes

@@ -35,7 +35,7 @@ def fill_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Form:
 def test_a_form_becomes_settings(fill_in: Form, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     project = fill_in(more_settings="rank = 32, random_flip=true, prompt=[a, b], negative_prompt=fog, rain")
     printed = capsys.readouterr().out
-    assert "GPU: Tesla T4, 14.5 of 14.7 GiB free\n" in printed
+    assert "GPU: Tesla T4, 14.7 GiB\n" in printed
     assert "GB free here, about 12 GB needed for the models" in printed
     assert project.config == Config(
         images_dir=str(tmp_path / "photos"), lora_output_dir=str(tmp_path / "out" / "lora"),

@@ -80,7 +80,7 @@ def strip(columns: Mapping[str, Image.Image]) -> bytes:
     width = min(full.width, 8192 // len(columns) - GAP)
     height, text = round(full.height * width / full.width), max(12, width // 16)
     sheet = Image.new("RGB", ((width + GAP) * len(columns) + GAP, height + 3 * GAP + text), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(text)
+    draw, font = ImageDraw.Draw(sheet), _font(text)
     for place, (name, picture) in enumerate(columns.items()):
         left = GAP + place * (width + GAP)
         sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (left, GAP))
@@ -93,7 +93,7 @@ def named_sheet(pictures: Sequence[Image.Image], names: Sequence[str]) -> bytes:
     columns, text = min(8, len(pictures)), 12
     width, height = NAMED + GAP, NAMED + text + 2 * GAP
     sheet = Image.new("RGB", (columns * width + GAP, math.ceil(len(pictures) / columns) * height + GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(text)
+    draw, font = ImageDraw.Draw(sheet), _font(text)
     for position, (picture, name) in enumerate(zip(pictures, names, strict=True)):
         row, column = divmod(position, columns)
         left, top = GAP + column * width, GAP + row * height
@@ -102,7 +102,14 @@ def named_sheet(pictures: Sequence[Image.Image], names: Sequence[str]) -> bytes:
     return _as_png(sheet)
 
 
-def _shorten(name: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib: Pillow's own font has no letters beyond English."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
+def _shorten(name: str, font: ImageFont.FreeTypeFont) -> str:
     """A name without its middle, if it is too long to stand below a picture."""
     name = name.encode(errors="replace").decode()  # fonts have no bytes that are not UTF-8
     shorter = name

@@ -158,7 +158,7 @@ class Metrics:
         seconds += _rounds(step, last, self.config.checkpointing_steps) * self.others.get(SAVING, 0.0)
         # In the end the last checkpoint is waited for, and then the LoRA written twice, which is half as much.
         seconds += 1.5 * self.writing
-        return f"{duration(seconds)} left at {per_step:.3g} s a step, "
+        return f"{duration(seconds)} left, samples and saving included; {per_step:.3g} s a step, "
 
     @contextmanager
     def label(self, what: str) -> Iterator[None]:

@@ -223,3 +223,10 @@ def test_a_small_jpeg_is_shown_as_it_is_but_without_a_recipe(
     assert b"recipe" not in shown
     path.write_bytes(path.read_bytes()[:-200])
     refused(lambda: gallery.embed(path), "a.jpg is truncated or damaged")
+
+
+def test_names_below_pictures_may_have_letters_of_any_european_language() -> None:
+    font = gallery._font(12)
+    missing = font.getmask("\uffff").getbbox(), bytes(font.getmask("\uffff"))
+    for letter in "öğıİşçáñßåøłéžčΩЖ":
+        assert (font.getmask(letter).getbbox(), bytes(font.getmask(letter))) != missing, letter

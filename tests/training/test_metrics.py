@@ -184,14 +184,14 @@ def test_the_time_left_is_that_of_steps_samples_and_checkpoints(log: Metrics, mo
 
     assert train(1, 10) == "mean loss 0.5000, lr 1.0e-04"
     # 980 steps of half a second; samples after 250, 500, 750 and 1000, like the last ones
-    assert train(11, 20).startswith("10 min left at 0.5 s a step, mean loss")
-    assert train(21, 250).startswith("8 min left at 0.5 s")
+    assert train(11, 20).startswith("10 min left, samples and saving included; 0.5 s a step, mean loss")
+    assert train(21, 250).startswith("8 min left, ")
     with log.label(SAVING):
         now += 100
     # 740 steps, samples and checkpoints after 500, 750 and 1000
-    assert train(251, 260).startswith("12 min left at 0.5 s")
+    assert train(251, 260).startswith("12 min left, ")
     log.writing = 200  # seconds; in the end, the last checkpoint is waited for, and the LoRA follows
-    assert train(261, 270).startswith("17 min left at 0.5 s")
+    assert train(261, 270).startswith("17 min left, ")
     assert train(271, 1000) == "mean loss 0.5000, lr 1.0e-04"  # nothing to say when all steps are done
 
 
