@@ -198,7 +198,7 @@ def test_a_checkpoint_is_saved_before_the_curve_is_drawn(
     class Killed(BaseException):
         pass
 
-    def fail(_: Any) -> bytes:
+    def fail(*_: Any) -> bytes:
         raise Killed
 
     monkeypatch.setattr("lace_lora.training.metrics._plot", fail)
