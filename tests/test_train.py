@@ -632,5 +632,5 @@ def test_sdxl_itself_is_not_trained_without_a_gpu(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("lace_lora.sdxl.hub.fetch_models", lambda *_: pytest.fail("something is downloaded"))
     refused(make(pretrained_model="lace/base"), "training SDXL on a CPU takes days: use Colab", dry_run=dry_run)
-    assert "GPU: none that nvidia-smi describes" in capsys.readouterr().out
+    assert "GPU: none that NVIDIA's driver reports" in capsys.readouterr().out
     assert not (tmp_path / "lora").exists()

@@ -92,7 +92,7 @@ def _hardware(config: Config, is_sdxl: bool, is_measured: bool) -> list[str]:
     """The GPU, and what a training of SDXL by this program takes of its memory."""
     gpu = machine.find_gpu() if config.device == "auto" else None
     if gpu is None:
-        none = "none (device is cpu)" if config.device == "cpu" else "none that nvidia-smi describes"
+        none = "none (device is cpu)" if config.device == "cpu" else "none that NVIDIA's driver reports"
         return [f"GPU: {none}" + ("" if is_sdxl else "; a model this small needs none")]
     dtype = gpu.dtype(config.mixed_precision)
     lines = [f"GPU: {gpu.name}, {gpu.free:.1f} of {gpu.total:.1f} GiB free; precision: {dtype}"]

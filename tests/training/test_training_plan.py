@@ -102,9 +102,9 @@ def test_samples_take_more_memory_than_a_training_with_checkpointing(
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
-    assert described(monkeypatch)["GPU"] == "none that nvidia-smi describes"
+    assert described(monkeypatch)["GPU"] == "none that NVIDIA's driver reports"
     said = described(monkeypatch, pretrained_model=str(tiny / "base"))
-    assert said["GPU"] == "none that nvidia-smi describes; a model this small needs none"
+    assert said["GPU"] == "none that NVIDIA's driver reports; a model this small needs none"
     assert "time" not in said
     assert "licence" not in said
 
