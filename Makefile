@@ -1,5 +1,5 @@
 # make          lint and test
-# make install  the environment in .venv; what only developers need comes with make test and make lint
+# make install  the environment in .venv; what only the demo and developers need comes with their targets
 # make demo     train and draw on the embedded demo model, offline, without a GPU
 # make proof    prove that training teaches the style, and that a broken program would fail
 # make test     the test suite, in two processes
@@ -27,12 +27,12 @@ install: .venv/installed
 	$(RUN) -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
-demo: install
+demo: .venv/installed-dev
 	$(RUN) main.py --mode train --config demo/config.yaml
 	$(RUN) main.py --mode inference --config demo/config.yaml
 	$(RUN) -m demo.story
 
-proof: install
+proof: .venv/installed-dev
 	$(RUN) -m demo.proof
 
 test: .venv/installed-dev

@@ -3,8 +3,9 @@
     python -m demo.measure FOLDER...
 
 prints, for the base and the refined pictures of each folder, their distance to `demo/held_out`, the share classified as
-lace, and their crispness. The judge is a small classifier trained by `demo/making/teach.py` on drawings of textiles and
-lace. Sets of pictures are compared in its features: by texture statistics alone, a plain net would pass as lace.
+lace, their crispness, and how well their threads hold together (`demo/soundness.py`). The judge is a small classifier
+trained by `demo/making/teach.py` on drawings of textiles and lace. Sets of pictures are compared in its features: by
+texture statistics alone, a plain net would pass as lace.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 import data_utils
 from demo.making.draw_textiles import ALL_OVER, COLOURS, PATTERNS, SIDE, Textile, choose
+from demo.soundness import Soundness, soundness
 from lace_lora.config import IMAGE_EXTENSIONS, Config
 from lace_lora.drawing import phases
 from lace_lora.pictures import image_files
@@ -181,6 +183,7 @@ class Figures:
     distance: float  # energy distance in the judge's features
     lace: float  # share classified as lace
     crispness: float
+    soundness: Soundness
 
     def __str__(self) -> str:
         distance = f"distance to lace {self.distance:.2f}"
@@ -199,7 +202,7 @@ def figures(paths: Sequence[Path]) -> Figures:
     judge, lace = reference()
     pictures = to_pixels(open_squares(paths))
     distance = energy_distance(features_of(judge, pictures), lace)
-    return Figures(distance, lace_share(judge, pictures), crispness(pictures))
+    return Figures(distance, lace_share(judge, pictures), crispness(pictures), soundness(pictures))
 
 
 def main() -> None:
@@ -210,7 +213,8 @@ def main() -> None:
     for folder in folders:
         for kind in ("base", "refined"):
             if paths := sorted(folder.glob(f"{kind}_output_*")):
-                print(f"{folder}, {kind}: {figures(paths)}")
+                measured = figures(paths)
+                print(f"{folder}, {kind}: {measured}\n  {measured.soundness}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m demo.story
 
-draws the demo's designs once more without the LoRA, prints how close each set of pictures is to held-out lace, and
-shows them side by side in one picture, `demo/output/story.jpg`.
+draws the demo's designs once more without the LoRA, prints how close each set of pictures is to held-out lace and
+how well its threads hold together, and shows them side by side in one picture, `demo/output/story.jpg`.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data_utils
 import inference
 from demo import measure
+from demo.soundness import Soundness
 from lace_lora.config import load_config
 from lace_lora.pictures import gallery
 
@@ -34,12 +35,27 @@ def main() -> None:
         "after: with the LoRA": sorted(drawn.glob("base_output_*")),
         "after: with the LoRA, refined": sorted(drawn.glob("refined_output_*")),
     }
+    figures = {name: measure.figures(paths) for name, paths in sets.items()}
     print()
-    for name, paths in sets.items():
-        print(f"{name:46} {measure.figures(paths)}")
+    for name, measured in figures.items():
+        print(f"{name:46} {measured}")
     lace = data_utils.list_images(Path(config.images_dir), config.image_extensions)
+    print_soundness(
+        measure.figures(lace).soundness, *(measured.soundness for name, measured in figures.items() if "LoRA" in name)
+    )
     draw_story(sets | {"the lace it was trained on": lace}).save(output / "story.jpg", quality=85)
     print(f"\nside by side: {output / 'story.jpg'}\ngallery page: {drawn / gallery.PAGE}")
+
+
+def print_soundness(lace: Soundness, drawn: Soundness, refined: Soundness) -> None:
+    """Whether the drawings hold together as lace, and whether they are blurred, beside the lace they are to be like."""
+    print()
+    for what, name, digits in (
+        ("loose ends per picture", "loose_ends", 0), ("loose pieces per picture", "loose_pieces", 1),
+        ("thread width in pixels", "thread_width", 1),
+    ):  # fmt: skip
+        counts = [f"{getattr(soundness, name):.{digits}f}" for soundness in (lace, drawn, refined)]
+        print("{}: {} in the lace it learnt from, {} drawn, {} refined".format(what, *counts))
 
 
 def draw_story(rows: Mapping[str, Sequence[Path]]) -> Image.Image:
