@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from demo import measure, soundness
+from demo import measure, soundness, story
 
 WIDTH = 3
 RING, OTHER_RING = (20, 20, 70, 70), (80, 80, 116, 116)
@@ -116,3 +116,13 @@ def test_the_demos_lace_is_sound() -> None:
     assert found.loose_ends < 10
     assert found.loose_pieces < 0.5
     assert found.largest_share > 0.99
+
+
+def test_the_story_compares_the_drawings_with_the_lace(capsys: pytest.CaptureFixture[str]) -> None:
+    lace, drawn, refined = (soundness.Soundness(ends, ends / 10, 1, 6 + ends / 20) for ends in (5, 34, 38))
+    story.print_soundness(lace, drawn, refined)
+    assert capsys.readouterr().out.strip().splitlines() == [
+        "loose ends per picture: 5 in the lace it learnt from, 34 drawn, 38 refined",
+        "loose pieces per picture: 0.5 in the lace it learnt from, 3.4 drawn, 3.8 refined",
+        "thread width in pixels: 6.2 in the lace it learnt from, 7.7 drawn, 7.9 refined",
+    ]
