@@ -5,7 +5,7 @@ edge; but a net never has an edge, since a net with flowers and a scalloped edge
 
 `python -m demo.making.draw_textiles SHEET.png` draws a sheet of all patterns. Many pictures are drawn at
 once, on any device. A pattern is a signed distance: for every pixel how far inside the figure it
-lies, in pixels, negative outside. So the same pattern can be filled, outlined or embroidered.
+lies, in pixels, negative outside. So the same pattern can be filled, outlined, embroidered or corded.
 """
 
 import math
@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,8 @@ class Textile:
     direction: str  # of stripes; empty when any
     figure: str
     layout: str
+    original: tuple[int, int] = (SIDE, SIDE)  # height and width of the photo, which may be smaller than SIDE
+    crop: tuple[int, int] = (0, 0)  # top and left of the picture in that photo, once its shorter side is SIDE
 
     @property
     def colours(self) -> set[str]:
@@ -250,8 +253,16 @@ ADJECTIVES = {
 }  # fmt: skip
 CAN_BE_OUTLINED = ("dots", "flowers", "damask", "paisley", "diamonds", "leaves")
 CAN_BE_EMBROIDERED = (*CAN_BE_OUTLINED, "rings", "waves", "net", "swirls", "chevrons", "trellis", "vines")
+MOSTLY_LINES = (
+    "rings",
+    "net",
+    "swirls",
+    "trellis",
+    "vines",
+)  # corded, these are cords, and others have them round them
+SMALL_PHOTOS = (96, 128, 176)  # shorter sides of photos that are enlarged, and so are not sharp
 EDGELESS = ("net", "trellis", "tartan", "plain")
-FINE = ("net", "swirls", "leaves", "herringbone", "rings", "flowers", "trellis", "vines")  # what a refiner sharpens
+FINE = ("net", "swirls", "leaves", "herringbone", "rings", "flowers", "trellis", "vines", "threads")
 
 
 # --- motifs
@@ -371,12 +382,13 @@ def coverage(distance: Tensor) -> Tensor:
 
 
 def draw(
-    pattern: str, count: int, seed: int, device: str | torch.device = "cpu", **fixed: str
+    pattern: str, count: int, seed: int, device: str | torch.device = "cpu", **fixed: Any
 ) -> tuple[Tensor, list[Textile]]:
     """`count` pictures of one pattern, uint8 (count, 3, SIDE, SIDE), and what each shows; `fixed` sets its fields."""
     canvas = Canvas(count, seed, device)
     size = canvas.uniform(0, 1)
     textiles = [choose(canvas.choices, pattern, float(share), fixed) for share in size.flatten()]
+    look_at(canvas, textiles)
     materials, figures = [textile.material for textile in textiles], [textile.figure for textile in textiles]
     x, y = warp(canvas, materials)
     place, x, y = lay_out(canvas, [textile.layout for textile in textiles], x, y)
@@ -387,34 +399,61 @@ def draw(
     distance = torch.where(outlined, canvas.uniform(0.8, 1.8) - distance.abs(), distance)
     if pattern not in EDGELESS:
         distance = torch.maximum(torch.minimum(distance, place), rim(canvas, place))
+    light = torch.ones_like(distance)
+    if "embroidered" in figures:
+        light = torch.where(canvas.where(figures, "embroidered"), stitch(canvas, distance, x, y), light)
+    if "corded" in figures:
+        is_corded, (distance, corded) = canvas.where(figures, "corded"), lay_cords(canvas, distance, x, y, pattern)
+        light = torch.where(is_corded, corded, light)
     mask = distance if pattern == "tartan" else coverage(distance)
-    light = stitch(canvas, distance, x, y) if "embroidered" in figures else torch.ones_like(mask)
-    light = torch.where(canvas.where(figures, "embroidered"), light, 1.0)
     colour, ground = (dye(canvas, [getattr(textile, field) for textile in textiles]) for field in ("colour", "ground"))
     cover = mask[:, None]
     picture = (ground * (1 - cover) + colour * cover) * (light * drape(canvas, materials))[:, None]
     pixels = F.avg_pool2d(picture.clamp(0, 1), SUPERSAMPLING)
+    for side in SMALL_PHOTOS:
+        small = torch.tensor([min(textile.original) == side for textile in textiles], device=device)
+        if small.any():
+            shrunk = F.interpolate(pixels[small], size=(side, side), mode="area")
+            pixels[small] = F.interpolate(shrunk, size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)
     return (pixels * 255).round().to(torch.uint8), textiles
 
 
-def choose(choices: random.Random, pattern: str, size: float, fixed: dict[str, str]) -> Textile:
+def choose(choices: random.Random, pattern: str, size: float, fixed: dict[str, Any]) -> Textile:
     colour = fixed.get("colour") or choices.choice([*COLOURS, "white", "white"])
     grounds = [name for name in COLOURS if name != colour and {name, colour} not in ALIKE]
     # Plain grounds more often than others, as in shops.
     grounds += [name for name in ("white", "white", "white", "black", "black") if name in grounds]
     figure = "solid"
-    if pattern in CAN_BE_EMBROIDERED and choices.random() < 0.3:
-        figure = "embroidered"
+    if pattern in CAN_BE_EMBROIDERED and choices.random() < 0.45:
+        figure = choices.choice(["embroidered", "corded"])
     elif pattern in CAN_BE_OUTLINED and choices.random() < 0.3:
         figure = "outlined"
     layout = choices.choice(LAYOUTS) if pattern not in EDGELESS and choices.random() < 0.45 else ALL_OVER
     # In a border stripes follow the edge.
     direction = choices.choice([*DIRECTIONS, ""]) if pattern == "stripes" and layout == ALL_OVER else ""
-    fields = {
+    original, crop = choose_view(choices)
+    fields: dict[str, Any] = {
         "colour": colour, "ground": choices.choice(grounds), "material": choices.choice(MATERIALS),
-        "direction": direction, "figure": figure, "layout": layout,
+        "direction": direction, "figure": figure, "layout": layout, "original": original, "crop": crop,
     }  # fmt: skip
     return Textile(pattern=pattern, size=size, **(fields | fixed))
+
+
+def choose_view(choices: random.Random) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of a photo, and top and left of the square picture in it at `SIDE` pixels."""
+    short = choices.choice(SMALL_PHOTOS) if choices.random() < 0.2 else round(SIDE * 4 ** choices.random())
+    long = round(short * choices.choice([1, 1, choices.uniform(1, 1.7)]))
+    room, lot = round(SIDE * long / short) - SIDE, choices.random()
+    offset = 0 if lot < 0.3 else room // 2 if lot < 0.6 else choices.randint(0, room)
+    return ((short, long), (0, offset)) if choices.random() < 0.5 else ((long, short), (offset, 0))
+
+
+def look_at(canvas: Canvas, textiles: Sequence[Textile]) -> None:
+    """Move the canvas, so that (0, 0) is the middle of each photo rather than of the picture cut from it."""
+    for axis, name in enumerate("yx"):
+        middles = [SIDE * t.original[axis] / min(t.original) / 2 - t.crop[axis] - SIDE / 2 for t in textiles]
+        middle = torch.tensor(middles, device=canvas.device).view(-1, 1, 1)
+        setattr(canvas, name, getattr(canvas, name) - middle)
 
 
 def turn(canvas: Canvas, textiles: Sequence[Textile]) -> Tensor:
@@ -462,6 +501,48 @@ def stitch(canvas: Canvas, distance: Tensor, x: Tensor, y: Tensor) -> Tensor:
     blurred = F.avg_pool2d(coverage(distance)[:, None], 4 * drop + 1, 1, 2 * drop)[:, 0]
     shadow = 1 - 0.5 * torch.roll(blurred, (drop, drop), (1, 2))
     return torch.where(distance > 0, bevel * threads, shadow)
+
+
+def lay_cords(canvas: Canvas, distance: Tensor, x: Tensor, y: Tensor, pattern: str) -> tuple[Tensor, Tensor]:
+    """A pattern as a round cord along its edge, filled with cloth stitch or not: its signed distance, and the light."""
+    radius = canvas.uniform(1.2, 3)
+    relief = cord(distance, radius)
+    if pattern not in MOSTLY_LINES:
+        is_filled = canvas.coin(0.6)
+        stitches = torch.where(is_filled & (distance > 0), weave(canvas, x, y, radius), 0.0)
+        edge = radius - distance.abs()
+        relief = torch.maximum(cord(edge, radius), stitches)
+        distance = torch.where(is_filled, torch.maximum(edge, distance), edge)
+    mask = coverage(distance)
+    thread, ground = lit(relief, mask)
+    return distance, thread * mask + ground * (1 - mask)
+
+
+def cord(inside: Tensor, radius: Tensor) -> Tensor:
+    """Height in pixels of a round cord, from the signed distance to its edge; 0 outside."""
+    depth = inside.clamp(min=0).minimum(radius)
+    return (depth * (2 * radius - depth)).sqrt()
+
+
+def weave(canvas: Canvas, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """Height in pixels of cloth stitch: threads of about a pixel's radius side by side, and one to and fro."""
+    thin = radius.clamp(0.7, 1.4) * canvas.uniform(0.7, 1)
+    along, across = (thin - tile(u, thin * canvas.uniform(1.9, 2.8))[0].abs() for u in (x, y))
+    return torch.maximum(cord(along, thin), cord(across, thin) * 0.8)
+
+
+def lit(relief: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Light on raised threads, whose height is in pixels, and on the ground below, with their shadow."""
+    height = relief * SUPERSAMPLING
+    smooth = F.avg_pool2d(height[:, None], 3, 1, 1)[:, 0]
+    slope_y, slope_x = torch.gradient(smooth, dim=(1, 2))
+    lambert = (1.1 - LIGHT[0] * slope_x - LIGHT[1] * slope_y) / (1 + slope_x**2 + slope_y**2).sqrt() / 1.44
+    hollow = (smooth - F.avg_pool2d(height[:, None], 13, 1, 6)[:, 0]) / 6
+    ground = torch.ones_like(relief)
+    for reach, drop, depth in ((3, 4, 0.45), (11, 8, 0.3)):
+        shadow = F.avg_pool2d(mask[:, None], 2 * reach + 1, 1, reach)[:, 0]
+        ground = ground * (1 - depth * torch.roll(shadow, (drop, drop), (1, 2)))
+    return (0.35 + 0.74 * lambert + 0.26 * hollow.clamp(-1, 1)).clamp(0, 1), ground
 
 
 def dye(canvas: Canvas, names: Sequence[str]) -> Tensor:
