@@ -1,6 +1,6 @@
 """Measure the demo's pictures against held-out lace, which training never saw.
 
-    python -m demo.measure FOLDER...
+    python -m demo.measure FOLDER... [--judge FILE]
 
 prints, for the base and the refined pictures of each folder, their distance to `demo/held_out`, the share classified as
 lace, their crispness, and how well their threads hold together (`demo/soundness.py`). The judge is a small classifier
@@ -34,7 +34,7 @@ from lace_lora.sdxl.vae import to_tensor
 
 HERE = Path(__file__).resolve().parent
 JUDGE_FILE = HERE / "model" / "judge.safetensors"
-KINDS = [*PATTERNS, "lace"]
+KINDS = [*PATTERNS, "lace", "threads"]
 
 
 class Judge(nn.Module):
@@ -42,9 +42,8 @@ class Judge(nn.Module):
 
     spread: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, widths: Sequence[int] = (3, 32, 64, 128, 192), kinds: int = len(KINDS)) -> None:
         super().__init__()
-        widths = (3, 24, 48, 96, 160)
         self.stages = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(narrow, wide, 3, 2, 1), nn.BatchNorm2d(wide), nn.ReLU(),
@@ -52,27 +51,30 @@ class Judge(nn.Module):
             )
             for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
         )  # fmt: skip
-        self.kind = nn.Linear(2 * (widths[-2] + widths[-1]), len(KINDS))
+        self.kind = nn.Linear(2 * (widths[-2] + widths[-1]), kinds)
         self.colour = nn.Linear(2 * (widths[-2] + widths[-1]), len(COLOURS))
         # The features' std over textiles, so that all weigh the same in a distance.
         self.register_buffer("spread", torch.ones(self.kind.in_features))
 
     def features(self, pictures: Tensor) -> Tensor:
-        """Means and maxima over the last two stages, (n, 512), not yet divided by `spread`."""
+        """Means and maxima over the last two stages, (n, d), not yet divided by `spread`."""
         maps = [pictures * 2 - 1]
         for stage in self.stages:
             maps.append(stage(maps[-1]))
         return torch.cat([pooled for last in maps[-2:] for pooled in (last.mean((2, 3)), last.amax((2, 3)))], dim=1)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the kinds (n, 21) and, each on its own, of the colours (n, 13)."""
+        """Logits of the kinds (n, 22) and, each on its own, of the colours (n, 13)."""
         features = self.features(pictures)
         return self.kind(features), self.colour(features)
 
 
 def load_judge(path: Path = JUDGE_FILE) -> Judge:
-    judge = Judge()
-    judge.load_state_dict({name: value.float() for name, value in load_file(path).items()}, strict=False)
+    """A judge of any width, so that an earlier one can say whether a change is only the new ruler's."""
+    tensors = {name: value.float() for name, value in load_file(path).items()}
+    widths = [3, *(len(tensors[f"stages.{stage}.0.weight"]) for stage in range(4))]
+    judge = Judge(widths, len(tensors["kind.weight"]))
+    judge.load_state_dict(tensors, strict=False)
     return judge.eval()
 
 
@@ -191,15 +193,15 @@ class Figures:
 
 
 @cache
-def reference() -> tuple[Judge, Tensor]:
+def reference(path: Path = JUDGE_FILE) -> tuple[Judge, Tensor]:
     """The judge, and the features of the held-out lace."""
-    judge = load_judge()
+    judge = load_judge(path)
     return judge, features_of(judge, held_out_lace())
 
 
-def figures(paths: Sequence[Path]) -> Figures:
+def figures(paths: Sequence[Path], judge_file: Path = JUDGE_FILE) -> Figures:
     """The figures of a set of picture files."""
-    judge, lace = reference()
+    judge, lace = reference(judge_file)
     pictures = to_pixels(open_squares(paths))
     distance = energy_distance(features_of(judge, pictures), lace)
     return Figures(distance, lace_share(judge, pictures), crispness(pictures), soundness(pictures))
@@ -208,12 +210,13 @@ def figures(paths: Sequence[Path]) -> Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of `main.py --mode inference`")
-    folders = parser.parse_args().folders
+    parser.add_argument("--judge", type=Path, default=JUDGE_FILE, help="another judge's file, such as an earlier one")
+    arguments = parser.parse_args()
     models.prepare_process()
-    for folder in folders:
+    for folder in arguments.folders:
         for kind in ("base", "refined"):
             if paths := sorted(folder.glob(f"{kind}_output_*")):
-                measured = figures(paths)
+                measured = figures(paths, arguments.judge)
                 print(f"{folder}, {kind}: {measured}\n  {measured.soundness}")
 
 

@@ -114,10 +114,11 @@ class DiffusionBatch:
     """The inputs of one training step, at the fixed addresses that a CUDA graph needs."""
 
     def __init__(
-        self, size: int, numbers: int, captions: tuple[Tensor, Tensor], tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
-    ) -> None:
+        self, size: int, numbers: int, captions: tuple[Tensor, Tensor], views: Tensor,
+        tokenizers: tuple[CLIPTokenizer, CLIPTokenizer],
+    ) -> None:  # fmt: skip
         device, cells = captions[0].device, SIDE // 8
-        self.size, self.captions = size, captions
+        self.size, self.captions, self.views = size, captions, views
         self.latents = torch.zeros(size, 4, cells, cells, device=device)
         self.noise = torch.zeros_like(self.latents)
         self.timesteps = torch.zeros(size, dtype=torch.long, device=device)
@@ -129,11 +130,13 @@ class DiffusionBatch:
 
     def fill(
         self, latents: Tensor, described: Tensor, timesteps: int, dropped: float = 0.0, blanked: float = 0.04,
-        lost: Tensor | None = None,
+        crisper: Tensor | None = None, seen: Tensor | None = None,
     ) -> None:  # fmt: skip
         """A batch by lot. Shares of it have their embeddings zeroed or their captions blanked, which guidance needs.
 
-        `lost`, of the latents' shape, comes on top of the noise, so that it is learnt to be taken off with it.
+        For a refiner, high aesthetic scores add `crisper` to the latents, and low ones take it off; what is `seen` in
+        their place differs from them in full where refining begins and not at all where it ends, like noise, with
+        which that difference is learnt to be taken off. All are of the latents' shape.
         """
         size, device = self.size, self.latents.device
         chosen = torch.randint(len(latents), (size,), device=device)
@@ -141,22 +144,20 @@ class DiffusionBatch:
         lot = torch.rand(size, 1, device=device)
         self.latents.copy_(latents[chosen])
         self.noise.normal_()
-        if lost is not None:
-            self.noise.add_(lost[chosen])
         self.timesteps.random_(0, timesteps)
         self.conditioned.copy_(lot >= dropped)
         for ids, captions, blank in zip(self.ids, self.captions, self.blank, strict=True):
             words = captions[described[chosen], worded]
             ids.copy_(torch.where(lot > 1 - blanked, blank, words))
-        # Sizes and cuts say nothing about these pictures, so any are right.
-        any_size = torch.randint(4, 25, (size, 2), device=device) * 64.0
-        self.time_ids[:, :2] = torch.where(torch.rand(size, 1, device=device) < 0.5, float(SIDE), any_size)
-        moved = torch.randint(0, 129, (size, 2), device=device) * (torch.rand(size, 1, device=device) < 0.3)
-        self.time_ids[:, 2:4] = moved
+        self.time_ids[:, :4] = self.views[described[chosen]]
         if self.time_ids.shape[1] == 6:
             self.time_ids[:, 4:] = SIDE
-        else:
-            self.time_ids[:, 4] = torch.rand(size, device=device) * 5 + 2  # the aesthetic score
+        if crisper is not None and seen is not None:
+            score = torch.rand(size, device=device) * 5 + 2
+            self.time_ids[:, 4] = score
+            self.latents.add_(crisper[chosen] * ((score - 4.5) / 2.5).view(-1, 1, 1, 1))
+            signal = self.alphas_cumprod[timesteps]
+            self.noise.add_((seen[chosen] - self.latents) * (signal / (1 - signal)).sqrt())
 
 
 def diffusion_loss(unet: UNet2DConditionModel, batch: DiffusionBatch, embeds: Tensor, pooled: Tensor) -> Tensor:
@@ -188,10 +189,12 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 
 
 def difference(rebuilt: Tensor, pixels: Tensor) -> Tensor:
-    """How wrong a picture is: pixel by pixel, along its edges, and over larger areas."""
-    error = rebuilt - pixels
+    """How wrong a picture is: pixel by pixel, most of all where threads begin and end, and over larger areas."""
+    error, light = rebuilt - pixels, pixels.mean(1, keepdim=True)
+    contrast = (F.max_pool2d(light, 3, 1, 1) + F.max_pool2d(-light, 3, 1, 1)) / 2  # from 0 to 1
+    weighted = (error.square() * (1 + 3 * contrast)).mean()
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    return error.abs().mean() + error.square().mean() + 0.5 * edges + 0.5 * F.avg_pool2d(error, 4).abs().mean()
+    return weighted + 0.5 * error.abs().mean() + 0.5 * edges + F.avg_pool2d(error, 4).abs().mean()
 
 
 class Critic(nn.Sequential):

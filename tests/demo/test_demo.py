@@ -3,13 +3,14 @@
 import hashlib
 import json
 import random
+from typing import Any
 
 import pytest
 import torch
 from transformers import CLIPTokenizer
 
 from demo import measure
-from demo.making import draw_textiles
+from demo.making import draw_textiles, draw_threads
 from demo.making.draw_textiles import COLOURS, PATTERNS, SIDE, Textile, caption, choose, draw
 from demo.measure import KINDS
 from helpers import ROOT
@@ -35,6 +36,46 @@ def test_outlined_figures_cover_less_than_solid_ones() -> None:
         draw("diamonds", 2, 5, figure=figure, **fixed)[0].float().mean() for figure in ("solid", "outlined")
     )
     assert outlined < 0.7 * solid
+
+
+def test_a_crop_moves_what_is_seen_and_a_small_photo_is_not_sharp() -> None:
+    fixed = {"colour": "white", "ground": "black", "figure": "solid", "material": "cotton", "layout": "medallion"}
+
+    def look(original: tuple[int, int], crop: tuple[int, int]) -> torch.Tensor:
+        return draw("diamonds", 2, 5, original=original, crop=crop, **fixed)[0].float()
+
+    def middle(pictures: torch.Tensor, dim: int) -> float:
+        light = (pictures.mean(1) > 128).float().sum((0, dim))
+        return float((light * torch.arange(SIDE)).sum() / light.sum())
+
+    centred, left, top = look((512, 768), (0, 64)), look((512, 768), (0, 16)), look((384, 256), (100, 0))
+    assert middle(left, 1) - middle(centred, 1) == pytest.approx(48, abs=1)
+    assert middle(centred, 2) - middle(top, 2) == pytest.approx(36, abs=1)
+    small, large = (look((side, side), (0, 0)).diff(dim=3).square().mean() for side in (96, 256))
+    assert small < 0.7 * large
+
+
+def test_corded_figures_are_lit_and_cast_a_shadow() -> None:
+    fixed: dict[str, Any] = {
+        "colour": "white",
+        "ground": "grey",
+        "material": "cotton",
+        "layout": "all over",
+        "original": (256, 256),
+    }
+    solid, corded = (draw("rings", 2, 5, figure=figure, **fixed)[0].float().mean(1) for figure in ("solid", "corded"))
+    thread = solid > 190
+    assert corded[thread].std() > 1.5 * solid[thread].std()
+    assert corded[~thread].mean() < 0.97 * solid[~thread].mean()
+
+
+def test_threads_are_the_same_for_the_same_seed_and_fine() -> None:
+    pictures, textiles = draw_threads.draw(12, 3)
+    assert all(textile.colour != textile.ground for textile in textiles)
+    assert pictures.shape == (12, 3, SIDE, SIDE)
+    assert torch.equal(pictures, draw_threads.draw(12, 3)[0])
+    pixels = pictures.float() / 255
+    assert measure.crispness(pixels) > 1.5 * measure.crispness(draw("plain", 12, 3)[0].float() / 255)
 
 
 @pytest.mark.parametrize("layout", draw_textiles.LAYOUTS)
