@@ -1,4 +1,4 @@
-"""Train the demo's tiny SDXL on textiles that are drawn on the fly: about 25 minutes on one H100.
+"""Train the demo's tiny SDXL on textiles that are drawn on the fly: about 40 minutes on one H100.
 
     python -m demo.making.teach [--work FOLDER] [--until STAGE]
 
@@ -63,7 +63,7 @@ class Amounts:
 
 
 FULL = Amounts(
-    64, 55, 240, 768, vae=6000, decoder=1100, judge=2000, unet=10_000, polish=8000, refiner=3000, refined=24_000,
+    64, 55, 240, 768, vae=6000, decoder=1100, judge=2000, unet=24_000, polish=10_000, refiner=3000, refined=24_000,
     batch=256, prompts=200,
 )  # fmt: skip
 SMALL = Amounts(2, 1, 3, 8, vae=3, decoder=3, judge=3, unet=3, polish=3, refiner=3, refined=6, batch=12, prompts=4)
@@ -406,10 +406,10 @@ def assemble(work: Workshop) -> None:
 STAGES: dict[str, Callable[[Workshop], None]] = {
     "vae": teach_vae,
     "decoder": teach_decoder,
-    "judge": teach_judge,
     "unet": teach_unet,
     "polish": polish_unet,
     "refiner": teach_refiner,
+    "judge": teach_judge,
     "assemble": assemble,
 }
 
