@@ -1,5 +1,5 @@
 # make          lint and test
-# make install  the environment in .venv; what only the demo and developers need comes with their targets
+# make install  the environment in .venv; what else the demo and developers need comes with their targets
 # make demo     train and draw on the embedded demo model, offline, without a GPU
 # make proof    prove that training teaches the style, and that a broken program would fail
 # make test     the test suite, in two processes
@@ -23,16 +23,20 @@ install: .venv/installed
 	$(RUN) -m pip install --quiet -r requirements.txt -c constraints.txt
 	@touch $@
 
+.venv/installed-demo: .venv/installed
+	$(RUN) -m pip install --quiet scikit-image -c constraints.txt
+	@touch $@
+
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	$(RUN) -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
-demo: .venv/installed-dev
+demo: .venv/installed-demo
 	$(RUN) main.py --mode train --config demo/config.yaml
 	$(RUN) main.py --mode inference --config demo/config.yaml
 	$(RUN) -m demo.story
 
-proof: .venv/installed-dev
+proof: .venv/installed-demo
 	$(RUN) -m demo.proof
 
 test: .venv/installed-dev
