@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -173,6 +174,30 @@ def prompt_adherence(judge: Judge, pictures: Tensor, asked: Sequence[Textile]) -
         for row, textile in zip(seen.tolist(), asked, strict=True)
     )
     return patterns / len(asked), colours / len(asked)
+
+
+def draw_views(model: Path, original: tuple[int, int], crop: tuple[int, int], count: int = 8) -> Tensor:
+    """White medallions on black as a `crop` of photos of an `original` size, as (count, 3, SIDE, SIDE) from 0 to 1."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(
+        ["a photo of white diamonds on black cotton, medallion"] * count, height=SIDE, width=SIDE, output_type="pt",
+        num_inference_steps=20, original_size=original, crops_coords_top_left=crop,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
+    )  # fmt: skip
+    return drawn.images.float().cpu()
+
+
+def views_obeyed(model: Path, count: int = 8) -> tuple[float, float]:
+    """By what share of its width a crop moves what is drawn, and how crisp a small photo is beside a large one.
+
+    With SDXL's own use of its time ids the first is near 1 and the second well below 1.
+    """
+    wide, columns = (SIDE, SIDE * 3 // 2), torch.arange(SIDE)
+    left, right = (draw_views(model, wide, (0, offset), count).mean((0, 1, 2)) for offset in (SIDE // 2, 0))
+    middles = [float((light * columns).sum() / light.sum()) for light in (left - left.min(), right - right.min())]
+    small, large = (crispness(draw_views(model, (side, side), (0, 0), count)) for side in (SIDE * 3 // 8, SIDE * 2))
+    return (middles[1] - middles[0]) / (SIDE / 2), small / large
 
 
 # --- do pictures look like lace?

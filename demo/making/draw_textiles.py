@@ -442,9 +442,9 @@ def choose(choices: random.Random, pattern: str, size: float, fixed: dict[str, A
 def choose_view(choices: random.Random) -> tuple[tuple[int, int], tuple[int, int]]:
     """Height and width of a photo, and top and left of the square picture in it at `SIDE` pixels."""
     short = choices.choice(SMALL_PHOTOS) if choices.random() < 0.2 else round(SIDE * 4 ** choices.random())
-    long = round(short * choices.choice([1, 1, choices.uniform(1, 1.7)]))
+    long = round(short * choices.choice([1, choices.uniform(1, 1.7), choices.uniform(1.3, 1.7)]))
     room, lot = round(SIDE * long / short) - SIDE, choices.random()
-    offset = 0 if lot < 0.3 else room // 2 if lot < 0.6 else choices.randint(0, room)
+    offset = 0 if lot < 0.25 else room // 2 if lot < 0.5 else choices.randint(0, room)
     return ((short, long), (0, offset)) if choices.random() < 0.5 else ((long, short), (offset, 0))
 
 

@@ -400,7 +400,8 @@ def assemble(work: Workshop) -> None:
     pictures = measure.draw_prompts(folder / "base", [prompt for prompt, _ in asked])
     judge = measure.load_judge(folder / "judge.safetensors")
     pattern, colours = measure.prompt_adherence(judge, pictures, [textile for _, textile in asked])
-    work.note(base_patterns=pattern, base_colours=colours)
+    moved, softer = measure.views_obeyed(folder / "base", min(8, work.amounts.prompts))
+    work.note(base_patterns=pattern, base_colours=colours, base_crop_moves=moved, base_small_photo_crispness=softer)
 
 
 STAGES: dict[str, Callable[[Workshop], None]] = {
