@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import data_utils
 from demo.making.draw_textiles import ALL_OVER, COLOURS, PATTERNS, SIDE, Textile, choose
-from demo.soundness import Soundness, soundness
+from demo.soundness import soundness
 from lace_lora.config import IMAGE_EXTENSIONS, Config
 from lace_lora.drawing import phases
 from lace_lora.pictures import image_files
@@ -127,7 +126,12 @@ def open_squares(paths: Sequence[Path], side: int = SIDE) -> list[Image.Image]:
 
 def held_out_lace() -> Tensor:
     """The held-out lace, as (n, 3, SIDE, SIDE) from 0 to 1."""
-    return to_pixels(open_squares(data_utils.list_images(HERE / "held_out")))
+    return read_pixels(data_utils.list_images(HERE / "held_out"))
+
+
+def read_pixels(paths: Sequence[Path]) -> Tensor:
+    """Picture files as (n, 3, SIDE, SIDE) from 0 to 1."""
+    return to_pixels(open_squares(paths))
 
 
 def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
@@ -176,30 +180,6 @@ def prompt_adherence(judge: Judge, pictures: Tensor, asked: Sequence[Textile]) -
     return patterns / len(asked), colours / len(asked)
 
 
-def draw_views(model: Path, original: tuple[int, int], crop: tuple[int, int], count: int = 8) -> Tensor:
-    """White medallions on black as a `crop` of photos of an `original` size, as (count, 3, SIDE, SIDE) from 0 to 1."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    drawn = pipeline(
-        ["a photo of white diamonds on black cotton, medallion"] * count, height=SIDE, width=SIDE, output_type="pt",
-        num_inference_steps=20, original_size=original, crops_coords_top_left=crop,
-        generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
-    )  # fmt: skip
-    return drawn.images.float().cpu()
-
-
-def views_obeyed(model: Path, count: int = 8) -> tuple[float, float]:
-    """By what share of its width a crop moves what is drawn, and how crisp a small photo is beside a large one.
-
-    With SDXL's own use of its time ids the first is near 1 and the second well below 1.
-    """
-    wide, columns = (SIDE, SIDE * 3 // 2), torch.arange(SIDE)
-    left, right = (draw_views(model, wide, (0, offset), count).mean((0, 1, 2)) for offset in (SIDE // 2, 0))
-    middles = [float((light * columns).sum() / light.sum()) for light in (left - left.min(), right - right.min())]
-    small, large = (crispness(draw_views(model, (side, side), (0, 0), count)) for side in (SIDE * 3 // 8, SIDE * 2))
-    return (middles[1] - middles[0]) / (SIDE / 2), small / large
-
-
 # --- do pictures look like lace?
 
 
@@ -210,7 +190,6 @@ class Figures:
     distance: float  # energy distance in the judge's features
     lace: float  # share classified as lace
     crispness: float
-    soundness: Soundness
 
     def __str__(self) -> str:
         distance = f"distance to lace {self.distance:.2f}"
@@ -227,9 +206,9 @@ def reference(path: Path = JUDGE_FILE) -> tuple[Judge, Tensor]:
 def figures(paths: Sequence[Path], judge_file: Path = JUDGE_FILE) -> Figures:
     """The figures of a set of picture files."""
     judge, lace = reference(judge_file)
-    pictures = to_pixels(open_squares(paths))
+    pictures = read_pixels(paths)
     distance = energy_distance(features_of(judge, pictures), lace)
-    return Figures(distance, lace_share(judge, pictures), crispness(pictures), soundness(pictures))
+    return Figures(distance, lace_share(judge, pictures), crispness(pictures))
 
 
 def main() -> None:
@@ -241,8 +220,7 @@ def main() -> None:
     for folder in arguments.folders:
         for kind in ("base", "refined"):
             if paths := sorted(folder.glob(f"{kind}_output_*")):
-                measured = figures(paths, arguments.judge)
-                print(f"{folder}, {kind}: {measured}\n  {measured.soundness}")
+                print(f"{folder}, {kind}: {figures(paths, arguments.judge)}\n  {soundness(read_pixels(paths))}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data_utils
 import inference
 from demo import measure
-from demo.soundness import Soundness
+from demo.soundness import Soundness, soundness
 from lace_lora.config import load_config
 from lace_lora.pictures import gallery
 
@@ -35,14 +35,12 @@ def main() -> None:
         "after: with the LoRA": sorted(drawn.glob("base_output_*")),
         "after: with the LoRA, refined": sorted(drawn.glob("refined_output_*")),
     }
-    figures = {name: measure.figures(paths) for name, paths in sets.items()}
     print()
-    for name, measured in figures.items():
-        print(f"{name:46} {measured}")
+    for name, paths in sets.items():
+        print(f"{name:46} {measure.figures(paths)}")
     lace = data_utils.list_images(Path(config.images_dir), config.image_extensions)
-    print_soundness(
-        measure.figures(lace).soundness, *(measured.soundness for name, measured in figures.items() if "LoRA" in name)
-    )
+    _, *with_lora = sets.values()
+    print_soundness(*(soundness(measure.read_pixels(paths)) for paths in (lace, *with_lora)))
     draw_story(sets | {"the lace it was trained on": lace}).save(output / "story.jpg", quality=85)
     print(f"\nside by side: {output / 'story.jpg'}\ngallery page: {drawn / gallery.PAGE}")
 
@@ -54,7 +52,7 @@ def print_soundness(lace: Soundness, drawn: Soundness, refined: Soundness) -> No
         ("loose ends per picture", "loose_ends", 0), ("loose pieces per picture", "loose_pieces", 1),
         ("thread width in pixels", "thread_width", 1),
     ):  # fmt: skip
-        counts = [f"{getattr(soundness, name):.{digits}f}" for soundness in (lace, drawn, refined)]
+        counts = [f"{getattr(found, name):.{digits}f}" for found in (lace, drawn, refined)]
         print("{}: {} in the lace it learnt from, {} drawn, {} refined".format(what, *counts))
 
 

@@ -253,13 +253,8 @@ ADJECTIVES = {
 }  # fmt: skip
 CAN_BE_OUTLINED = ("dots", "flowers", "damask", "paisley", "diamonds", "leaves")
 CAN_BE_EMBROIDERED = (*CAN_BE_OUTLINED, "rings", "waves", "net", "swirls", "chevrons", "trellis", "vines")
-MOSTLY_LINES = (
-    "rings",
-    "net",
-    "swirls",
-    "trellis",
-    "vines",
-)  # corded, these are cords, and others have them round them
+# Corded, these are cords themselves; others have a cord round them.
+MOSTLY_LINES = ("rings", "net", "swirls", "trellis", "vines")
 SMALL_PHOTOS = (96, 128, 176)  # shorter sides of photos that are enlarged, and so are not sharp
 EDGELESS = ("net", "trellis", "tartan", "plain")
 FINE = ("net", "swirls", "leaves", "herringbone", "rings", "flowers", "trellis", "vines", "threads")
