@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -15,7 +16,10 @@ from demo.making.draw_textiles import SIDE
 
 
 class Trainer:
-    """Trains bf16 networks through fp32 copies of their weights, with AdamW, clipping and a running average."""
+    """Trains bf16 networks through fp32 copies of their weights, with AdamW, clipping and a running average.
+
+    Several processes begin with the same weights and keep them the same, by the mean of their gradients.
+    """
 
     def __init__(self, networks: Sequence[nn.Module], rate: float, steps: int, averaging: float = 0.999) -> None:
         self.networks, self.peak, self.steps, self.done = networks, rate, steps, 0
@@ -25,8 +29,10 @@ class Trainer:
         self.weights: list[Tensor] = [weight for network in networks for weight in network.parameters()]
         self.exact = [weight.detach().float() for weight in self.weights]
         self.average = [weight.clone() for weight in self.exact]
-        # Gradients at fixed addresses, which a CUDA graph needs.
-        self.gradients = [torch.zeros_like(weight) for weight in self.weights]
+        # Gradients at fixed addresses, which a CUDA graph needs, and in one piece, which processes exchange fastest.
+        self.all_gradients = self.weights[0].new_zeros(sum(weight.numel() for weight in self.weights))
+        pieces = self.all_gradients.split([weight.numel() for weight in self.weights])
+        self.gradients = [piece.view_as(weight) for piece, weight in zip(pieces, self.weights, strict=True)]
         self.exact_gradients = [torch.zeros_like(weight) for weight in self.exact]
         pairs = zip((*self.weights, *self.exact), (*self.gradients, *self.exact_gradients), strict=True)
         for weight, gradient in pairs:
@@ -47,11 +53,14 @@ class Trainer:
     @torch.no_grad()
     def step(self) -> None:
         """From the gradients of the bf16 weights to new weights; the gradients are zero afterwards."""
+        if (processes := PartialState().num_processes) > 1:
+            torch.distributed.all_reduce(self.all_gradients)
+            self.all_gradients /= processes
         torch._foreach_copy_(self.exact_gradients, self.gradients)
         nn.utils.clip_grad_norm_(self.exact, 1.0, foreach=True)
         self.optimizer.step()
         torch._foreach_copy_(self.weights, self.exact)
-        torch._foreach_zero_(self.gradients)
+        self.all_gradients.zero_()
         torch._foreach_lerp_(self.average, self.exact, 1 - self.averaging)
 
     def run(self, share: float, loss: Callable[[], Tensor], fill: Callable[[], None]) -> None:
@@ -70,7 +79,7 @@ class Trainer:
             fill()
             step()
             if index % 500 == 499:
-                print(f"  step {self.done}: loss {shown.item():.4f}", flush=True)
+                say(f"step {self.done}: loss {shown.item():.4f}")
 
     def finish(self) -> None:
         """The networks in fp32 with their averaged weights."""
@@ -94,7 +103,7 @@ def replayed(once: Callable[[], None], fill: Callable[[], None]) -> Callable[[],
             once()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may go on meanwhile
         once()
     return graph.replay
 
@@ -107,7 +116,12 @@ def progress(what: str, steps: int) -> Iterable[int]:
         if (step + 1) % 1000 == 0:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            print(f"  {what} {step + 1}: {(step + 1) / (time.monotonic() - start):.1f} a second", flush=True)
+            say(f"{what} {step + 1}: {(step + 1) / (time.monotonic() - start):.1f} a second")
+
+
+def say(message: str) -> None:
+    if PartialState().is_main_process:
+        print(f"  {message}", flush=True)
 
 
 class DiffusionBatch:

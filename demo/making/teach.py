@@ -1,17 +1,20 @@
-"""Train the demo's tiny SDXL on textiles that are drawn on the fly: about 40 minutes on one H100.
+"""Train the demo's tiny SDXL on textiles that are drawn on the fly: about 25 minutes on four H100s.
 
     python -m demo.making.teach [--work FOLDER] [--until STAGE]
 
 runs the stages in `STAGES` in order and saves each one's result in the work folder (`demo/teaching`), so that the same
 command resumes at the first missing stage; the last one writes `demo/model`. Seeds and numbers of steps are fixed. The
 base never sees lace, nor the demo's token: that is left for the LoRA. `--small` is a smoke test: it runs everything in
-miniature, and writes `model` into the work folder.
+miniature, and writes `model` into the work folder. Several GPUs work together, each on drawings of its own:
+`torchrun --nproc-per-node 4 -m demo.making.teach`. The demo's model was made so; one GPU learns from a quarter as much.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import random
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,15 +24,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTokenizer
 
 from demo import measure
 from demo.making import build_model, draw_lace, draw_threads
 from demo.making.draw_textiles import COLOURS, FINE, PATTERNS, SIDE, Textile, caption, draw
-from demo.making.learning import Critic, DiffusionBatch, Trainer, difference, diffusion_loss, progress, tokenize
+from demo.making.learning import Critic, DiffusionBatch, Trainer, difference, diffusion_loss, progress, say, tokenize
 from lace_lora.sdxl import models
 
 DEMO = Path(__file__).resolve().parents[1]
@@ -45,7 +50,7 @@ REFINED_TIMESTEPS = 200  # SDXL's refiner knows the last 200 of 1000 only
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much of everything: `FULL` for the real thing."""
+    """How much of everything in each process: `FULL` for the real thing."""
 
     at_once: int  # pictures drawn at once
     drawings: int  # of each pattern, times `at_once`
@@ -63,8 +68,8 @@ class Amounts:
 
 
 FULL = Amounts(
-    64, 55, 240, 768, vae=6000, decoder=1100, judge=2000, unet=24_000, polish=10_000, refiner=3000, refined=24_000,
-    batch=256, prompts=200,
+    64, 24, 110, 384, vae=10_000, decoder=1500, judge=3000, unet=22_000, polish=8000, refiner=4000, refined=8000,
+    batch=128, prompts=200,
 )  # fmt: skip
 SMALL = Amounts(2, 1, 3, 8, vae=3, decoder=3, judge=3, unet=3, polish=3, refiner=3, refined=6, batch=12, prompts=4)
 
@@ -76,18 +81,26 @@ class Workshop:
     folder: Path
     amounts: Amounts
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    process: PartialState = field(default_factory=partial(PartialState, cpu=not torch.cuda.is_available()))
     figures: dict[str, float] = field(default_factory=dict)
+
+    def seed(self) -> None:
+        """Begin the random numbers anew, in every process with others."""
+        torch.manual_seed(self.process.process_index)
+        random.seed(self.process.process_index)
 
     def path(self, stage: str) -> Path:
         return self.folder / f"{stage}.safetensors"
 
     def save(self, stage: str, **networks: nn.Module) -> None:
-        tensors = {
-            f"{name}.{key}": value.detach().half().cpu().contiguous()
-            for name, network in networks.items()
-            for key, value in network.state_dict().items()
-        }
-        save_file(tensors, self.path(stage))
+        states = {name: network.state_dict() for name, network in networks.items()}
+        self.write(stage, {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()})
+
+    def write(self, stage: str, tensors: dict[str, Tensor]) -> None:
+        if self.process.is_main_process:
+            save_file(
+                {name: value.detach().half().cpu().contiguous() for name, value in tensors.items()}, self.path(stage)
+            )
 
     def load(self, stage: str, **networks: nn.Module) -> None:
         tensors = load_file(self.path(stage))
@@ -98,23 +111,28 @@ class Workshop:
     def note(self, **figures: float) -> None:
         """Print figures and save them for the model card."""
         self.figures |= {name: round(value, 4) for name, value in figures.items()}
-        print("  " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
-        (self.folder / "figures.json").write_text(json.dumps(self.figures, indent=2) + "\n")
+        say(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        if self.process.is_main_process:
+            (self.folder / "figures.json").write_text(json.dumps(self.figures, indent=2) + "\n")
 
     @cached_property
     def tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-        return build_model.write_tokenizers(self.folder / "tokenizers")
+        with tempfile.TemporaryDirectory() as folder:
+            return build_model.write_tokenizers(Path(folder))
 
     @cached_property
     def parts(self) -> build_model.Parts:
-        """All networks as they begin, in fp32."""
+        """All networks as they begin, in fp32, the same in every process."""
         with torch.device(self.device):
-            return build_model.make_parts(build_model.TINY, self.tokenizers[0], seed=0)
+            parts = build_model.make_parts(build_model.TINY, self.tokenizers[0], seed=0)
+        self.seed()
+        return parts
 
     @cached_property
     def drawings(self) -> tuple[Tensor, list[Textile]]:
         """What to learn from, uint8 (n, 3, SIDE, SIDE): textiles, pattern after pattern, then threads."""
-        return draw_all(self.amounts.drawings, self.amounts.threads, self.amounts.at_once, 1000, self.device)
+        seed = 1000 + 10_000 * self.process.process_index
+        return draw_all(self.amounts.drawings, self.amounts.threads, self.amounts.at_once, seed, self.device)
 
     @cached_property
     def threads(self) -> Tensor:
@@ -164,12 +182,12 @@ def main() -> None:
         workshop.figures = json.loads((arguments.work / "figures.json").read_text())
     for name, stage in STAGES.items():
         if not workshop.path(name).exists():
-            print(name, flush=True)
-            torch.manual_seed(0)
-            random.seed(0)
+            say(name)
+            workshop.seed()
             start = time.monotonic()
             stage(workshop)
             workshop.note(**{f"{name}_seconds": time.monotonic() - start})
+            workshop.process.wait_for_everyone()
         if name == arguments.until:
             return
 
@@ -246,7 +264,8 @@ def teach_decoder(work: Workshop) -> None:
 def teach_judge(work: Workshop) -> None:
     """The classifier that measures the rest, on drawings of textiles, threads and lace, also as the VAE shows them."""
     (pictures, textiles), judge = work.drawings, measure.Judge().to(work.device)
-    lace = draw_laces(work.amounts.lace, work.device)
+    together = DistributedDataParallel(judge) if work.process.num_processes > 1 else judge
+    lace = draw_laces(work.amounts.lace, work.process, work.device)
     kinds, colours = labels(textiles, work.device)
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.02)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, work.amounts.judge + 1)
@@ -261,7 +280,7 @@ def teach_judge(work: Workshop) -> None:
             if step % 3 == 2:
                 shown = rebuild(work.vae, shown.float())
             shown = (shown + torch.randn_like(shown) * 0.03 * random.random()).clamp(0, 1)
-            kind, colour = judge(shown)
+            kind, colour = together(shown)
         target = torch.cat([kinds[chosen], torch.full_like(of_lace, measure.KINDS.index("lace"))])
         loss = F.cross_entropy(kind.float(), target)
         loss = loss + 2 * F.binary_cross_entropy_with_logits(colour[:size].float(), colours[chosen])
@@ -280,7 +299,7 @@ def teach_judge(work: Workshop) -> None:
         judge_patterns=pattern, judge_colours=both, judge_lace=measure.lace_share(judge, held_out),
         judge_false_lace=measure.lace_share(judge, test.float() / 255),
     )  # fmt: skip
-    save_file({name: value.half().cpu() for name, value in judge.state_dict().items()}, work.path("judge"))
+    work.write("judge", judge.state_dict())
 
 
 def teach_unet(work: Workshop) -> None:
@@ -390,6 +409,8 @@ def learn_to_refine(work: Workshop, batch: DiffusionBatch, rate: float, steps: i
 
 def assemble(work: Workshop) -> None:
     """Put all parts into `demo/model` as a hub would hold them, and measure the base by its pictures."""
+    if not work.process.is_main_process:
+        return
     parts, folder = work.parts, DEMO / "model" if work.amounts is FULL else work.folder / "model"
     work.load("decoder", vae=parts.vae)
     work.load("polish", **base_networks(work))
@@ -463,10 +484,11 @@ def describe(
     return first, second
 
 
-def draw_laces(count: int, device: str) -> Tensor:
+def draw_laces(count: int, process: PartialState, device: str) -> Tensor:
     """Lace for the judge alone, of other seeds than the demo's two sets, uint8 (count, 3, SIDE, SIDE)."""
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        return torch.stack(pool.map(draw_one_lace, range(count))).to(device)
+    first, cores = process.process_index * count, max(1, (os.cpu_count() or 1) // process.num_processes)
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        return torch.stack(pool.map(draw_one_lace, range(first, first + count))).to(device)
 
 
 def draw_one_lace(index: int) -> Tensor:
