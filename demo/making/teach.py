@@ -6,7 +6,7 @@ runs the stages in `STAGES` in order and saves each one's result in the work fol
 command resumes at the first missing stage; the last one writes `demo/model`. Seeds and numbers of steps are fixed. The
 base never sees lace, nor the demo's token: that is left for the LoRA. `--small` is a smoke test: it runs everything in
 miniature, and writes `model` into the work folder. Several GPUs work together, each on drawings of its own:
-`torchrun --nproc-per-node 4 -m demo.making.teach`. The demo's model was made so; one GPU learns from a quarter as much.
+`torchrun --nproc-per-node 4 -m demo.making.teach`. One GPU learns from a quarter as much.
 """
 
 import argparse
