@@ -45,7 +45,8 @@ def run(config: Config, dry_run: bool = False) -> None:
     if config.train_script:
         diffusers_script.check(config)
     pictures, annotations = check_dataset(config)
-    for warning in plan.warnings(config, [annotations.captions[picture.path] for picture in pictures]):
+    views = _views(config, pictures)
+    for warning in plan.warnings(config, [annotations.captions[picture.path] for picture in pictures], views.values()):
         logger.warning("warning: %s", warning)
     fingerprint = run_fingerprint(config, pictures, annotations.captions)
     output_dir = Path(config.lora_output_dir)
@@ -63,7 +64,7 @@ def run(config: Config, dry_run: bool = False) -> None:
             raise UserError(f"{config.lora_file} is finished, and no checkpoint is left to resume from: {START_OVER}")
         downloads = hub.check_models(replace(config, refine=False), download=False)
         first_step = checkpoint.read_state(resume)["step"] if resume else 0
-        print("\n".join(plan.describe(config, len(pictures), first_step, downloads)))
+        print("\n".join(plan.describe(config, list(views.values()), first_step, downloads)))
         if dry_run:
             _print_plan(config, annotations, len(class_files), resume)
         hub.require_gpu(config, "training SDXL on a CPU takes days")
@@ -84,6 +85,7 @@ def run(config: Config, dry_run: bool = False) -> None:
                 models=models,
                 class_pictures={str(path): digest for path, digest in class_files.items()},
                 class_to_draw={str(path): number for path, number in to_draw.items()},
+                views={str(path): count for path, count in views.items()},
             )
             job_file.write_text(json.dumps(asdict(job)))
             accelerate_file.write_text(launch.ACCELERATE_SETTINGS)
@@ -119,9 +121,18 @@ def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations
         # A file name's undecodable bytes become JSON's own escapes.
         _write("report", Path(config.report), data_utils.report_json(pictures).encode(errors="backslashreplace"))
     trainable = _trainable(config, pictures, annotations)
+    views = sum(_views(config, trainable).values())
+    if close_ups := views - len(trainable):
+        print(f"  views        {views}: all of each picture, and {close_ups} close-ups")
     if config.preview:
         _write_preview(config, Path(config.preview), trainable)
     return trainable, annotations
+
+
+def _views(config: Config, pictures: Sequence[Picture]) -> dict[Path, int]:
+    """How many views each picture has for training: all of it, and close-ups."""
+    cropping = crops.Cropping.of(config)
+    return {picture.path: cropping.views(picture.width, picture.height) for picture in pictures}
 
 
 def _other_folders(config: Config) -> set[Path]:
@@ -134,9 +145,8 @@ def _write_preview(config: Config, path: Path, pictures: Sequence[Picture]) -> N
     if path.is_file() and not gallery.is_sheet(path):
         raise UserError(f"preview: {path} exists and is no preview: set it to another file", DISK_OR_DRIVE)
     names = {picture.path: photo_folder.shown(picture.path, config.images_dir) for picture in pictures}
-    allowed = crops.shapes(config.resolution, config.aspect_ratio_buckets)
     try:
-        content = crops.preview(names, allowed, image_files.formats_of(config.image_extensions))
+        content = crops.preview(names, crops.Cropping.of(config), image_files.formats_of(config.image_extensions))
     except image_files.BROKEN as error:
         raise UserError(f"preview: a picture can no longer be read ({error}): run the same command again") from error
     _write("preview", path, content)
@@ -196,6 +206,11 @@ def run_fingerprint(config: Config, pictures: Sequence[Picture], captions: dict[
         fingerprint["class_prompt"] = config.class_prompt
     if config.train_script:
         fingerprint["train_script"] = True
+    most = max(_views(config, pictures).values(), default=1)
+    fingerprint["crops_per_image"] = most
+    if most > 1:
+        size = "width or height, which close-ups depend on"
+        fingerprint |= {"crop_caption": config.crop_caption, size: crops.Cropping.of(config).share}
     fingerprint["pictures"] = files.json_digest(sorted(picture.sha256 for picture in pictures))
     fingerprint["captions"] = files.json_digest(sorted([p.sha256, captions[p.path]] for p in pictures))
     return fingerprint
@@ -271,6 +286,7 @@ def find_resume_checkpoint(
 
 def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> None:
     former = {"pictures": "pictures (if you changed none, set image_extensions: [.jpg], its former default)"}
+    trained_on = {"crops_per_image": 1} | trained_on  # before there were close-ups
     changes = [
         f"{name} (was {trained_on.get(name)}, is {value})" if hasattr(Config, name) else former.get(name, name)
         for name, value in fingerprint.items()

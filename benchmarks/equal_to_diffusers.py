@@ -27,6 +27,7 @@ from torch import Tensor
 
 from demo.making import build_model
 from lace_lora.config import Config
+from lace_lora.pictures.crops import Cropping
 from lace_lora.sdxl import lora_weights, models, prompts
 from lace_lora.training import batches, latents
 from lace_lora.training.loss import training_loss
@@ -161,7 +162,7 @@ def our_step(case: Case, model: Path, pictures: list[Path], drawn: Step) -> Step
     config, cpu = Config(pretrained_model=str(model), variant=None, rank=RANK), torch.device("cpu")
     contents = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures}
     load_vae = partial(models.load_vae, config, cpu, torch.float32)
-    encoded = latents.encode_pictures(load_vae, contents, [(RESOLUTION, RESOLUTION)], mirrored=False)
+    encoded = latents.encode_pictures(load_vae, contents, Cropping([(RESOLUTION, RESOLUTION)]))
     # The script shuffles: a row's picture is the one with the nearest latents.
     mean, std = torch.cat(encoded.mean), torch.cat(encoded.std)  # one version of each
     rows = torch.cdist(drawn["posterior mean"][""].flatten(1), mean.flatten(1)).argmin(dim=1)

@@ -116,7 +116,13 @@ class Config:
     )
     min_images: int = setting(3, NOTHING, "minimum number of usable pictures", least=1)
     skip_bad_images: bool = setting(False, NOTHING, "train even if more than a tenth of the pictures cannot be read")
+    crops_per_image: int | None = setting(
+        None, NOTHING, "views of each large picture: all of it, then close-ups; empty: up to 4; 1: no close-ups",
+        least=1, most=16,
+    )  # fmt: skip
+    crop_caption: str = setting(", close-up", NOTHING, "what is added to the caption of a close-up")
     random_flip: bool = setting(False, SCRIPT, "also train on every picture mirrored")
+    random_rotate: bool = setting(False, NOTHING, "also train on every picture turned to all four sides, for textures")
     aspect_ratio_buckets: bool = setting(False, TRAINING | SCRIPT, "crop to SDXL's closest aspect ratio, not a square")
     with_prior_preservation: bool = setting(False, TRAINING, "preserve class_prompt by training on class pictures too")
     class_data_dir: str | None = setting(None, NOTHING, "folder of class pictures; empty: lora_output_dir/class_images")
@@ -199,6 +205,9 @@ class Config:
         if self.with_prior_preservation and self.aspect_ratio_buckets:
             both = "with_prior_preservation and aspect_ratio_buckets are both true"
             problems.append(f"{both}: class pictures are square, so set one of them to false")
+        if self.random_rotate and self.aspect_ratio_buckets:
+            both = "random_rotate and aspect_ratio_buckets are both true"
+            problems.append(f"{both}: a turned picture has another shape, so set one of them to false")
         if self.optimizer == "prodigy" and self.learning_rate < 0.1:
             problems.append(
                 "optimizer prodigy adapts the learning rate and multiplies it by learning_rate: set that to 1"

@@ -559,6 +559,57 @@ def test_a_changed_fingerprint_is_refused(
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"crops_per_image": 2}, "crops_per_image \\(was 4, is 2\\)"),
+        ({"crops_per_image": 1}, "crops_per_image \\(was 4, is 1\\)"),
+        ({"crop_caption": ""}, "crop_caption \\(was , close-up, is \\)"),
+        ({"width": 896, "crops_per_image": 4}, "width or height, which close-ups depend on"),
+    ],
+)
+def test_close_ups_cannot_change_within_a_run(
+    changes: dict[str, Any], named: str, tmp_path: Path, launched: FakeLaunch, make: Make
+) -> None:
+    jpg(tmp_path / "photos" / "large.jpg", gradient(1400, 1100))
+    launched.stop_at = 7
+    refused(make(), "stopped", 130)
+    refused(make(**changes), f"changed: {named}.*lora_output_dir to a new folder")
+    launched.stop_at = 10_000
+    train.run(make())
+
+
+def test_a_run_from_before_there_were_close_ups_goes_on_without(
+    tmp_path: Path, launched: FakeLaunch, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jpg(tmp_path / "photos" / "large.jpg", gradient(1400, 1100))
+    launched.stop_at, fingerprint = 7, train.run_fingerprint
+
+    def as_it_was(*arguments: Any) -> dict[str, Any]:
+        return {name: value for name, value in fingerprint(*arguments).items() if name != "crops_per_image"}
+
+    with monkeypatch.context() as before:
+        before.setattr(train, "run_fingerprint", as_it_was)
+        refused(make(crops_per_image=1), "stopped", 130)
+    refused(make(), "crops_per_image \\(was 1, is 4\\)")
+    launched.stop_at = 10_000
+    train.run(make(crops_per_image=1))
+    assert [job["resume"] is not None for job in launched.jobs] == [False, True]
+
+
+def test_close_ups_are_counted(
+    tmp_path: Path, launched: FakeLaunch, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jpg(tmp_path / "photos" / "large.jpg", gradient(1400, 1100))
+    train.run(make(max_train_steps=70))
+    printed = capsys.readouterr().out
+    assert "views        7: all of each picture, and 3 close-ups" in printed
+    assert "each of 2 of the 7 views of 4 pictures; every view is seen 20 times in all (20.0 epochs)" in printed
+    assert {Path(path).name: views for path, views in launched.jobs[0]["views"].items()} == {
+        "lace_0.jpg": 1, "lace_1.jpg": 1, "lace_2.jpg": 1, "large.jpg": 4,
+    }  # fmt: skip
+
+
 def test_the_former_default_of_image_extensions_is_named(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
     gradient(96, 72).save(tmp_path / "photos" / "lace_9.png")
     train.run(make(image_extensions=(".jpg",)))

@@ -69,6 +69,7 @@ def test_gradient_checkpointing_changes_nothing(settings: Make) -> None:
     "changes",
     [
         {"lora_dropout": 0.1, "random_flip": True},
+        {"resolution": 32, "random_rotate": True},  # with close-ups
         {"optimizer": "prodigy", "learning_rate": 1.0, "noise_offset": 0.1},
         {"train_text_encoder": True, "text_encoder_lr": 1e-2, "gradient_checkpointing": True},
         {"with_prior_preservation": True, "num_class_images": 3, "class_prompt": "a net"},

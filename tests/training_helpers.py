@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
+from PIL import Image
 
 import data_utils
 import train_lora
 from helpers import contents
 from lace_lora.config import Config
+from lace_lora.pictures import crops
 from lace_lora.sdxl import lora_weights, models
 from lace_lora.training import batches, class_pictures
 from lace_lora.training.encode import Captions, encode
@@ -104,6 +106,7 @@ def train_here(
         {str(path): config.instance_prompt for path in images},
         class_pictures=as_json(contents(of_class)),
         class_to_draw=as_json(to_draw),
+        views={str(path): crops.Cropping.of(config).views(*Image.open(path).size) for path in images},
         fingerprint={"rank": config.rank},
         resume=str(resume) if resume else None,
         origin=origin,

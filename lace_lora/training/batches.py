@@ -17,7 +17,8 @@ from lace_lora.training.latents import Latents
 
 @dataclass(frozen=True)
 class Encoded:
-    """N pictures and U unique captions; the first `instances` are the user's, others are for prior preservation."""
+    """N views of pictures and U unique captions; the first `instances` are of the user's pictures, others are for prior
+    preservation."""
 
     latents: Latents
     caption: Tensor  # (N,) index into the embeddings
@@ -28,9 +29,9 @@ class Encoded:
     @cached_property
     def buckets(self) -> list[list[int]]:
         """The user's pictures of each shape, in the order of their first ones."""
-        buckets: dict[torch.Size, list[int]] = {}
-        for picture, mean in enumerate(self.latents.mean[: self.instances]):
-            buckets.setdefault(mean.shape, []).append(picture)
+        buckets: dict[tuple[float, ...], list[int]] = {}
+        for picture, ids in enumerate(self.latents.time_ids[: self.instances].tolist()):
+            buckets.setdefault(tuple(ids[4:]), []).append(picture)
         return list(buckets.values())
 
     @cached_property
@@ -120,6 +121,12 @@ def step_batch(
         pooled_prompt_embeds=data.pooled_prompt_embeds[captions],
         weights=weights,
     )
+
+
+def seen(count: int, seed: int, draws: int) -> list[bool]:
+    """Which of `count` pictures, all of one shape, are among the first `draws` of a training."""
+    places = set(_places(count, seed, "epoch", 0, min(count, draws)))
+    return [place in places for place in range(count)]
 
 
 def _bucket(data: Encoded, seed: int, step: int) -> tuple[list[int], int]:

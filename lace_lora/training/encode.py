@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -48,7 +49,13 @@ def encode(
     device = accelerator.device
     to_draw = dict(list(job.class_to_draw.items())[accelerator.process_index :: accelerator.num_processes])
     class_count = len(job.class_pictures) + len(job.class_to_draw)
-    unique, caption = batches.unique_captions([*job.captions.values(), *[config.class_prompt] * class_count])
+    views = [job.views.get(path, 1) for path in job.captions]
+    captions_of_views = [
+        text + (config.crop_caption if number else "")
+        for text, count in zip(job.captions.values(), views, strict=True)
+        for number in range(count)
+    ]
+    unique, caption = batches.unique_captions([*captions_of_views, *[config.class_prompt] * class_count])
 
     tokenizers = prompts.load_tokenizers(config.pretrained_model)
     prompts.warn_of_long([*unique, config.validation_prompt or ""], tokenizers[0])
@@ -70,17 +77,23 @@ def encode(
 
     load_vae = cache(partial(models.load_vae, config, device, dtype))
     encode_files = partial(_encode_files, config, load_vae, accelerator, dtype)
-    encoded = encode_files(job.contents, config.image_extensions)
+    cropping, drawn = crops.Cropping.of(config), None
+    if len(cropping.shapes) == 1:
+        size = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        is_drawn = iter(batches.seen(sum(views), config.seed, size * config.max_train_steps))
+        drawn = {Path(path): list(islice(is_drawn, n)) for path, n in zip(job.captions, views, strict=True)}
+    encoded = encode_files(job.contents, config.image_extensions, cropping, drawn)
     if class_count:
         if class_embeddings:
             noise_scheduler = models.load_noise_scheduler(config)
             draw_class_pictures(config, to_draw, load_unet(), load_vae(), noise_scheduler, class_embeddings)
         accelerator.wait_for_everyone()
-        drawn = {path: file_sha256(Path(path)) for path in job.class_to_draw}
+        class_drawn = {path: file_sha256(Path(path)) for path in job.class_to_draw}
         # In the same order whether they existed or not: a resumed run finds all of them there.
-        encoded += encode_files(dict(sorted((job.class_pictures | drawn).items())), IMAGE_EXTENSIONS)
+        class_files = dict(sorted((job.class_pictures | class_drawn).items()))
+        encoded += encode_files(class_files, IMAGE_EXTENSIONS, crops.Cropping(cropping.shapes))
     data = batches.Encoded(
-        encoded, caption, embeddings.prompt_embeds, embeddings.pooled_prompt_embeds, instances=len(job.captions)
+        encoded, caption, embeddings.prompt_embeds, embeddings.pooled_prompt_embeds, instances=sum(views)
     )
     sample_inputs = None
     if config.validation_steps and accelerator.is_main_process:
@@ -92,13 +105,15 @@ def encode(
 
 def _encode_files(
     config: Config, load_vae: Callable[[], AutoencoderKL], accelerator: Accelerator, dtype: torch.dtype,
-    contents: dict[str, str], extensions: Sequence[str],
+    contents: dict[str, str], extensions: Sequence[str], cropping: crops.Cropping,
+    drawn: dict[Path, list[bool]] | None = None,
 ) -> latents.Latents:  # fmt: skip
     """Picture files, each with its SHA-256, to latents; several processes encode them once."""
-    shapes = crops.shapes(config.resolution, config.aspect_ratio_buckets)
     source, subfolder = models.vae_source(config)
     path = Path(source) if Path(source).is_file() else Path(source, subfolder)
     depends_on = [stamps(path), config.variant, str(dtype), accelerator.device.type]
     by_path, formats = {Path(path): digest for path, digest in contents.items()}, formats_of(extensions)
     with accelerator.local_main_process_first():  # the others find its cache
-        return latents.encode_pictures(load_vae, by_path, shapes, config.random_flip, formats, depends_on)
+        return latents.encode_pictures(
+            load_vae, by_path, cropping, config.random_flip, config.random_rotate, formats, depends_on, drawn
+        )

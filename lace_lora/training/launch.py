@@ -43,6 +43,7 @@ class Job:
     started: float = field(default_factory=time.time)  # when train.py wrote it, in seconds since 1970
     class_pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that exist
     class_to_draw: dict[str, int] = field(default_factory=dict)  # each with the number that gives its seed
+    views: dict[str, int] = field(default_factory=dict)  # how many each picture file has; one if it is not there
 
 
 def check_packages(config: Config) -> None:

@@ -20,7 +20,7 @@ STEP_SECONDS = {
         (1024, 1): 0.051, (1024, 2): 0.079, (1024, 4): 0.147,
     }
 }  # fmt: skip
-MANY_VIEWS = 150  # of each picture
+MANY_EPOCHS = 150
 HIGH_RATE = 0.1  # for adamw
 SAMPLES_MEMORY = 7.3  # GiB, measured at 512² with gradient_checkpointing, whose steps take 5.9 there
 
@@ -51,22 +51,24 @@ def disk_space(config: Config) -> float:
     return (4 * weights * (config.checkpoints_total_limit + 1) + 2 * weights) / 1e9
 
 
-def describe(config: Config, pictures: int, first_step: int, downloads: Sequence[str]) -> list[str]:
+def describe(config: Config, views: Sequence[int], first_step: int, downloads: Sequence[str]) -> list[str]:
     """What a training will take, a line for each question that people ask.
 
     Args:
-        pictures: how many there are to train on.
+        views: how many each picture has to train on.
         downloads: models of which something is still to be downloaded.
     """
     is_sdxl = hub.is_full_size(config.pretrained_model)
     is_measured = is_sdxl and not config.train_script  # the script takes its own time and memory
     batch = pictures_per_step(config)
-    views = config.max_train_steps * batch / pictures
-    times = f"{views:,.0f} times" if views >= 1.5 else "once" if views >= 1 else "at most once"
+    epochs = config.max_train_steps * batch / sum(views)
+    times = f"{epochs:,.0f} times" if epochs >= 1.5 else "once" if epochs >= 1 else "at most once"
+    pictures = counted(len(views), "picture")
+    seen, each = (pictures, "picture") if sum(views) == len(views) else (f"{sum(views)} views of {pictures}", "view")
     lines = [
         *_hardware(config, is_sdxl, is_measured),
-        f"steps: {first_step} to {config.max_train_steps}, each of {batch} of the {counted(pictures, 'picture')}; "
-        f"every picture is seen {times} in all ({views:.1f} epochs)",
+        f"steps: {first_step} to {config.max_train_steps}, each of {batch} of the {seen}; "
+        f"every {each} is seen {times} in all ({epochs:.1f} epochs)",
     ]
     if seconds := _seconds(config, config.max_train_steps - first_step) if is_measured else None:
         lines.append(f"time: {duration(seconds)} of steps (computed from measurements of this kind of GPU)")
@@ -115,8 +117,13 @@ def _seconds(config: Config, steps: int) -> float | None:
     return step * steps * config.gradient_accumulation_steps if step else None
 
 
-def warnings(config: Config, captions: Collection[str]) -> list[str]:
-    """Settings that are most likely not meant, each with what to do; `captions` are those of the pictures."""
+def warnings(config: Config, captions: Collection[str], views: Collection[int] = ()) -> list[str]:
+    """Settings that are most likely not meant, each with what to do.
+
+    Args:
+        captions: those of the pictures.
+        views: how many each picture has; one, if they are left out.
+    """
     found = []
     without = [caption for caption in captions if config.token not in caption]
     if without:
@@ -136,12 +143,14 @@ def warnings(config: Config, captions: Collection[str]) -> list[str]:
         found.append(
             f"learning_rate is {config.learning_rate:g}, far too high for adamw: 1e-4 is usual; 1 is for prodigy"
         )
-    views = config.max_train_steps * pictures_per_step(config) / len(captions)
-    if views > MANY_VIEWS:
-        few = round(100 * len(captions) / pictures_per_step(config))
+    count = sum(views) or len(captions)
+    epochs = config.max_train_steps * pictures_per_step(config) / count
+    if epochs > MANY_EPOCHS:
+        few = round(100 * count / pictures_per_step(config))
         found.append(
-            f"max_train_steps is {config.max_train_steps}: each of {counted(len(captions), 'picture')} would be seen "
-            f"{views:,.0f} times, which may copy pictures rather than their style: {few} steps are 100 times"
+            f"max_train_steps is {config.max_train_steps}: each of {counted(count, 'view' if views else 'picture')} "
+            f"would be seen {epochs:,.0f} times, which may copy pictures rather than their style: {few} steps are 100 "
+            "times"
         )
     for name in ("lora_output_dir", "output_dir"):
         if Path(getattr(config, name)).resolve() == Path(config.images_dir).resolve():

@@ -17,7 +17,7 @@ def fake_encodings(pictures: int, versions: int = 1) -> batches.Encoded:
     latents = Latents(
         mean=list(marks.expand(pictures, versions, 4, 2, 2)),
         std=list(torch.zeros(pictures, versions, 4, 2, 2)),
-        time_ids=torch.arange(pictures).float()[:, None].expand(pictures, 6),
+        time_ids=torch.tensor([[picture, 0.0, 0, 0, 16, 16] for picture in range(pictures)]),
     )
     return batches.Encoded(
         latents=latents,
@@ -39,6 +39,13 @@ def test_every_picture_once_an_epoch_in_a_new_order() -> None:
     epochs = [row[start : start + 7] for start in (0, 7, 14)]
     assert all(Counter(epoch) == Counter(range(7)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 9])
+def test_what_a_training_sees_is_known_before_it(steps: int) -> None:
+    data = fake_encodings(7)
+    drawn = {picture for step in range(steps) for picture in shown(data, seed=3, step=step, size=3)}
+    assert [number for number, is_drawn in enumerate(batches.seen(7, 3, 3 * steps)) if is_drawn] == sorted(drawn)
 
 
 def test_a_batch_depends_on_seed_and_step_alone() -> None:
@@ -139,7 +146,9 @@ def in_shapes(widths: list[int]) -> batches.Encoded:
     data = fake_encodings(len(widths))
     mean, std = ([part[..., :1].expand(1, 4, 2, width) for part, width in zip(parts, widths, strict=True)]
                  for parts in (data.latents.mean, data.latents.std))  # fmt: skip
-    return replace(data, latents=replace(data.latents, mean=mean, std=std))
+    time_ids = data.latents.time_ids.clone()
+    time_ids[:, 5] = 8 * torch.tensor(widths)
+    return replace(data, latents=replace(data.latents, mean=mean, std=std, time_ids=time_ids))
 
 
 def test_a_batch_has_one_shape_and_all_pictures_are_seen_equally_often() -> None:

@@ -116,3 +116,39 @@ def test_the_vae_is_loaded_once_and_only_if_it_is_needed(
     _, _, preview = encode_here(config, job)
     assert len(loaded) == loads
     assert (preview is not None) == (validation_steps > 0)
+
+
+def test_close_ups_are_encoded_with_captions_of_their_own(settings: Make, photos: Path) -> None:
+    config = settings(resolution=32, crops_per_image=3, crop_caption=" seen closely", max_train_steps=50)
+    paths = data_utils.list_images(photos)
+    captions = {str(path): f"lace number {index}" for index, path in enumerate(paths)}
+    views = dict(zip(captions, (3, 3, 3, 1, 3), strict=True))
+    large = [path for path in captions if views[path] == 3]
+    data, _, _ = encode_here(config, job_of({path: captions[path] for path in large}, views=views))
+    assert data.instances == len(data.latents.mean) == 12
+    tokenizers, encoders = (
+        prompts.load_tokenizers(config.pretrained_model),
+        prompts.load_text_encoders(config, CPU, torch.float32),
+    )
+    for view in range(12):
+        path, number = large[view // 3], view % 3
+        caption = captions[path] + (" seen closely" if number else "")
+        embeds, _ = prompts.encode_prompts([caption], tokenizers, encoders)
+        torch.testing.assert_close(data.prompt_embeds[data.caption[view]], embeds[0], rtol=1e-4, atol=1e-5)
+        height, width = data.latents.time_ids[view, :2].tolist()
+        assert (width < 72) == (number > 0)
+
+
+def test_a_short_training_encodes_what_it_sees_alone(settings: Make, photos: Path) -> None:
+    config = settings(resolution=32, crops_per_image=3, max_train_steps=2)
+    captions = {str(path): "lace" for path in data_utils.list_images(photos)}
+    views = dict.fromkeys(captions, 3)
+    short, _, _ = encode_here(config, job_of(captions, views=views))
+    long, _, _ = encode_here(replace(config, max_train_steps=50), job_of(captions, views=views))
+    size = config.train_batch_size
+    assert sum(mean.numel() > 0 for mean in short.latents.mean) == 2 * size < len(long.latents.mean)
+    assert all(mean.numel() for mean in long.latents.mean)
+    for step in range(2):
+        batch, other = (batches.step_batch(data, config.seed, step, size, 1000) for data in (short, long))
+        assert torch.equal(batch.latents, other.latents)
+        assert torch.equal(batch.time_ids, other.time_ids)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from lace_lora.config import Config
 from lace_lora.errors import UserError
 from lace_lora.pictures import crops
 from lace_lora.sdxl import models
+from lace_lora.sdxl.vae import encode_pixels
 from lace_lora.training import latents
 from lace_lora.training.latents import Latents
 
 CPU = torch.device("cpu")
-SQUARE = [(64, 64)]
+SQUARE = crops.Cropping([(64, 64)])
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +32,9 @@ def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def encode(
-    config: Config, paths: Iterable[Path], allowed: Sequence[crops.Shape] = SQUARE, mirrored: bool = False
-) -> Latents:
+def encode(config: Config, paths: Iterable[Path], cropping: crops.Cropping = SQUARE, mirrored: bool = False) -> Latents:
     load_vae = partial(models.load_vae, config, CPU, torch.float32)
-    return latents.encode_pictures(load_vae, contents(paths), allowed, mirrored)
+    return latents.encode_pictures(load_vae, contents(paths), cropping, mirrored)
 
 
 def test_pictures_are_encoded_as_the_vae_does(settings: Make, photos: Path) -> None:
@@ -72,10 +71,10 @@ def test_a_picture_that_is_deleted_or_changed_is_reported(settings: Make, photos
     load_vae = partial(models.load_vae, settings(), CPU, torch.float32)
     picture.write_bytes((photos / "lace_1.jpg").read_bytes())
     with pytest.raises(UserError, match=r"lace.jpg was changed while"):
-        latents.encode_pictures(load_vae, known, SQUARE, False)
+        latents.encode_pictures(load_vae, known, SQUARE)
     picture.unlink()
     with pytest.raises(UserError, match=r"lace.jpg can no longer be read"):
-        latents.encode_pictures(load_vae, known, SQUARE, False)
+        latents.encode_pictures(load_vae, known, SQUARE)
 
 
 def test_buckets_are_sdxls_at_1024_and_of_about_one_area_at_any_size() -> None:
@@ -96,7 +95,7 @@ def test_each_picture_gets_the_bucket_with_the_nearest_aspect_ratio(settings: Ma
     for width, height in sizes:
         paths.append(tmp_path / f"{width}x{height}.jpg")
         Image.radial_gradient("L").resize((width, height)).convert("RGB").save(paths[-1])
-    found = encode(settings(), paths, allowed=crops.shapes(128, buckets=True))
+    found = encode(settings(), paths, cropping=crops.Cropping(crops.shapes(128, buckets=True)))
     for mean, ids, shape in zip(found.mean, found.time_ids.tolist(), sizes.values(), strict=True):
         assert tuple(mean.shape) == (1, 4, shape[0] // 8, shape[1] // 8)
         assert tuple(ids[4:]) == shape
@@ -106,22 +105,63 @@ def test_each_picture_gets_the_bucket_with_the_nearest_aspect_ratio(settings: Ma
 
 def test_a_second_run_needs_neither_vae_nor_pictures(settings: Make, photos: Path) -> None:
     paths = data_utils.list_images(photos)
-    first = encode(settings(), paths, mirrored=True, allowed=crops.shapes(64, buckets=True))
+    first = encode(settings(), paths, mirrored=True, cropping=crops.Cropping(crops.shapes(64, buckets=True)))
 
     def load_nothing() -> Any:
         raise AssertionError("the VAE is loaded")
 
-    options: dict[str, Any] = {"mirrored": True, "allowed": crops.shapes(64, buckets=True)}
+    options: dict[str, Any] = {"mirrored": True, "cropping": crops.Cropping(crops.shapes(64, buckets=True))}
     known = {Path("gone") / str(number): digest for number, digest in enumerate(contents(paths).values())}
     again = latents.encode_pictures(load_nothing, known, **options)
     assert all(map(torch.equal, first.mean + first.std, again.mean + again.std))
     assert torch.equal(first.time_ids, again.time_ids)
-    others: list[dict[str, Any]] = [{"mirrored": False}, {"allowed": SQUARE}, {"depends_on": "another VAE"}]
+    others: list[dict[str, Any]] = [{"mirrored": False}, {"cropping": SQUARE}, {"depends_on": "another VAE"}]
     for other in others:
         with pytest.raises(AssertionError, match="the VAE is loaded"):
             latents.encode_pictures(load_nothing, known, **(options | other))
     with pytest.raises(AssertionError, match="the VAE is loaded"):
         latents.encode_pictures(load_nothing, dict(list(known.items())[:-1]), **options)
+
+
+def test_turned_versions_are_encoded_as_the_vae_does(settings: Make, photos: Path) -> None:
+    load_vae = partial(models.load_vae, settings(), CPU, torch.float32)
+    found = latents.encode_pictures(load_vae, contents([photos / "lace_1.jpg"]), SQUARE, mirrored=True, turned=True)
+    [(square, _)] = crops.open_views(photos / "lace_1.jpg", SQUARE, ("JPEG",))
+    both = (square, ImageOps.mirror(square))
+    expected = [*both, *(each.rotate(angle) for each in both for angle in (90, 180, 270))]
+    pixels = torch.stack([torch.from_numpy(np.array(each, dtype=np.float32)).permute(2, 0, 1) for each in expected])
+    posterior = load_vae().encode(pixels / 127.5 - 1).latent_dist
+    torch.testing.assert_close(found.mean[0], posterior.mean * 0.13025, rtol=1e-4, atol=1e-5)
+
+
+def test_only_views_that_are_drawn_are_encoded(settings: Make, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_vae = partial(models.load_vae, settings(), CPU, torch.float32)
+    known = contents(data_utils.list_images(photos)[:3])
+    cropping = crops.Cropping([(32, 32)], share=0.5, most=3, seed=7)
+    everything = latents.encode_pictures(load_vae, known, cropping)
+    assert [tuple(mean.shape) for mean in everything.mean] == [(1, 4, 4, 4)] * 9
+    drawn = dict(zip(known, ([True, False, True], [False] * 3, [False, True, False]), strict=True))
+    encoded: list[int] = []
+
+    def counting(vae: Any, pixels: torch.Tensor, path: Path) -> Any:
+        encoded.append(len(pixels))
+        return encode_pixels(vae, pixels, path)
+
+    monkeypatch.setattr(latents, "encode_pixels", counting)
+    some = latents.encode_pictures(load_vae, known, cropping, drawn=drawn)
+    assert encoded == [1, 1, 1]
+    for view, is_drawn in enumerate(each for row in drawn.values() for each in row):
+        if is_drawn:
+            assert torch.equal(some.mean[view], everything.mean[view])
+            assert torch.equal(some.std[view], everything.std[view])
+            assert torch.equal(some.time_ids[view], everything.time_ids[view])
+        else:
+            assert some.mean[view].numel() == 0
+    again = latents.encode_pictures(load_vae, known, cropping, drawn=drawn)
+    assert len(encoded) == 3  # from the cache
+    assert all(map(torch.equal, some.mean, again.mean))
+    latents.encode_pictures(load_vae, known, crops.Cropping([(32, 32)], 0.5, 3, seed=8), drawn=drawn)
+    assert len(encoded) == 6  # other close-ups
 
 
 def test_few_pictures_are_in_memory_at_once() -> None:

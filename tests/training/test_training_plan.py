@@ -25,7 +25,7 @@ def described(
     """The lines, by the word before the colon."""
     monkeypatch.setattr(machine, "find_gpu", lambda: gpu)
     first_step = changes.pop("first_step", 0)
-    lines = plan.describe(replace(SDXL, **changes), pictures, first_step, DOWNLOADS)
+    lines = plan.describe(replace(SDXL, **changes), [1] * pictures, first_step, DOWNLOADS)
     return dict(line.split(": ", 1) for line in lines)
 
 
