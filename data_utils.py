@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from lace_lora.errors import DISK_OR_DRIVE, UserError, disk_advice, first_line
-from lace_lora.files import CONTROL, counted, file_sha256, one_line, read_text, write_atomically
+from lace_lora.files import CONTROL, counted, few, file_sha256, one_line, read_text, write_atomically
 from lace_lora.pictures import photo_folder
 from lace_lora.pictures.checking import Picture
 from lace_lora.pictures.image_files import named_as_pictures, visible_entries
@@ -212,15 +212,15 @@ def _warn_about_lines(file: Path, lines: Sequence[Path], meant: Sequence[Path], 
     ]
     if moved:
         logger.warning("%s names another folder; pictures of the same name in %s are used: %s",
-                       file, image_dir, _few(moved))  # fmt: skip
+                       file, image_dir, few(moved))  # fmt: skip
     folders = {picture.parent: resolved(picture.parent) for picture in meant}
     outside = {parent for parent, place in folders.items() if folder not in (place, *place.parents)}
     elsewhere = [str(path) for path in dict.fromkeys(meant) if path.parent in outside and os.path.exists(path)]
     if elsewhere:
         logger.warning("%s names %s outside %s, trained on too: %s",
-                       file, counted(len(elsewhere), "picture"), image_dir, _few(elsewhere))  # fmt: skip
+                       file, counted(len(elsewhere), "picture"), image_dir, few(elsewhere))  # fmt: skip
     if repeated := [picture.name for picture, count in Counter(meant).items() if count > 1]:
-        logger.warning("%s has more than one line for a picture, of which the last counts: %s", file, _few(repeated))
+        logger.warning("%s has more than one line for a picture, of which the last counts: %s", file, few(repeated))
 
 
 def _recorded(annotations: Path) -> list[str]:
@@ -335,9 +335,9 @@ def report_text(
         if picture.reason:
             kind, _, why = picture.reason.partition(": ")
             kinds[kind].append(f"{photo_folder.shown(picture.path, image_dir)} ({why})")
-    lines += [f"  {kind:<12} {len(names)}: {_few(names)}" for kind, names in kinds.items()]
+    lines += [f"  {kind:<12} {len(names)}: {few(names)}" for kind, names in kinds.items()]
     if odd := photo_folder.odd_ones(used, image_dir):
-        lines.append(f"  odd ones     {len(odd)}, used too; remove those that do not belong here: {_few(odd)}")
+        lines.append(f"  odd ones     {len(odd)}, used too; remove those that do not belong here: {few(odd)}")
     wanted = {extension.lower() for extension in extensions}
     here, below = photo_folder.count_files(image_dir, recursive, without)
     others = {kind: here[kind] for kind in sorted(here) if kind not in {"", ".txt", *wanted}}
@@ -351,11 +351,11 @@ def report_text(
         )
     if several := [f"{picture.path.name} ({picture.pages})" for picture in used if picture.pages > 1]:
         lines.append(
-            f"  pages        {len(several)} with several, of which the first or the main one is used: {_few(several)}"
+            f"  pages        {len(several)} with several, of which the first or the main one is used: {few(several)}"
         )
     if not annotations.by_user:
         _, unused = caption_files(image_dir, [picture.path for picture in pictures])
-        lines += [f"  unused .txt  {len(unused)}: {_few(unused)}"] if unused else []
+        lines += [f"  unused .txt  {len(unused)}: {few(unused)}"] if unused else []
     plain = one_line(prompt)
     own = sum(caption != plain for caption in annotations.captions.values())
     generated = f"{own} from .txt files next to the pictures, the others {plain!r}"
@@ -369,7 +369,3 @@ def report_json(pictures: Sequence[Picture]) -> str:
     rows = [{"path": str(p.path), "taken": p.used, "reason": p.reason or None, "width": p.width, "height": p.height}
             for p in pictures]  # fmt: skip
     return json.dumps({"pictures": rows}, indent=2, ensure_ascii=False) + "\n"
-
-
-def _few(names: Sequence[str]) -> str:
-    return "; ".join([*names[:3], f"and {len(names) - 3} more"] if len(names) > 3 else names)

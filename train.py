@@ -22,12 +22,13 @@ from lace_lora.config import LORA_FILE, TRAINING, Config, dump_config
 from lace_lora.errors import DISK_OR_DRIVE, UserError, disk_advice
 from lace_lora.pictures import checking, crops, gallery, image_files, photo_folder
 from lace_lora.pictures.checking import Picture
-from lace_lora.sdxl import hub
+from lace_lora.sdxl import hub, model_kind
 from lace_lora.training import checkpoint, class_pictures, diffusers_script, launch, plan
 
 logger = logging.getLogger(__name__)
 
 MAX_BROKEN = 0.1  # share of the pictures
+PICTURES_FILE = "pictures.json"  # in lora_output_dir: the names of the pictures trained on, by SHA-256
 LEFT_OUT = ("too small", "duplicate")  # reasons of pictures that are skipped, but not broken
 MISSING = "not found"  # the reason for a line of the annotations without a picture
 START_OVER = "set lora_output_dir to a new folder to start over"
@@ -49,20 +50,24 @@ def run(config: Config, dry_run: bool = False) -> None:
     for warning in plan.warnings(config, [annotations.captions[picture.path] for picture in pictures], views.values()):
         logger.warning("warning: %s", warning)
     fingerprint = run_fingerprint(config, pictures, annotations.captions)
+    init_lora = find_init_lora(config)
+    if init_lora:
+        fingerprint["init_lora"] = files.file_sha256(init_lora)
     output_dir = Path(config.lora_output_dir)
     with nullcontext(0) if dry_run else _locked_output_dir(output_dir) as lock:
         class_files = class_pictures.existing(config) if config.with_prior_preservation else {}
         if config.with_prior_preservation and not config.train_script:  # the script draws its own
             fingerprint |= class_pictures.fingerprint(config, class_files)
         origin = find_origin(config)
-        finished = finished_step(config, fingerprint, origin)
+        changes = picture_changes(config, pictures)
+        finished = finished_step(config, fingerprint, origin, changes)
         if finished >= config.max_train_steps and config.resume_from_checkpoint:
             print(f"Finished already: {config.lora_file} has {finished} steps. Raise max_train_steps to train further.")
             return
-        resume, origin = find_resume_checkpoint(config, fingerprint, origin)
+        resume, origin = find_resume_checkpoint(config, fingerprint, origin, changes)
         if finished and resume is None and not config.train_script:
             raise UserError(f"{config.lora_file} is finished, and no checkpoint is left to resume from: {START_OVER}")
-        downloads = hub.check_models(replace(config, refine=False), download=False)
+        downloads = hub.check_models(replace(config, refine=False), init_lora, download=False)
         first_step = checkpoint.read_state(resume)["step"] if resume else 0
         print("\n".join(plan.describe(config, list(views.values()), first_step, downloads)))
         if dry_run:
@@ -70,11 +75,12 @@ def run(config: Config, dry_run: bool = False) -> None:
         hub.require_gpu(config, "training SDXL on a CPU takes days")
         if dry_run:
             return
-        models = hub.fetch_models(replace(config, refine=False))
+        models = hub.fetch_models(replace(config, refine=False), init_lora)
+        models["init_lora"] = str(init_lora) if init_lora else None
         with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
             job_file, accelerate_file = Path(folder, "job.json"), Path(folder, "accelerate.yaml")
             command = launch.build_command(config, accelerate_file, job_file)
-            _write_run_files(config, annotations)
+            _write_run_files(config, annotations, pictures)
             to_draw = class_pictures.to_draw(config, class_files) if config.with_prior_preservation else {}
             job = launch.Job(
                 captions={str(picture.path): annotations.captions[picture.path] for picture in pictures},
@@ -216,6 +222,22 @@ def run_fingerprint(config: Config, pictures: Sequence[Picture], captions: dict[
     return fingerprint
 
 
+def find_init_lora(config: Config) -> Path | None:
+    """The LoRA file to begin with.
+
+    Raises:
+        UserError: there is none, or it has another rank.
+    """
+    if not config.init_lora:
+        return None
+    path = Path(config.init_lora, LORA_FILE) if Path(config.init_lora).is_dir() else Path(config.init_lora)
+    if not path.is_file():
+        raise UserError(f"init_lora: no LoRA found at {path}: set it to a .safetensors file, or to a training's folder")
+    if ranks := model_kind.lora_ranks(path) - {config.rank}:
+        raise UserError(f"init_lora: {path} has rank {min(ranks)}, and rank is {config.rank}: set rank: {min(ranks)}")
+    return path
+
+
 def find_origin(config: Config) -> str | None:
     """Which checkpoint `resume_from_checkpoint` names, as its run's checkpoints will record it; None if it names none.
 
@@ -231,7 +253,22 @@ def find_origin(config: Config) -> str | None:
     return checkpoint.origin_of(folder)
 
 
-def finished_step(config: Config, fingerprint: dict[str, Any], origin: str | None) -> int:
+def picture_changes(config: Config, pictures: Sequence[Picture]) -> str:
+    """Which pictures are new or gone since the run in `lora_output_dir` began, in brackets; nothing, if not known."""
+    try:
+        former = json.loads(Path(config.lora_output_dir, PICTURES_FILE).read_text())
+        names = {picture.sha256: photo_folder.shown(picture.path, config.images_dir) for picture in pictures}
+        kinds = {
+            "new": [name for digest, name in names.items() if digest not in former],
+            "gone": [name for digest, name in former.items() if digest not in names],
+        }
+    except (OSError, ValueError, AttributeError):
+        return ""
+    found = [f"{len(them)} {kind}: {files.few(them)}" for kind, them in kinds.items() if them]
+    return f" ({', and '.join(found)})" if found else ""
+
+
+def finished_step(config: Config, fingerprint: dict[str, Any], origin: str | None, changes: str) -> int:
     """How many steps the LoRA in `lora_output_dir` was trained; 0 if there is none, or none of a run from `origin`.
 
     Raises:
@@ -246,12 +283,12 @@ def finished_step(config: Config, fingerprint: dict[str, Any], origin: str | Non
         step, trained_on = int(metadata["step"]), json.loads(metadata["learns"])
     except (SafetensorError, OSError, KeyError, ValueError):
         raise UserError(f"{path} exists and is not a LoRA of this program: {START_OVER}") from None
-    _must_match(trained_on, fingerprint, path)
+    _must_match(trained_on, fingerprint, path, changes)
     return step if origin in (None, metadata.get("origin")) else 0
 
 
 def find_resume_checkpoint(
-    config: Config, fingerprint: dict[str, Any], origin: str | None
+    config: Config, fingerprint: dict[str, Any], origin: str | None, changes: str
 ) -> tuple[Path | None, str | None]:
     """The checkpoint to resume from, verified, and the origin of its run; None to start at step 0.
 
@@ -277,26 +314,31 @@ def find_resume_checkpoint(
             raise UserError(f"no complete checkpoint in {output_dir} ({'; '.join(skipped)}): {START_OVER}")
         return None, None
     state = checkpoint.read_state(folder)
-    _must_match(state["learns"], fingerprint, folder)
+    _must_match(state["learns"], fingerprint, folder, changes)
     if state["step"] > config.max_train_steps:
         advice = f"raise it to {state['step']} or more, or set resume_from_checkpoint to a checkpoint with fewer steps"
         raise UserError(f"max_train_steps is {config.max_train_steps}, fewer than {folder} has: {advice}")
     return folder, origin or state.get("origin")
 
 
-def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], path: Path) -> None:
-    former = {"pictures": "pictures (if you changed none, set image_extensions: [.jpg], its former default)"}
+def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], path: Path, picture_changes: str) -> None:
     trained_on = {"crops_per_image": 1} | trained_on  # before there were close-ups
-    changes = [
-        f"{name} (was {trained_on.get(name)}, is {value})" if hasattr(Config, name) else former.get(name, name)
-        for name, value in fingerprint.items()
-        if trained_on.get(name) != value
-    ]
-    if changes:
-        raise UserError(
-            f"{path} was trained with different settings or pictures; changed: {', '.join(changes)}. "
-            f"Change them back, or {START_OVER}"
-        )
+    changed = [name for name, value in fingerprint.items() if trained_on.get(name) != value]
+    if not changed:
+        return
+
+    def shown(name: str) -> str:
+        if name == "pictures":
+            return f"pictures{picture_changes}"
+        if not hasattr(Config, name) or name == "init_lora":  # whose value is a hash
+            return name
+        return f"{name} (was {trained_on.get(name)}, is {fingerprint[name]})"
+
+    more = f"; to go on there from what it has learnt, set init_lora: {path}" if "pictures" in changed else ""
+    raise UserError(
+        f"{path} was trained with different settings or pictures; changed: {', '.join(map(shown, changed))}. "
+        f"Change them back, or {START_OVER}{more}"
+    )
 
 
 @contextmanager
@@ -317,10 +359,12 @@ def _locked_output_dir(output_dir: Path) -> Iterator[int]:
                 output_dir.rmdir()
 
 
-def _write_run_files(config: Config, annotations: data_utils.Annotations) -> None:
-    """Write annotations and resolved settings."""
+def _write_run_files(config: Config, annotations: data_utils.Annotations, pictures: Sequence[Picture]) -> None:
+    """Write annotations, resolved settings and what the pictures are, by their SHA-256."""
+    names = {picture.sha256: photo_folder.shown(picture.path, config.images_dir) for picture in pictures}
     with _disk_errors(Path(config.lora_output_dir)):
         data_utils.write_annotations(annotations)
+        files.write_atomically(Path(config.lora_output_dir, PICTURES_FILE), json.dumps(names, indent=2).encode())
         files.write_atomically(Path(config.lora_output_dir, "config.yaml"), dump_config(config).encode())
 
 

@@ -92,6 +92,8 @@ def train(config: Config, job: launch.Job, stop: StopSignal) -> str:
     networks = {"unet": unet} | captions.encoders
     torch.manual_seed(seeds.stream_seed(config.seed, "lora"))
     lora = lora_weights.add_lora(networks, config)
+    if config.init_lora and not job.resume:
+        lora_weights.begin_from(networks, lora_weights.read_lora(Path(config.init_lora)), config.alpha)
 
     def loss(batch: batches.Batch) -> Tensor:
         return training_loss(unet, captions.read(batch), noise_scheduler, config.snr_gamma)

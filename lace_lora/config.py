@@ -117,12 +117,12 @@ class Config:
     min_images: int = setting(3, NOTHING, "minimum number of usable pictures", least=1)
     skip_bad_images: bool = setting(False, NOTHING, "train even if more than a tenth of the pictures cannot be read")
     crops_per_image: int | None = setting(
-        None, NOTHING, "views of each large picture: all of it, then close-ups; empty: up to 4; 1: no close-ups",
+        None, SCRIPT, "views of each large picture: all of it, then close-ups; empty: up to 4; 1: no close-ups",
         least=1, most=16,
     )  # fmt: skip
-    crop_caption: str = setting(", close-up", NOTHING, "what is added to the caption of a close-up")
+    crop_caption: str = setting(", close-up", SCRIPT, "what is added to the caption of a close-up")
     random_flip: bool = setting(False, SCRIPT, "also train on every picture mirrored")
-    random_rotate: bool = setting(False, NOTHING, "also train on every picture turned to all four sides, for textures")
+    random_rotate: bool = setting(False, SCRIPT, "also train on every picture turned to all four sides, for textures")
     aspect_ratio_buckets: bool = setting(False, TRAINING | SCRIPT, "crop to SDXL's closest aspect ratio, not a square")
     with_prior_preservation: bool = setting(False, TRAINING, "preserve class_prompt by training on class pictures too")
     class_data_dir: str | None = setting(None, NOTHING, "folder of class pictures; empty: lora_output_dir/class_images")
@@ -143,6 +143,9 @@ class Config:
     lr_num_cycles: int = setting(1, SCRIPT, "cosine_with_restarts: number of cycles", least=1)
     lr_power: float = setting(1.0, SCRIPT, "polynomial: its power; 1 is linear", above=0)
     lora_alpha: float | None = setting(None, TRAINING | SCRIPT, "LoRA scale is lora_alpha / rank; empty: 1", above=0)
+    init_lora: str | None = setting(
+        None, SCRIPT, "LoRA file or folder to begin with, ours or another program's; empty: a new LoRA"
+    )
     lora_dropout: float = setting(0.0, SCRIPT, "LoRA dropout probability, against overfitting", least=0, most=0.99)
     snr_gamma: float | None = setting(None, SCRIPT, "min-SNR gamma for the loss, e.g. 5.0; empty is off", above=0)
     noise_offset: float = setting(0.0, SCRIPT, "noise offset, for very dark or bright pictures, e.g. 0.05", least=0)

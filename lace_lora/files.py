@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,11 @@ def one_line(text: str) -> str:
 def counted(number: int, what: str) -> str:
     """A number with its noun: 1 picture, 2 pictures."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return "; ".join([*names[:3], f"and {len(names) - 3} more"] if len(names) > 3 else names)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -465,7 +465,7 @@ def test_leftovers_of_killed_writes_are_removed_before_the_training(
     (tmp_path / "lora" / ".checkpoint-4.77.tmp").mkdir(parents=True)
     put(tmp_path / "lora" / ".metrics.csv.77.tmp", "half")
     refused(make(), "stopped", 130)
-    assert names(tmp_path / "lora") == {"config.yaml"}
+    assert names(tmp_path / "lora") == {"config.yaml", "pictures.json"}
 
 
 @pytest.mark.parametrize(
@@ -610,11 +610,39 @@ def test_close_ups_are_counted(
     }  # fmt: skip
 
 
-def test_the_former_default_of_image_extensions_is_named(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
+def test_pictures_that_are_new_or_gone_are_named(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
+    train.run(make())
     gradient(96, 72).save(tmp_path / "photos" / "lace_9.png")
-    train.run(make(image_extensions=(".jpg",)))
-    refused(make(), "changed: pictures \\(if you changed none, set image_extensions: \\[.jpg\\]")
-    train.run(make(image_extensions=(".jpg",)))
+    refused(make(), "changed: pictures \\(1 new: lace_9.png\\), captions")
+    (tmp_path / "photos" / "lace_1.jpg").rename(tmp_path / "lace_1.jpg")
+    refused(make(), "changed: pictures \\(1 new: lace_9.png, and 1 gone: lace_1.jpg\\), captions.*set init_lora: ")
+    (tmp_path / "lora" / train.PICTURES_FILE).write_text("[]")
+    refused(make(), "changed: pictures, captions")
+
+
+def test_a_lora_to_begin_with(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
+    lora = {f"unet.down_blocks.1.attn1.to_q.lora_{part}.weight": np.zeros(shape, np.float32)
+            for part, shape in (("A", (16, 96)), ("B", (96, 16)))}  # fmt: skip
+    (tmp_path / "first").mkdir()
+    save_file(lora, tmp_path / "first" / LORA)
+    launched.stop_at = 7
+    begun = partial(make, init_lora=str(tmp_path / "first"))  # a folder, or its file
+    refused(begun(), "stopped", 130)
+    assert launched.jobs[0]["models"]["init_lora"] == str(tmp_path / "first" / LORA)
+    refused(begun(rank=8), f"init_lora: .*{LORA} has rank 16, and rank is 8: set rank: 16")
+    refused(make(init_lora=str(tmp_path / "gone")), "init_lora: no LoRA found at .*gone")
+    refused(make(init_lora=str(tmp_path / "photos" / "lace_1.jpg")), "lace_1.jpg is not a .safetensors file")
+    refused(make(init_lora=str(tmp_path / "first"), pretrained_model=str(ROOT / "demo/model/base"), seed=7), "seed")
+    save_file(lora | {"other": np.zeros(1, np.float32)}, tmp_path / "other.safetensors")
+    refused(make(init_lora=str(tmp_path / "other.safetensors")), "changed: init_lora\\. ")
+    launched.stop_at = 10_000
+    train.run(make())  # the checkpoint has all of it
+
+
+def test_a_lora_to_begin_with_is_one_for_the_model(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
+    save_file({"double_blocks.lora_A.weight": np.zeros((16, 8), np.float32)}, tmp_path / "flux.safetensors")
+    refused(make(init_lora=str(tmp_path / "flux.safetensors")), "flux.safetensors is not a LoRA for this model")
+    assert not launched.jobs
 
 
 def test_moved_pictures_have_the_same_fingerprint(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:

@@ -249,10 +249,27 @@ def test_either_training_step_resumes_from_the_others_checkpoint(
 def test_a_lora_and_a_checkpoint_have_the_fingerprint_that_a_resume_compares(settings: Make, tmp_path: Path) -> None:
     config = settings(max_train_steps=2)
     train_here(config)  # with its rank as the fingerprint
-    assert train.finished_step(config, {"rank": 4}, None) == 2
-    assert train.find_resume_checkpoint(config, {"rank": 4}, None) == (tmp_path / "lora" / "checkpoint-2", None)
+    assert train.finished_step(config, {"rank": 4}, None, "") == 2
+    assert train.find_resume_checkpoint(config, {"rank": 4}, None, "") == (tmp_path / "lora" / "checkpoint-2", None)
     for check in (train.finished_step, train.find_resume_checkpoint):
-        refused(lambda check=check: check(config, {"rank": 8}, None), r"rank \(was 4, is 8\)")  # type: ignore[misc]
+        refused(lambda check=check: check(config, {"rank": 8}, None, ""), r"rank \(was 4, is 8\)")  # type: ignore[misc]
+
+
+def test_a_training_begins_with_the_lora_that_it_is_given(settings: Make, tmp_path: Path) -> None:
+    first = settings(lora_output_dir=str(tmp_path / "first"), max_train_steps=2)
+    train_here(first)
+    begun = settings(init_lora=str(first.lora_file), lora_alpha=8.0, max_train_steps=1, learning_rate=1e-12)
+    train_here(begun)
+    expected, got = load_file(first.lora_file), load_file(begun.lora_file)
+    assert expected.keys() == got.keys()
+    for layer in {key.rpartition(".lora_")[0] for key in expected}:
+        effects = [state[f"{layer}.lora_B.weight"] @ state[f"{layer}.lora_A.weight"] for state in (expected, got)]
+        torch.testing.assert_close(*effects, rtol=1e-4, atol=1e-7)
+    resumed = replace(begun, max_train_steps=2, learning_rate=1e-2)
+    train_here(resumed, Path(begun.lora_output_dir, "checkpoint-1"))
+    once = load_file(resumed.lora_file)
+    train_here(replace(resumed, init_lora=None), Path(begun.lora_output_dir, "checkpoint-1"))
+    assert all(torch.equal(once[key], value) for key, value in load_file(resumed.lora_file).items())
 
 
 def test_a_run_from_a_named_checkpoint_keeps_it_and_goes_on_from_its_own(settings: Make, tmp_path: Path) -> None:
@@ -261,10 +278,10 @@ def test_a_run_from_a_named_checkpoint_keeps_it_and_goes_on_from_its_own(setting
     again = replace(config, resume_from_checkpoint="checkpoint-2", max_train_steps=6)
     origin = train.find_origin(again)
     for first, stop in (("checkpoint-2", StopAt(2)), ("checkpoint-4", StopAt(None))):
-        resume, origin = train.find_resume_checkpoint(again, {"rank": 4}, origin)
+        resume, origin = train.find_resume_checkpoint(again, {"rank": 4}, origin, "")
         assert resume == tmp_path / "lora" / first
         with suppress(Stopped):
             train_here(again, resume, stop, origin=origin)
         assert (tmp_path / "lora" / "checkpoint-2").exists()
-    assert train.finished_step(again, {"rank": 4}, origin) == 6
+    assert train.finished_step(again, {"rank": 4}, origin, "") == 6
     assert not (tmp_path / "lora" / "checkpoint-5").exists()

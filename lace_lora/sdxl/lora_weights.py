@@ -225,12 +225,36 @@ def merge_lora(networks: Networks, lora: Lora, scale: float) -> None:
                 _add(module.weight, own, scale)
 
 
+@torch.no_grad()
+def begin_from(networks: Networks, lora: Lora, alpha: float) -> None:
+    """Give the LoRA that `add_lora` added the effect of another one; layers that `lora` lacks stay as they are.
+
+    Raises:
+        UserError: `lora` has another rank, DoRA, or layers that do not train here.
+    """
+    with _not_for_this_model(lora.path):
+        left = dict(lora.layers)
+        for name, network in networks.items():
+            for layer, module in _by_name(network, name).items():
+                if layer not in left or not hasattr(module, "lora_A"):
+                    continue
+                own, down, up = left.pop(layer), module.lora_A["default"].weight, module.lora_B["default"].weight
+                if own.magnitude is not None:
+                    raise ValueError("it is a DoRA")
+                if own.down.shape != down.shape or own.up.shape != up.shape:
+                    raise ValueError(f"it has rank {len(own.down)} in {layer}, and rank is {len(down)}")
+                down.copy_(own.down)
+                up.copy_(own.up * (own.alpha / alpha))  # of one rank, so alpha alone scales them
+        if left:
+            raise ValueError(f"it has layers that do not train with these settings, such as {min(left)}")
+
+
 def _by_name(network: Any, name: str) -> dict[str, Any]:
     """Each linear layer and convolution of a network, under every name that a LoRA file can have for it."""
     layers_per_block = network.config.layers_per_block if name == "unet" else 0
     modules: dict[str, Any] = {}
     for path, module in network.named_modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) or hasattr(module, "lora_A"):
             in_file = path if name == "unet" or re.match("text_model|text_projection", path) else f"text_model.{path}"
             diffusers_name = f"{name}.{in_file}"
             modules.setdefault(diffusers_name, module)
@@ -268,5 +292,5 @@ def _not_for_this_model(path: Path) -> Iterator[None]:
     except (SafetensorError, OSError, re.error, *BAD_CONTENT) as error:
         if explain(error, ""):
             raise
-        advice = "check lora_path and pretrained_model"
-        raise UserError(f"{path} is not a LoRA for this model ({first_line(error)}): {advice}") from error
+        reason = first_line(error)
+        raise UserError(f"{path} is not a LoRA for this model ({reason}): choose another LoRA or model") from error

@@ -85,6 +85,7 @@ _OTHER_FILES = {
     r"^edm_vpred\.": "an EDM model, such as CosXL",
 }
 # What the metadata of a LoRA for another model call that.
+_LORA_DOWN = re.compile(r"lora[._](A|down|linear_layer\.down)\b")  # in the name of a LoRA's first matrix
 _OTHER_BASE = re.compile(r"stable-diffusion-v\d|sd_?v?[123]|flux|chroma|lumina|hunyuan|wan|qwen|pixart|auraflow", re.I)
 _DTYPES = {"F16", "BF16", "F32", "F64", "I32", "I64"}  # the last two for positions
 # By config key: the weight that tells it, and which of its dimensions.
@@ -309,7 +310,7 @@ def check_lora(path: Path, base: Model | None) -> None:
     tensors, metadata = read_header(path)
 
     def refuse(reason: str) -> NoReturn:
-        raise UserError(f"{path} is not a LoRA for this model ({reason}): check lora_path and pretrained_model")
+        raise UserError(f"{path} is not a LoRA for this model ({reason}): choose another LoRA or model")
 
     for key in ("modelspec.architecture", "ss_base_model_version"):
         if _OTHER_BASE.match(metadata.get(key, "")):
@@ -324,9 +325,15 @@ def check_lora(path: Path, base: Model | None) -> None:
             refuse(f"it contains weights of another model, or not of a LoRA, such as {name}")
         if 0 in shape:
             refuse(f"{name} is empty")
-        is_down = re.search(r"attn2[._](processor\.)?to_[kv].*lora[._](A|down|linear_layer\.down)\b", name)
+        is_down = re.search(r"attn2[._](processor\.)?to_[kv]", name) and _LORA_DOWN.search(name)
         if widths and is_down and shape[-1:] and shape[-1] not in widths:
             refuse(f"{name} is for text encoders {shape[-1]} wide, not {widths.pop()}")
+
+
+def lora_ranks(path: Path) -> set[int]:
+    """The ranks of a LoRA file's layers, by its header. Raises UserError: it is not a safetensors file."""
+    tensors, _ = read_header(path)
+    return {shape[0] for name, (shape, _) in tensors.items() if shape and _LORA_DOWN.search(name)}
 
 
 def _refuse(model: Model, what: str, advice: str = ADVICE) -> NoReturn:

@@ -3,6 +3,7 @@
 import errno
 import json
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,28 @@ def test_a_new_lora_changes_nothing_and_is_fp32(config: Config, plain: Networks)
     assert torch.equal(run_unet(unet), before)
     assert all(weight.dtype == torch.float32 for weight in weights.values())
     assert all("lora_" in name for name, parameter in unet.named_parameters() if parameter.requires_grad)
+
+
+@BOTH_FILES
+def test_a_new_lora_begins_with_a_saved_one(config: Config, plain: Networks, saved: Any, name: str) -> None:
+    networks = copies(plain, *plain)
+    other = replace(config, lora_alpha=7.0)
+    lora_weights.add_lora(networks, other)
+    lora_weights.begin_from(networks, lora_weights.read_lora(Path(config.lora_output_dir, name)), other.alpha)
+    close(run_unet(networks["unet"]), saved["unet"])
+    close(embeddings(config, networks), saved["text"])
+
+
+def test_a_lora_that_does_not_fit_is_refused_as_a_beginning(config: Config, plain: Networks, saved: Any) -> None:
+    lora = lora_weights.read_lora(Path(config.lora_output_dir, LORA_FILE))
+    cases = [
+        (3, list(plain), "it has rank 4 in .*, and rank is 3"),
+        (4, ["unet"], "layers that do not train with these settings, such as text_encoder"),
+    ]
+    for rank, trained, reason in cases:
+        networks = copies(plain, *trained)
+        lora_weights.add_lora(networks, replace(config, rank=rank))
+        refused(lambda networks=networks: lora_weights.begin_from(networks, lora, 4.0), reason)  # type: ignore[misc]
 
 
 @BOTH_FILES
