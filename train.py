@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 MAX_BROKEN = 0.1  # share of the pictures
 PICTURES_FILE = "pictures.json"  # in lora_output_dir: the names of the pictures trained on, by SHA-256
 LEFT_OUT = ("too small", "duplicate")  # reasons of pictures that are skipped, but not broken
+MANY = 40  # pictures, of which some are held out
 MISSING = "not found"  # the reason for a line of the annotations without a picture
 START_OVER = "set lora_output_dir to a new folder to start over"
 
@@ -45,11 +46,13 @@ def run(config: Config, dry_run: bool = False) -> None:
         launch.check_accelerate_config(Path(config.accelerate_config))
     if config.train_script:
         diffusers_script.check(config)
-    pictures, annotations = check_dataset(config)
+    usable, annotations = check_dataset(config)
+    pictures, held_out = split(config, usable)
     views = _views(config, pictures)
+    _print_split(views, held_out)
     for warning in plan.warnings(config, [annotations.captions[picture.path] for picture in pictures], views.values()):
         logger.warning("warning: %s", warning)
-    fingerprint = run_fingerprint(config, pictures, annotations.captions)
+    fingerprint = run_fingerprint(config, usable, annotations.captions)
     init_lora = find_init_lora(config)
     if init_lora:
         fingerprint["init_lora"] = files.file_sha256(init_lora)
@@ -59,7 +62,7 @@ def run(config: Config, dry_run: bool = False) -> None:
         if config.with_prior_preservation and not config.train_script:  # the script draws its own
             fingerprint |= class_pictures.fingerprint(config, class_files)
         origin = find_origin(config)
-        changes = picture_changes(config, pictures)
+        changes = picture_changes(config, usable)
         finished = finished_step(config, fingerprint, origin, changes)
         if finished >= config.max_train_steps and config.resume_from_checkpoint:
             print(f"Finished already: {config.lora_file} has {finished} steps. Raise max_train_steps to train further.")
@@ -80,11 +83,11 @@ def run(config: Config, dry_run: bool = False) -> None:
         with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
             job_file, accelerate_file = Path(folder, "job.json"), Path(folder, "accelerate.yaml")
             command = launch.build_command(config, accelerate_file, job_file)
-            _write_run_files(config, annotations, pictures)
+            _write_run_files(config, annotations, usable)
             to_draw = class_pictures.to_draw(config, class_files) if config.with_prior_preservation else {}
             job = launch.Job(
                 captions={str(picture.path): annotations.captions[picture.path] for picture in pictures},
-                contents={str(picture.path): picture.sha256 for picture in pictures},
+                contents={str(picture.path): picture.sha256 for picture in usable},
                 fingerprint=fingerprint,
                 resume=str(resume) if resume else None,
                 origin=origin,
@@ -92,6 +95,7 @@ def run(config: Config, dry_run: bool = False) -> None:
                 class_pictures={str(path): digest for path, digest in class_files.items()},
                 class_to_draw={str(path): number for path, number in to_draw.items()},
                 views={str(path): count for path, count in views.items()},
+                held_out={str(picture.path): annotations.captions[picture.path] for picture in held_out},
             )
             job_file.write_text(json.dumps(asdict(job)))
             accelerate_file.write_text(launch.ACCELERATE_SETTINGS)
@@ -127,12 +131,26 @@ def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations
         # A file name's undecodable bytes become JSON's own escapes.
         _write("report", Path(config.report), data_utils.report_json(pictures).encode(errors="backslashreplace"))
     trainable = _trainable(config, pictures, annotations)
-    views = sum(_views(config, trainable).values())
-    if close_ups := views - len(trainable):
-        print(f"  views        {views}: all of each picture, and {close_ups} close-ups")
     if config.preview:
         _write_preview(config, Path(config.preview), trainable)
     return trainable, annotations
+
+
+def split(config: Config, pictures: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
+    """The pictures to train on, and those held out to measure the loss on, which their contents and the seed choose."""
+    count = 0
+    if config.validation_fraction and config.validation_steps and not config.train_script and len(pictures) >= MANY:
+        count = min(max(round(config.validation_fraction * len(pictures)), 4), 24)
+    order = sorted(pictures, key=lambda picture: files.json_digest([config.seed, picture.sha256]))
+    held_out = {picture.path for picture in order[:count]}
+    return [p for p in pictures if p.path not in held_out], [p for p in pictures if p.path in held_out]
+
+
+def _print_split(views: dict[Path, int], held_out: Sequence[Picture]) -> None:
+    if close_ups := sum(views.values()) - len(views):
+        print(f"  views        {sum(views.values())}: all of each picture, and {close_ups} close-ups")
+    if held_out:
+        print(f"  held out     {len(held_out)}: never trained on, to measure the loss on (validation_fraction)")
 
 
 def _views(config: Config, pictures: Sequence[Picture]) -> dict[Path, int]:
@@ -212,7 +230,9 @@ def run_fingerprint(config: Config, pictures: Sequence[Picture], captions: dict[
         fingerprint["class_prompt"] = config.class_prompt
     if config.train_script:
         fingerprint["train_script"] = True
-    most = max(_views(config, pictures).values(), default=1)
+    training, held_out = split(config, pictures)
+    fingerprint["validation_fraction"] = config.validation_fraction if held_out else 0.0
+    most = max(_views(config, training).values(), default=1)
     fingerprint["crops_per_image"] = most
     if most > 1:
         size = "width or height, which close-ups depend on"
@@ -322,7 +342,7 @@ def find_resume_checkpoint(
 
 
 def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], path: Path, picture_changes: str) -> None:
-    trained_on = {"crops_per_image": 1} | trained_on  # before there were close-ups
+    trained_on = {"crops_per_image": 1, "validation_fraction": 0.0} | trained_on  # before there were these settings
     changed = [name for name, value in fingerprint.items() if trained_on.get(name) != value]
     if not changed:
         return

@@ -28,10 +28,10 @@ from lace_lora.config import LORA_FILE, Config
 from lace_lora.errors import UserError
 from lace_lora.process import Stopped, StopSignal
 from lace_lora.sdxl import lora_weights, models
-from lace_lora.training import batches, checkpoint, launch, optimizer, results, samples
+from lace_lora.training import batches, checkpoint, launch, optimizer, results, samples, validation
 from lace_lora.training.encode import encode
 from lace_lora.training.loss import training_loss
-from lace_lora.training.metrics import READ_EVERY, SAMPLING, SAVING, Metrics, PendingScalars
+from lace_lora.training.metrics import READ_EVERY, SAMPLING, SAVING, VALIDATING, Metrics, PendingScalars
 from lace_lora.training.train_step import TrainStep
 
 logger = logging.getLogger("train_lora")
@@ -64,6 +64,7 @@ class Run:
     train_step: TrainStep
     accelerator: Accelerator
     sample_inputs: samples.SampleInputs | None  # where sample grids are drawn
+    held_out: validation.Validation | None = None  # where pictures are held out, on the process that measures
     publisher: checkpoint.Publisher = field(default_factory=checkpoint.Publisher)
     stop_flag: PendingScalars | None = None  # with several processes: above 0 if one was to stop, a step ago
 
@@ -95,12 +96,15 @@ def train(config: Config, job: launch.Job, stop: StopSignal) -> str:
     if config.init_lora and not job.resume:
         lora_weights.begin_from(networks, lora_weights.read_lora(Path(config.init_lora)), config.alpha)
 
-    def loss(batch: batches.Batch) -> Tensor:
-        return training_loss(unet, captions.read(batch), noise_scheduler, config.snr_gamma)
+    def loss(batch: batches.Batch, snr_gamma: float | None = config.snr_gamma) -> Tensor:
+        return training_loss(unet, captions.read(batch), noise_scheduler, snr_gamma)
 
     train_step = TrainStep(config, networks, loss, device, dtype)
     lora_optimizer = optimizer.make_optimizer(config, train_step.trainable_params(lora))
     run = Run(config, job, data, lora, noise_scheduler, lora_optimizer, train_step, accelerator, sample_inputs)
+    if data.held_out and config.validation_steps and accelerator.is_main_process:
+        made = validation.make_batches(data.held_out, config.seed, 4 * config.train_batch_size)
+        run.held_out = validation.Validation(made, partial(loss, snr_gamma=None))
     first_step = restore(run, Path(job.resume)) if job.resume else 0
 
     stop.deferred = True
@@ -134,6 +138,7 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
     done, stopping = first_step, False
     run.train_step.train()
     if not done:
+        validate(run, log, 0)
         draw_samples(run, log, 0)
     while done < config.max_train_steps and not stopping:
         factor = factor_at(done)
@@ -141,6 +146,8 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
         done += 1
         log.record(done, loss, config.learning_rate * factor, grad_norm)
         ending = stopping or done == config.max_train_steps
+        if not stopping:
+            validate(run, log, done)
         saving = ending or done % config.checkpointing_steps == 0
         if saving or done % READ_EVERY == 0:
             run.publisher.poll()
@@ -159,6 +166,15 @@ def loop(run: Run, log: Metrics, first_step: int, stop: StopSignal) -> int:
     with log.label(SAVING):
         run.publisher.wait()
     return done
+
+
+def validate(run: Run, log: Metrics, step: int) -> None:
+    """Measure the loss on held-out pictures, on the process and in the steps that do; the last one does."""
+    if run.held_out and (step % run.config.validation_steps == 0 or step == run.config.max_train_steps):
+        with log.label(VALIDATING):
+            loss = run.held_out.measure(run.train_step, step)
+        if loss is not None:
+            log.record_validation(step, loss)
 
 
 def draw_samples(run: Run, log: Metrics, step: int) -> None:

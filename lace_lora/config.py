@@ -114,6 +114,10 @@ class Config:
     min_image_size: int = setting(
         256, NOTHING, "skip pictures with a shorter side below this", least=8, group="training"
     )
+    validation_fraction: float = setting(
+        0.05, SCRIPT, "share of the pictures held out to measure the loss on; 4 to 24 of 40 or more; 0: none",
+        least=0, most=0.5,
+    )  # fmt: skip
     min_images: int = setting(3, NOTHING, "minimum number of usable pictures", least=1)
     skip_bad_images: bool = setting(False, NOTHING, "train even if more than a tenth of the pictures cannot be read")
     crops_per_image: int | None = setting(

@@ -20,6 +20,7 @@ from lace_lora import process
 from lace_lora.config import Config, load_config
 from lace_lora.errors import UserError
 from lace_lora.pictures import gallery, recipe
+from lace_lora.pictures.checking import Picture
 from lace_lora.training import checkpoint, launch
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -595,6 +596,47 @@ def test_a_run_from_before_there_were_close_ups_goes_on_without(
     launched.stop_at = 10_000
     train.run(make(crops_per_image=1))
     assert [job["resume"] is not None for job in launched.jobs] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "held_out"),
+    [
+        (39, {}, 0), (40, {}, 4), (100, {}, 5), (250, {}, 12), (1000, {}, 24), (250, {"validation_fraction": 0.01}, 4),
+        (250, {"validation_fraction": 0.0}, 0), (250, {"validation_steps": 0}, 0), (250, {"train_script": "it.py"}, 0),
+    ],
+)  # fmt: skip
+def test_some_of_many_pictures_are_held_out(count: int, changes: dict[str, Any], held_out: int, tmp_path: Path) -> None:
+    pictures = [Picture(tmp_path / f"{index}.jpg", sha256=f"{index}") for index in range(count)]
+    training, found = train.split(Config(**changes), pictures)
+    assert len(found) == held_out
+    assert sorted([*training, *found], key=lambda p: int(p.sha256)) == pictures
+    _, again = train.split(Config(**changes), pictures[::-1])
+    assert set(again) == set(found)
+    if found:  # by chance, not the first ones
+        assert found != pictures[:held_out]
+        _, with_another_seed = train.split(Config(seed=7, **changes), pictures)
+        assert with_another_seed != found
+
+
+def test_held_out_pictures_are_no_part_of_the_training(
+    tmp_path: Path, launched: FakeLaunch, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(41):
+        jpg(tmp_path / "photos" / f"lace_{number}.jpg", gradient(64 + number, 48))
+    launched.stop_at = 7
+    refused(make(), "stopped", 130)
+    [job] = launched.jobs
+    assert len(job["held_out"]) == 4
+    assert len(job["captions"]) == 37
+    assert not job["held_out"].keys() & job["captions"].keys()
+    assert job["contents"].keys() == job["held_out"].keys() | job["captions"].keys()
+    printed = capsys.readouterr().out
+    assert "held out     4: never trained on, to measure the loss on (validation_fraction)" in printed
+    assert "each of 2 of the 37 pictures" in printed
+    refused(make(validation_fraction=0.5), "validation_fraction \\(was 0.05, is 0.5\\)")
+    refused(make(validation_fraction=0.0), "validation_fraction \\(was 0.05, is 0.0\\)")
+    launched.stop_at = 10_000
+    train.run(make())
 
 
 def test_close_ups_are_counted(

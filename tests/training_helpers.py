@@ -86,8 +86,8 @@ def as_json(by_path: dict[Path, Any]) -> dict[str, Any]:
 
 
 def job_of(captions: dict[str, str], **others: Any) -> Job:
-    values = {"fingerprint": {}, "resume": None, "models": {}} | others
-    return Job(captions, as_json(contents(map(Path, captions))), **values)
+    values: dict[str, Any] = {"fingerprint": {}, "resume": None, "models": {}} | others
+    return Job(captions, as_json(contents(map(Path, captions | values.get("held_out", {})))), **values)
 
 
 def encode_here(config: Config, job: Job) -> tuple[batches.Encoded, Captions, SampleInputs | None]:
@@ -97,13 +97,15 @@ def encode_here(config: Config, job: Job) -> tuple[batches.Encoded, Captions, Sa
 
 def train_here(
     config: Config, resume: Path | None = None, stop: StopAt | None = None, of_class: Iterable[Path] = (),
-    origin: str | None = None,
+    origin: str | None = None, held_out_count: int = 0,
 ) -> str:  # fmt: skip
     """Runs `train_lora.train` in this process, from scratch or from a checkpoint."""
     images = data_utils.list_images(config.images_dir)
+    held_out = images[:held_out_count]
     to_draw = class_pictures.to_draw(config, list(of_class)) if config.with_prior_preservation else {}
     job = job_of(
-        {str(path): config.instance_prompt for path in images},
+        {str(path): config.instance_prompt for path in images[held_out_count:]},
+        held_out={str(path): config.instance_prompt for path in held_out},
         class_pictures=as_json(contents(of_class)),
         class_to_draw=as_json(to_draw),
         views={str(path): crops.Cropping.of(config).views(*Image.open(path).size) for path in images},

@@ -25,6 +25,7 @@ class Encoded:
     prompt_embeds: Tensor  # (U, 77, c)
     pooled_prompt_embeds: Tensor  # (U, p)
     instances: int
+    held_out: "Encoded | None" = None  # pictures that are never trained on, with the same embeddings
 
     @cached_property
     def buckets(self) -> list[list[int]]:

@@ -49,13 +49,9 @@ def encode(
     device = accelerator.device
     to_draw = dict(list(job.class_to_draw.items())[accelerator.process_index :: accelerator.num_processes])
     class_count = len(job.class_pictures) + len(job.class_to_draw)
-    views = [job.views.get(path, 1) for path in job.captions]
-    captions_of_views = [
-        text + (config.crop_caption if number else "")
-        for text, count in zip(job.captions.values(), views, strict=True)
-        for number in range(count)
-    ]
-    unique, caption = batches.unique_captions([*captions_of_views, *[config.class_prompt] * class_count])
+    captions_of_views, drawn = _views(config, job, accelerator.num_processes)
+    to_train = [*captions_of_views, *[config.class_prompt] * class_count]
+    unique, caption = batches.unique_captions([*to_train, *job.held_out.values()])
 
     tokenizers = prompts.load_tokenizers(config.pretrained_model)
     prompts.warn_of_long([*unique, config.validation_prompt or ""], tokenizers[0])
@@ -77,12 +73,9 @@ def encode(
 
     load_vae = cache(partial(models.load_vae, config, device, dtype))
     encode_files = partial(_encode_files, config, load_vae, accelerator, dtype)
-    cropping, drawn = crops.Cropping.of(config), None
-    if len(cropping.shapes) == 1:
-        size = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        is_drawn = iter(batches.seen(sum(views), config.seed, size * config.max_train_steps))
-        drawn = {Path(path): list(islice(is_drawn, n)) for path, n in zip(job.captions, views, strict=True)}
-    encoded = encode_files(job.contents, config.image_extensions, cropping, drawn)
+    cropping = crops.Cropping.of(config)
+    contents = {path: job.contents[path] for path in job.captions}
+    encoded = encode_files(contents, config.image_extensions, cropping, drawn)
     if class_count:
         if class_embeddings:
             noise_scheduler = models.load_noise_scheduler(config)
@@ -93,14 +86,41 @@ def encode(
         class_files = dict(sorted((job.class_pictures | class_drawn).items()))
         encoded += encode_files(class_files, IMAGE_EXTENSIONS, crops.Cropping(cropping.shapes))
     data = batches.Encoded(
-        encoded, caption, embeddings.prompt_embeds, embeddings.pooled_prompt_embeds, instances=sum(views)
+        latents=encoded,
+        caption=caption[: len(to_train)],
+        prompt_embeds=embeddings.prompt_embeds,
+        pooled_prompt_embeds=embeddings.pooled_prompt_embeds,
+        instances=len(captions_of_views),
     )
+    if job.held_out:
+        contents = {path: job.contents[path] for path in job.held_out}
+        whole = encode_files(contents, config.image_extensions, crops.Cropping(cropping.shapes))
+        held_out = replace(data, latents=whole, caption=caption[len(to_train) :], instances=len(contents))
+        data = replace(data, held_out=held_out)
     sample_inputs = None
     if config.validation_steps and accelerator.is_main_process:
         sample_inputs = SampleInputs(embed_sample, load_vae().to("cpu"))
     del encode_files, load_vae
     models.free(device)
     return data, captions, sample_inputs
+
+
+def _views(config: Config, job: Job, processes: int) -> tuple[list[str], dict[Path, list[bool]] | None]:
+    """The caption of every view of the pictures to train on, and which of them the run will see; all, if that is None.
+
+    With several shapes all are encoded: how many pictures each has is not known before.
+    """
+    views = {path: job.views.get(path, 1) for path in job.captions}
+    captions = [
+        text + (config.crop_caption if number else "")
+        for path, text in job.captions.items()
+        for number in range(views[path])
+    ]
+    if config.aspect_ratio_buckets:
+        return captions, None
+    draws = config.train_batch_size * config.gradient_accumulation_steps * processes * config.max_train_steps
+    seen = iter(batches.seen(len(captions), config.seed, draws))
+    return captions, {Path(path): list(islice(seen, count)) for path, count in views.items()}
 
 
 def _encode_files(

@@ -35,7 +35,7 @@ class Job:
     """What the training process needs besides the settings, as JSON in a file."""
 
     captions: dict[str, str]  # by picture file
-    contents: dict[str, str]  # SHA-256 of each picture file
+    contents: dict[str, str]  # SHA-256 of each picture file, held out or not
     fingerprint: dict[str, Any]  # see train.run_fingerprint
     resume: str | None  # the checkpoint to resume from
     models: dict[str, Any]  # settings that name models, as paths
@@ -43,6 +43,7 @@ class Job:
     started: float = field(default_factory=time.time)  # when train.py wrote it, in seconds since 1970
     class_pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that exist
     class_to_draw: dict[str, int] = field(default_factory=dict)  # each with the number that gives its seed
+    held_out: dict[str, str] = field(default_factory=dict)  # captions of pictures that are never trained on, by file
     views: dict[str, int] = field(default_factory=dict)  # how many each picture file has; one if it is not there
 
 

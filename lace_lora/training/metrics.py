@@ -23,11 +23,13 @@ from lace_lora.pictures.recipe import TEXT
 from lace_lora.progress import Progress, duration, shows_bars
 
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "seconds")
+VALIDATION = "validation_loss"  # a column with a value in some steps only
 # This many updates skipped in a row, because one of these is not finite, end the training. fp16 starts with a
 # few overflows of the gradients, until the loss scale fits.
 MAX_SKIPPED = {"loss": 5, "grad_norm": 25}
 READ_EVERY = 10  # steps between readings of the loss: each costs the CPU a little
-TRAINING, SAMPLING, SAVING = "training", "drawing samples", "saving"  # what the progress bar says
+# What the progress bar says.
+TRAINING, SAMPLING, SAVING, VALIDATING = "training", "drawing samples", "saving", "validating"
 MEAN_OVER = 50  # steps, about, of which the running mean of the loss is
 
 _CAPTION = (
@@ -35,7 +37,8 @@ _CAPTION = (
     "A mean that rises, or jumps: the learning rate is too high."
 )
 _TOO_FEW = "So few steps say nothing: each trains at random noise levels."
-_SEE_SAMPLES = " How good the pictures are, samples.png shows."
+_HELD_OUT = "Where the loss on held-out pictures rises again, single photos are learnt rather than their style."
+_SEE_SAMPLES = "How good the pictures are, samples.png shows."
 
 logger = logging.getLogger("train_lora")
 
@@ -79,7 +82,7 @@ class Metrics:
 
     def __init__(self, config: Config, first_step: int, is_main: bool) -> None:
         self.folder, self.learning_rate = Path(config.lora_output_dir), config.learning_rate
-        self.rows = _read_rows(self.folder / "metrics.csv", before=first_step)
+        self.rows, self.validation = _read_rows(self.folder / "metrics.csv", before=first_step)
         self.pending: list[tuple[int, float, float, PendingScalars]] = []
         self.started = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0)
         self.mean = RunningMean()
@@ -124,6 +127,13 @@ class Metrics:
         with self._only_warn("the progress bar"):
             self.bar.update()
 
+    def record_validation(self, step: int, loss: float) -> None:
+        """Record the loss on held-out pictures; step 0 is before training."""
+        self.validation[step] = loss
+        if self.writer:
+            with self._only_warn("TensorBoard"):
+                self.writer.add_scalar(f"train/{VALIDATION}", loss, step)
+
     def read(self, latest: bool) -> None:
         """Read pending losses and norms into `rows` and show the last; without `latest`, leave the newest pending."""
         ready = self.pending if latest else self.pending[:-1] or self.pending
@@ -154,7 +164,8 @@ class Metrics:
         per_step = (now - self.first_reading[1]) / (step - self.first_reading[0])
         seconds = (last - step) * per_step
         if every:
-            seconds += _rounds(step, last, every) * self.others.get(SAMPLING, 0.0)
+            each = self.others.get(SAMPLING, 0.0) + self.others.get(VALIDATING, 0.0)
+            seconds += _rounds(step, last, every) * each
         seconds += _rounds(step, last, self.config.checkpointing_steps) * self.others.get(SAVING, 0.0)
         # In the end the last checkpoint is waited for, and then the LoRA written twice, which is half as much.
         seconds += 1.5 * self.writing
@@ -213,14 +224,20 @@ class Metrics:
         with self._only_warn("metrics.csv"):
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerows([row["step"], *(f"{row[name]:.6g}" for name in COLUMNS[1:])] for row in self.rows)
+            writer.writerow([*COLUMNS[:-1], VALIDATION, COLUMNS[-1]])
+            rows: dict[int, dict[str, float]] = {int(row["step"]): row for row in self.rows}
+            for step, loss in self.validation.items():
+                rows[step] = rows.get(step, {}) | {VALIDATION: loss}
+            names = (*COLUMNS[1:-1], VALIDATION, COLUMNS[-1])
+            for step, row in sorted(rows.items()):
+                writer.writerow([step, *(f"{row[name]:.6g}" if name in row else "" for name in names)])
             write_atomically(self.folder / "metrics.csv", text.getvalue().encode())
 
     def draw_curve(self) -> None:
         """Write loss.png, and what TensorBoard has so far."""
         with self._only_warn("loss.png"):
-            write_atomically(self.folder / "loss.png", _plot(self.rows, self.config.validation_steps > 0))
+            content = _plot(self.rows, self.config.validation_steps > 0, self.validation)
+            write_atomically(self.folder / "loss.png", content)
         if self.writer:
             with self._only_warn("TensorBoard"):
                 self.writer.flush()
@@ -238,27 +255,29 @@ def _rounds(step: int, last: int, every: int) -> int:
     return math.ceil(last / every) - (step - 1) // every
 
 
-def _read_rows(path: Path, before: int) -> list[dict[str, float]]:
-    """Rows of an earlier run up to the step that this one resumes from."""
+def _read_rows(path: Path, before: int) -> tuple[list[dict[str, float]], dict[int, float]]:
+    """Rows and validation losses of an earlier run up to the step that this one resumes from."""
     if not before or not path.exists():
-        return []
+        return [], {}
     try:
         with open(path, newline="") as file:
-            rows = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
+            read = [row for row in csv.DictReader(file) if float(row["step"]) <= before]
+        validation = {int(row["step"]): float(row[VALIDATION]) for row in read if row.get(VALIDATION)}
+        rows = [{name: float(row[name]) for name in COLUMNS} for row in read if float(row["step"])]
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         logger.warning("%s cannot be read or is damaged: the loss curve starts at the step resumed from", path)
-        return []
-    return [row | {"step": int(row["step"])} for row in rows if row["step"] <= before]
+        return [], {}
+    return [row | {"step": int(row["step"])} for row in rows], validation
 
 
-def _plot(rows: list[dict[str, float]], has_samples: bool) -> bytes:
-    """The loss by step as a PNG: single steps faint, because they are noisy, and their running mean."""
+def _plot(rows: list[dict[str, float]], has_samples: bool, validation: dict[int, float]) -> bytes:
+    """The loss by step as a PNG: of single steps, faint because noisy, their running mean, and on held-out pictures."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which may be set, need not be installed here
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(8, 7 if validation else 4.5), layout="constrained")
+    axes, *below = figure.subplots(2 if validation else 1, sharex=True, squeeze=False)[:, 0]
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     mean = RunningMean()
     smooth = [mean.add(loss) for loss in losses]
@@ -266,8 +285,12 @@ def _plot(rows: list[dict[str, float]], has_samples: bool) -> bytes:
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
     axes.plot(steps[settled:], smooth[settled:], color="tab:blue", label=f"mean of about {MEAN_OVER} steps")
     axes.set(xlabel="step", ylabel="loss", title="Training loss")
+    for held_out in below:  # on a scale of its own, since it changes by a few percent
+        held_out.plot(*zip(*sorted(validation.items()), strict=True), "o-", color="tab:orange")
+        held_out.set(xlabel="step", ylabel="loss", title="Loss on held-out pictures")
     caption = _CAPTION if len(rows) > 2 * MEAN_OVER else _TOO_FEW
-    figure.supxlabel(caption + _SEE_SAMPLES * has_samples, fontsize="small")
+    lines = [caption, *[_HELD_OUT] * len(below), *[_SEE_SAMPLES] * has_samples]
+    figure.supxlabel("\n".join(lines), fontsize="small")
     axes.legend()
     image = io.BytesIO()
     # With the text, nobody trains on it by mistake.

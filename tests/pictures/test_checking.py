@@ -285,7 +285,7 @@ def test_a_picture_drawn_by_this_program_is_recognised(suffix: str, tmp_path: Pa
     drawn = recipe.Recipe(recipe.Design(0, "lace", 7), True, [recipe.Design(0, "lace", 7)], settings)
     recipe.save_picture(tmp_path / f"a{suffix}", gradient(), drawn)
     (tmp_path / "b.png").write_bytes(gallery.contact_sheet([gradient()]))
-    (tmp_path / "c.png").write_bytes(metrics._plot([{"step": 1, "loss": 0.5}], has_samples=True))
+    (tmp_path / "c.png").write_bytes(metrics._plot([{"step": 1, "loss": 0.5}], has_samples=True, validation={}))
     jpg(tmp_path / "d.jpg")
     gradient().save(tmp_path / "e.jpg", comment=b'{"prompt": "of another program"}')
     found = checking.check_pictures(sorted(tmp_path.iterdir()), 32, ("PNG", "JPEG"))
