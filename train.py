@@ -342,7 +342,8 @@ def find_resume_checkpoint(
 
 
 def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], path: Path, picture_changes: str) -> None:
-    trained_on = {"crops_per_image": 1, "validation_fraction": 0.0} | trained_on  # before there were these settings
+    # As it was before there were these settings.
+    trained_on = {"crops_per_image": 1, "validation_fraction": 0.0, "lora_targets": "attention"} | trained_on
     changed = [name for name, value in fingerprint.items() if trained_on.get(name) != value]
     if not changed:
         return

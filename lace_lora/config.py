@@ -146,6 +146,11 @@ class Config:
     lr_warmup_steps: int = setting(0, SCRIPT, "steps over which the learning rate rises from 0", least=0)
     lr_num_cycles: int = setting(1, SCRIPT, "cosine_with_restarts: number of cycles", least=1)
     lr_power: float = setting(1.0, SCRIPT, "polynomial: its power; 1 is linear", above=0)
+    lora_targets: Literal["attention", "attention+feedforward"] = setting(
+        "attention", TRAINING | SCRIPT,
+        "UNet layers that the LoRA adapts; with feed-forward layers (sd-scripts' default) it comes closer to full "
+        "fine-tuning, but is larger, slower and needs more memory",
+    )  # fmt: skip
     lora_alpha: float | None = setting(None, TRAINING | SCRIPT, "LoRA scale is lora_alpha / rank; empty: 1", above=0)
     init_lora: str | None = setting(
         None, SCRIPT, "LoRA file or folder to begin with, ours or another program's; empty: a new LoRA"

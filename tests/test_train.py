@@ -535,6 +535,7 @@ def test_fewer_steps_than_the_newest_checkpoint_has_are_refused(
         ({"rank": 8}, "rank \\(was 16, is 8\\)"),
         ({"seed": 1, "resolution": 256}, "resolution \\(was 512, is 256\\), seed \\(was 42, is 1\\)"),
         ({"lora_alpha": 4.0}, "lora_alpha"),
+        ({"lora_targets": "attention+feedforward"}, "lora_targets \\(was attention, is attention\\+feedforward\\)"),
         ({"pretrained_model": "other/model"}, "pretrained_model"),
         ({"instance_prompt": "other"}, "captions"),
         ({"min_image_size": 40}, "pictures"),
@@ -685,6 +686,20 @@ def test_a_lora_to_begin_with_is_one_for_the_model(tmp_path: Path, launched: Fak
     save_file({"double_blocks.lora_A.weight": np.zeros((16, 8), np.float32)}, tmp_path / "flux.safetensors")
     refused(make(init_lora=str(tmp_path / "flux.safetensors")), "flux.safetensors is not a LoRA for this model")
     assert not launched.jobs
+
+
+def test_a_run_older_than_lora_targets_has_trained_the_attention(
+    tmp_path: Path, launched: FakeLaunch, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = train.run_fingerprint
+    monkeypatch.setattr(
+        train, "run_fingerprint", lambda *of: {k: v for k, v in now(*of).items() if k != "lora_targets"}
+    )
+    train.run(make())
+    monkeypatch.setattr(train, "run_fingerprint", now)
+    refused(make(max_train_steps=12, lora_targets="attention+feedforward"), "changed: lora_targets \\(was attention")
+    train.run(make(max_train_steps=12))
+    assert launched.jobs[-1]["resume"] == str(tmp_path / "lora" / "checkpoint-8")
 
 
 def test_moved_pictures_have_the_same_fingerprint(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:

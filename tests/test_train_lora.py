@@ -74,6 +74,7 @@ def test_gradient_checkpointing_changes_nothing(settings: Make) -> None:
         {"train_text_encoder": True, "text_encoder_lr": 1e-2, "gradient_checkpointing": True},
         {"with_prior_preservation": True, "num_class_images": 3, "class_prompt": "a net"},
         {"aspect_ratio_buckets": True, "gradient_accumulation_steps": 2},
+        {"lora_targets": "attention+feedforward"},
     ],
 )
 def test_a_run_interrupted_twice_equals_an_uninterrupted_one(
@@ -228,7 +229,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_on_a_gpu_within_rounding(
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "prodigy", "learning_rate": 1.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"optimizer": "prodigy", "learning_rate": 1.0}, {"lora_targets": "attention+feedforward"}]
+)
 @pytest.mark.parametrize("plain_first", [False, True])
 def test_either_training_step_resumes_from_the_others_checkpoint(
     settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], plain_first: bool

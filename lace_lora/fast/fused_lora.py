@@ -1,10 +1,10 @@
-"""The LoRA of a UNet's attention in a few large matmuls: peft's weights and results with a fraction of its kernels.
+"""The LoRA of a UNet in a few large matmuls: peft's weights and results with a fraction of its kernels.
 
 At 512² an SDXL step is thousands of kernels of a few microseconds, and most of them were peft's: each of its 560
 linears casts its two matrices, multiplies, scales and adds on its own, and does it all again backwards. Here
 
 - linears that read the same input are one matmul: q, k and v of a self-attention, and the keys and values of all
-  cross-attentions, since all of them read the same caption;
+  cross-attentions, since all of them read the same caption; each linear of a feed-forward is one of its own;
 - all weights lie in one flat fp32 buffer, and so do their gradients: one cast before a step and one sum after it,
   instead of a thousand;
 - everything in between is in the UNet's dtype, so that there is no autocast.
@@ -13,13 +13,14 @@ peft's layers stay, but their weights become views into these buffers: code that
 know, and an optimizer can update `weights` as one parameter. `benchmarks/train.py` measures what this gains.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from lace_lora.fast.attention import AttentionProcessor, attentions, fuse_weights
@@ -32,7 +33,7 @@ _ALIGNMENT = 8
 
 
 class FusedLora:
-    """Replaces the attention of a UNet that has a peft LoRA, without dropout.
+    """Replaces the attention of a UNet that has a peft LoRA, without dropout, and the feed-forward layers that have it.
 
     Args:
         scale: alpha / rank, the factor of what the LoRA adds.
@@ -57,20 +58,27 @@ class FusedLora:
             (same_width, self._fuse(*(linear for one in same_width for linear in (one.to_k, one.to_v))))
             for same_width in by_width.values()
         ]
+        for name, layer in unet.named_modules():
+            if ".ff." in name and isinstance(layer, LoraLayer):
+                layer.forward = self._fuse_one(layer)
         self._flatten_weights({id(weight): name for name, weight in unet.named_parameters()})
         unet.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def _replace(self, attention: Any, *projections: Any) -> None:
-        project, out = self._fuse(*projections), self._fuse(attention.to_out[0])
+        project, out = self._fuse(*projections), self._fuse_one(attention.to_out[0])
 
         def query_key_value(hidden_states: Tensor) -> tuple[Tensor, ...]:
             return project(hidden_states) + self.keys_values.get(attention, ())
 
-        attention.set_processor(AttentionProcessor(query_key_value, lambda attended: out(attended)[0]))
+        attention.set_processor(AttentionProcessor(query_key_value, out))
 
     def _fuse(self, *linears: Any) -> "FusedLinears":
         self.fused.append(FusedLinears(linears, self.side_stream))
         return self.fused[-1]
+
+    def _fuse_one(self, linear: Any) -> Callable[[Tensor], Tensor]:
+        fused = self._fuse(linear)
+        return lambda inputs: fused(inputs)[0]
 
     def _flatten_weights(self, names: dict[int, str]) -> None:
         """Make the weights, and their gradients, of peft's layers views into flat buffers.

@@ -24,8 +24,10 @@ from lace_lora.files import write_atomically
 from lace_lora.sdxl.models import BAD_CONTENT
 
 _MAX_ALPHA = 1e6
-# Every attention of each network.
-_UNET_TARGETS, _TEXT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0"), ("q_proj", "k_proj", "v_proj", "out_proj")
+# The linears of a transformer block. sd-scripts also trains `proj_in` and `proj_out` around the blocks.
+_ATTENTION, _FEED_FORWARD = ("to_q", "to_k", "to_v", "to_out.0"), ("ff.net.0.proj", "ff.net.2")
+UNET_TARGETS = {"attention": _ATTENTION, "attention+feedforward": _ATTENTION + _FEED_FORWARD}
+_TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # of every attention
 _KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 # The UNet's layers outside of attention, by diffusers' name and by that of SDXL's own code, which kohya's programs use.
 _ORIGINAL_NAMES = {
@@ -47,7 +49,7 @@ Networks = dict[str, torch.nn.Module]
 
 
 def add_lora(networks: Networks, config: Config) -> dict[str, torch.nn.Parameter]:
-    """Add a new LoRA, initially without effect, to the attention of every network.
+    """Add a new LoRA, initially without effect, to the UNet's `lora_targets` and the text encoders' attention.
 
     Returns:
         Its weights by `network.parameter`: the only ones that train, in fp32, since at usual learning rates most
@@ -56,7 +58,7 @@ def add_lora(networks: Networks, config: Config) -> dict[str, torch.nn.Parameter
     weights: dict[str, torch.nn.Parameter] = {}
     size = {"r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.lora_dropout}
     for name, network in networks.items():
-        targets = list(_UNET_TARGETS if name == "unet" else _TEXT_TARGETS)
+        targets = list(UNET_TARGETS[config.lora_targets] if name == "unet" else _TEXT_TARGETS)
         adapter = LoraConfig(init_lora_weights="gaussian", target_modules=targets, **size)
         network.add_adapter(adapter)  # type: ignore[operator]
         weights |= {f"{name}.{part}": weight for part, weight in network.named_parameters() if weight.requires_grad}

@@ -11,10 +11,12 @@ from lace_lora.fast.fused_lora import FusedLora
 from lace_lora.sdxl import lora_weights, models
 from training_helpers import CPU, random_batch
 
+BOTH_TARGETS = pytest.mark.parametrize("targets", ["attention", "attention+feedforward"])
 
-def make_unet(settings: Make, rank: int) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+
+def make_unet(settings: Make, rank: int, targets: str) -> tuple[Any, dict[str, torch.nn.Parameter]]:
     """A UNet and its LoRA, which is not without effect as a new one would be."""
-    config = settings(rank=rank, lora_alpha=2.0 * rank)
+    config = settings(rank=rank, lora_alpha=2.0 * rank, lora_targets=targets)
     unet = models.load_unet(config.pretrained_model, None, CPU, torch.float32)
     torch.manual_seed(0)
     lora = lora_weights.add_lora({"unet": unet}, config)
@@ -29,13 +31,14 @@ def predict(unet: Any) -> torch.Tensor:
     return unet(batch.latents, batch.timesteps, batch.prompt_embeds, added_cond_kwargs=added).sample
 
 
+@BOTH_TARGETS
 @pytest.mark.parametrize("rank", [3, 8])  # with rows of padding, and without
 @pytest.mark.parametrize("few_tokens", [0, 10**6])  # by two matmuls, and by one
 def test_predictions_and_gradients_are_those_of_peft(
-    settings: Make, monkeypatch: pytest.MonkeyPatch, rank: int, few_tokens: int
+    settings: Make, monkeypatch: pytest.MonkeyPatch, rank: int, few_tokens: int, targets: str
 ) -> None:
     monkeypatch.setattr(fused_lora, "_FEW_TOKENS", few_tokens)
-    (plain, expected), (unet, lora) = make_unet(settings, rank), make_unet(settings, rank)
+    (plain, expected), (unet, lora) = (make_unet(settings, rank, targets) for _ in range(2))
     fused = FusedLora(unet, 2.0)
     for _ in range(2):  # gradients add up
         results = predict(plain), predict(unet)
@@ -49,8 +52,10 @@ def test_predictions_and_gradients_are_those_of_peft(
         torch.testing.assert_close(weight.grad, expected[name].grad, rtol=1e-4, atol=1e-4 * scale)
 
 
-def test_peft_s_weights_and_gradients_are_views_into_one_parameter(settings: Make) -> None:
-    unet, lora = make_unet(settings, 3)
+@BOTH_TARGETS
+def test_peft_s_weights_and_gradients_are_views_into_one_parameter(settings: Make, targets: str) -> None:
+    unet, lora = make_unet(settings, 3, targets)
+    assert any(".ff." in name for name in lora) == ("feedforward" in targets)
     before = {name: weight.detach().clone() for name, weight in lora.items()}
     fused = FusedLora(unet, 2.0)
     assert fused.weights.numel() == sum(weight.numel() for weight in lora.values())
@@ -62,7 +67,7 @@ def test_peft_s_weights_and_gradients_are_views_into_one_parameter(settings: Mak
 
 
 def test_unflatten_and_flatten_are_inverse(settings: Make) -> None:
-    unet, lora = make_unet(settings, 3)
+    unet, lora = make_unet(settings, 3, "attention+feedforward")
     fused = FusedLora(unet, 2.0)
     parts = fused.unflatten(fused.weights.data)
     assert {f"unet.{name}" for name in parts} == lora.keys()

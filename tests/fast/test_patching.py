@@ -13,9 +13,12 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
+from peft import LoraConfig, inject_adapter_in_model
 from torch.utils.checkpoint import checkpoint
 
 from kernel_helpers import DEVICE, close, random_input, values_and_gradients
+from lace_lora.fast.fused_lora import FusedLora
+from lace_lora.sdxl.lora_weights import UNET_TARGETS
 
 pytest.importorskip("triton", reason="only for Linux on x86-64")
 from lace_lora.fast import patching  # noqa: E402
@@ -65,6 +68,34 @@ def test_transformer(checkpointing: bool) -> None:
         return module(pictures, encoder_hidden_states=text, return_dict=False)[0]
 
     assert_patched_is_equal(model, call, random_input(2, 8, 3, 5), random_input(2, 7, 6))
+
+
+def test_a_transformer_with_a_fused_lora() -> None:
+    """On the kernels, GEGLU's among them, against peft's own without them."""
+    model: Any = Transformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=8, num_layers=2, norm_num_groups=4,
+        cross_attention_dim=6, use_linear_projection=True,
+    )  # fmt: skip
+    inject_adapter_in_model(
+        LoraConfig(r=2, lora_alpha=2, target_modules=list(UNET_TARGETS["attention+feedforward"])), model
+    )
+    model.to(DEVICE)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name).data.normal_(std=0.2)
+    patched = copy.deepcopy(model)
+    fused = FusedLora(patched, 1.0)
+    patching.use_kernels(patched)
+    pictures, text = random_input(2, 8, 3, 5), random_input(2, 7, 6)
+    ours, theirs = (one(pictures, encoder_hidden_states=text, return_dict=False)[0] for one in (patched, model))
+    close([ours], [theirs])
+    for output in (ours, theirs):
+        output.square().mean().backward()
+    fused.side_stream.join()
+    fused.collect_gradients()
+    expected = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+    gradients = fused.unflatten(fused.gradients)
+    assert gradients.keys() == expected.keys()
+    close(gradients.values(), [expected[name] for name in gradients])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

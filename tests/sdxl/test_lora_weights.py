@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -52,11 +53,16 @@ def trained(config: Config, plain: Networks) -> Networks:
 @pytest.fixture(scope="module")
 def saved(config: Config, trained: Networks) -> dict[str, Any]:
     """Both files of that LoRA in the output folder; returns what the networks gave while training."""
+    save(config, trained)
+    return {"unet": run_unet(trained["unet"]), "text": embeddings(config, trained)}
+
+
+def save(config: Config, networks: Networks) -> None:
+    Path(config.lora_output_dir).mkdir(exist_ok=True)
     job = Job(dict.fromkeys("abc", config.instance_prompt), {}, {}, None, {})
-    state = lora_weights.lora_state(trained)
-    unet: Any = trained["unet"]
+    unet: Any = networks["unet"]
+    state = lora_weights.lora_state(networks)
     results.save_results(config, state, config.alpha, 7, job, unet.config.layers_per_block, "epsilon")
-    return {"unet": run_unet(unet), "text": embeddings(config, trained)}
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +160,38 @@ def test_a_merged_lora_acts_as_in_training(config: Config, plain: Networks, save
     close(run_unet(networks["unet"]), saved["unet"])
     close(embeddings(config, networks), saved["text"])
     assert not any("lora" in name for network in networks.values() for name, _ in network.named_parameters())
+
+
+@BOTH_FILES
+def test_feed_forward_layers_act_everywhere_as_in_training(
+    tiny: Path, plain: Networks, pipeline: Any, tmp_path: Path, name: str
+) -> None:
+    config = replace(config_for(tiny, tmp_path), lora_targets="attention+feedforward")
+    trained, attention_only = add_trained_lora(copies(plain, "unet"), config), copies(plain, "unet")
+    save(config, trained)
+    path = Path(config.lora_output_dir, name)
+    expected = run_unet(trained["unet"])
+    pipeline.load_lora_weights(config.lora_output_dir, weight_name=name)
+    close(run_unet(pipeline.unet), expected)
+    merged = copies(plain, "unet")
+    merge(merged, path)
+    close(run_unet(merged["unet"]), expected)
+    without = {key: weight for key, weight in load_file(path).items() if not re.search(r"[._]ff[._]", key)}
+    save_file(without, path)
+    merge(attention_only, path)
+    missing = run_unet(attention_only["unet"]) - expected
+    assert missing.abs().max() > 0.05  # the feed-forward layers' part does something
+
+
+def test_kohya_s_file_has_every_linear_of_every_transformer_block(tiny: Path, plain: Networks, tmp_path: Path) -> None:
+    config = replace(config_for(tiny, tmp_path), lora_targets="attention+feedforward")
+    save(config, add_trained_lora(copies(plain, "unet"), config))
+    unet: Any = plain["unet"]
+    weights = unet.state_dict()
+    inside = [key for key, weight in weights.items() if "transformer_blocks" in key and weight.dim() == 2]
+    original = [unet_name(key, unet.config.layers_per_block, weights).removesuffix(".weight") for key in inside]
+    names = load_file(Path(config.lora_output_dir, "myspecialstyle.safetensors"))
+    assert {key.partition(".")[0] for key in names} == {f"lora_unet_{name.replace('.', '_')}" for name in original}
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -410,6 +448,10 @@ def test_lora_file_holds_its_metadata_and_only_the_unet(trained: Networks, tmp_p
          "lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_out_0"),
         ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
          "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"),
+        ("unet.up_blocks.1.attentions.2.transformer_blocks.1.ff.net.0.proj",
+         "lora_unet_output_blocks_5_1_transformer_blocks_1_ff_net_0_proj"),
+        ("unet.mid_block.attentions.0.transformer_blocks.9.ff.net.2",
+         "lora_unet_middle_block_1_transformer_blocks_9_ff_net_2"),
         ("unet.up_blocks.0.attentions.2.proj", "lora_unet_output_blocks_2_1_proj"),
         ("unet.up_blocks.1.attentions.0.proj", "lora_unet_output_blocks_3_1_proj"),
         ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj",

@@ -40,7 +40,16 @@ def distance(lora: Any, other: Any) -> float:
     return float(difference / sum(one.pow(2).sum() for one, _ in pairs).sqrt())
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"rank": 3, "lora_alpha": 7.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"rank": 3, "lora_alpha": 7.0},
+        {"lora_targets": "attention+feedforward"},
+        {"lora_targets": "attention+feedforward", "gradient_checkpointing": True},
+    ],
+)
 def test_the_fast_step_has_the_gradients_of_the_plain_one(settings: Make, changes: dict[str, Any]) -> None:
     config = settings(train_batch_size=2, **changes)
     (plain, expected), (fast, lora) = make_train_step(config, plain=True), make_train_step(config)
@@ -52,12 +61,14 @@ def test_the_fast_step_has_the_gradients_of_the_plain_one(settings: Make, change
 
 # Even in fp32, since cuDNN rounds what convolutions read to TF32.
 @pytest.mark.gpu
+@pytest.mark.parametrize("targets", ["attention", "attention+feedforward"])
 @pytest.mark.parametrize("rank", [3, 8])
 @pytest.mark.parametrize(("precision", "tolerance"), [("no", 0.005), ("bf16", 0.05), ("fp16", 0.02)])
 def test_graphs_and_kernels_have_the_gradients_of_the_plain_step(
-    settings: Make, precision: str, tolerance: float, rank: int
+    settings: Make, precision: str, tolerance: float, rank: int, targets: str
 ) -> None:
-    config, gpu = settings(train_batch_size=2, mixed_precision=precision, rank=rank), torch.device("cuda")
+    config = settings(train_batch_size=2, mixed_precision=precision, rank=rank, lora_targets=targets)
+    gpu = torch.device("cuda")
     (plain, expected), (fast, lora) = make_train_step(config, gpu, plain=True), make_train_step(config, gpu)
     for round_ in range(4):  # a warm-up, a capture, two replays
         batch = replace(random_batch(2), weights=torch.full((2,), 1.0 + round_))
