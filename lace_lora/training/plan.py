@@ -12,7 +12,7 @@ from lace_lora.progress import duration
 from lace_lora.sdxl import hub
 from lace_lora.training import launch
 
-LORA_WEIGHTS = 1_451_520  # per rank, in the attention of SDXL's UNet
+LORA_WEIGHTS = {"attention": 1_451_520, "attention+feedforward": 2_616_320}  # per rank, in SDXL's UNet
 # Seconds of a step on GPUs that were measured, by (resolution, batch size): bf16, without checkpointing.
 STEP_SECONDS = {
     "NVIDIA H100 80GB HBM3": {
@@ -22,7 +22,7 @@ STEP_SECONDS = {
 }  # fmt: skip
 MANY_EPOCHS = 150
 HIGH_RATE = 0.1  # for adamw
-SAMPLES_MEMORY = 7.3  # GiB, measured at 512² with gradient_checkpointing, whose steps take 5.9 there
+SAMPLES_MEMORY = 7.3  # GiB, measured at 512², rank 16, with gradient_checkpointing, whose steps take 5.9 there
 
 
 def gpu_memory(config: Config) -> float:
@@ -30,13 +30,15 @@ def gpu_memory(config: Config) -> float:
 
     Fitted to 15 measurements on an H100 in bf16, of 512² to 1024², batches of 1 to 8, ranks 16 to 128: within 0.3.
     With checkpointing, samples take more than the training; that was measured at 512² only. In fp16 and without Triton
-    one training was measured, of 1024² and batch 2: 11.9 where this says 14.2.
+    one training was measured, of 1024² and batch 2: 11.9 where this says 14.2. With feed-forward layers none was: what
+    they add is computed, from the size of their LoRA and of the inputs that its gradients need.
     """
     pictures = config.train_batch_size * (config.resolution / 512) ** 2  # of 512²
     pictures *= 2 if config.with_prior_preservation else 1
-    size = 5.5 + (0.17 if config.gradient_checkpointing else 1.09) * pictures + 0.0277 * (config.rank - 16)
-    size += 3.2 if config.train_text_encoder else 0
-    return max(size, SAMPLES_MEMORY) if config.gradient_checkpointing and config.validation_steps else size
+    per_picture = 0.17 if config.gradient_checkpointing else 1.09 if config.lora_targets == "attention" else 1.33
+    lora = 0.0277 * (config.rank * LORA_WEIGHTS[config.lora_targets] / LORA_WEIGHTS["attention"] - 16)
+    size = 5.5 + per_picture * pictures + lora + (3.2 if config.train_text_encoder else 0)
+    return max(size, SAMPLES_MEMORY + lora) if config.gradient_checkpointing and config.validation_steps else size
 
 
 def pictures_per_step(config: Config) -> int:
@@ -46,7 +48,7 @@ def pictures_per_step(config: Config) -> int:
 
 def disk_space(config: Config) -> float:
     """GB of checkpoints and LoRA files of SDXL, with one checkpoint more while it is written."""
-    weights = 4 * LORA_WEIGHTS * config.rank  # bytes in fp32
+    weights = 4 * LORA_WEIGHTS[config.lora_targets] * config.rank  # bytes in fp32
     # A checkpoint has the LoRA for drawing, its weights, and two moments of each.
     return (4 * weights * (config.checkpoints_total_limit + 1) + 2 * weights) / 1e9
 
@@ -102,7 +104,9 @@ def _hardware(config: Config, is_sdxl: bool, is_measured: bool) -> list[str]:
         needed = gpu_memory(config) * (2 if dtype == "no" else 1)
         at_most = "at most " if dtype == "fp16" else ""
         fits = "" if needed < gpu.free else ": more than is free, so it will train with less at once, which is slower"
-        lines.append(f"GPU memory: {at_most}{needed:.1f} GiB needed (computed from measurements of an H100){fits}")
+        basis = "computed from measurements of an H100"
+        basis += "" if config.lora_targets == "attention" else ", and from the sizes of the feed-forward layers"
+        lines.append(f"GPU memory: {at_most}{needed:.1f} GiB needed ({basis}){fits}")
     return lines
 
 
@@ -110,7 +114,7 @@ def _seconds(config: Config, steps: int) -> float | None:
     """How long the steps take, without samples, if that was measured."""
     gpu = machine.find_gpu() if config.device == "auto" else None
     slower = config.gradient_checkpointing or config.train_text_encoder or config.with_prior_preservation
-    slower = slower or launch.processes(config) > 1
+    slower = slower or config.lora_targets != "attention" or launch.processes(config) > 1
     if gpu is None or slower or gpu.dtype(config.mixed_precision) != "bf16":
         return None
     step = STEP_SECONDS.get(gpu.name, {}).get((config.resolution, config.train_batch_size))

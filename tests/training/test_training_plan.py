@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 
+from demo.making import build_model
 from lace_lora import machine
 from lace_lora.config import Config
 from lace_lora.machine import Gpu
+from lace_lora.sdxl import lora_weights
 from lace_lora.training import plan
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 79.6, 79.1, has_bf16=True)
@@ -51,6 +55,7 @@ def test_what_people_ask_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
         (H100, {"resolution": 640}),
         (H100, {"gradient_checkpointing": True}),
         (H100, {"mixed_precision": "fp16"}),
+        (H100, {"lora_targets": "attention+feedforward"}),
         (H100, {"device": "cpu"}),
         (None, {}),
     ],
@@ -99,6 +104,20 @@ def test_samples_take_more_memory_than_a_training_with_checkpointing(
 ) -> None:
     said = described(monkeypatch, H100, gradient_checkpointing=True, validation_steps=validation_steps)
     assert said["GPU memory"].startswith(f"{needed} GiB needed")
+
+
+def test_feed_forward_layers_take_memory_and_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = described(monkeypatch, H100, lora_targets="attention+feedforward")
+    assert said["GPU memory"].startswith("8.5 GiB needed (computed from measurements of an H100, and from the sizes of")
+    assert said["disk"].endswith("needed: 2.3 GB (computed)")
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention+feedforward"])
+def test_sdxl_s_lora_is_as_large_as_said(targets: Any) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(build_model.base_config(build_model.SDXL))
+        lora = lora_weights.add_lora({"unet": unet}, replace(SDXL, rank=1, lora_targets=targets))
+    assert sum(weight.numel() for weight in lora.values()) == plan.LORA_WEIGHTS[targets]
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
