@@ -148,8 +148,7 @@ class Config:
     lr_power: float = setting(1.0, SCRIPT, "polynomial: its power; 1 is linear", above=0)
     lora_targets: Literal["attention", "attention+feedforward"] = setting(
         "attention", TRAINING | SCRIPT,
-        "UNet layers that the LoRA adapts; with feed-forward layers (sd-scripts' default) it comes closer to full "
-        "fine-tuning, but is larger, slower and needs more memory",
+        "UNet layers that the LoRA adapts; with feed-forward it can learn more, in more time and memory",
     )  # fmt: skip
     lora_alpha: float | None = setting(None, TRAINING | SCRIPT, "LoRA scale is lora_alpha / rank; empty: 1", above=0)
     init_lora: str | None = setting(
