@@ -38,6 +38,7 @@ def test_train_and_draw(config_file: Path, run_here: RunHere, tmp_path: Path) ->
     expected = {f"checkpoint-{step}/{name}" for step in (2, 4) for name in checkpoint}
     expected |= {
         "config.yaml",
+        "pictures.json",
         "metrics.csv",
         "loss.png",
         "samples/step-000000.png",
