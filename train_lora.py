@@ -200,6 +200,7 @@ def update(
     batch = batches.step_batch(
         run.data, config.seed, step, config.train_batch_size * config.gradient_accumulation_steps * world,
         run.noise_scheduler.config.num_train_timesteps, config.noise_offset, config.prior_loss_weight,
+        config.caption_dropout,
     ).shard(rank, world)  # fmt: skip
     loss = run.train_step(batch)
     stop = stop_requested()

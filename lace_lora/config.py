@@ -127,6 +127,9 @@ class Config:
     crop_caption: str = setting(", close-up", SCRIPT, "what is added to the caption of a close-up")
     random_flip: bool = setting(False, SCRIPT, "also train on every picture mirrored")
     random_rotate: bool = setting(False, SCRIPT, "also train on every picture turned to all four sides, for textures")
+    caption_dropout: float = setting(
+        0.0, SCRIPT, "share of pictures trained on with the empty prompt, for guidance, e.g. 0.1", least=0, most=0.99
+    )
     aspect_ratio_buckets: bool = setting(False, TRAINING | SCRIPT, "crop to SDXL's closest aspect ratio, not a square")
     with_prior_preservation: bool = setting(False, TRAINING, "preserve class_prompt by training on class pictures too")
     class_data_dir: str | None = setting(None, NOTHING, "folder of class pictures; empty: lora_output_dir/class_images")

@@ -19,6 +19,7 @@ from lace_lora.config import LORA_FILE
 from lace_lora.errors import LOSS_NOT_FINITE, UserError
 from lace_lora.process import Stopped
 from lace_lora.training import checkpoint, class_pictures
+from lace_lora.training.batches import EMPTY_PROMPT, Batch
 from lace_lora.training.metrics import Metrics
 from training_helpers import StopAt, make_run, train_here
 
@@ -71,8 +72,8 @@ def test_gradient_checkpointing_changes_nothing(settings: Make) -> None:
         {"lora_dropout": 0.1, "random_flip": True},
         {"resolution": 32, "random_rotate": True},  # with close-ups
         {"optimizer": "prodigy", "learning_rate": 1.0, "noise_offset": 0.1},
-        {"train_text_encoder": True, "text_encoder_lr": 1e-2, "gradient_checkpointing": True},
-        {"with_prior_preservation": True, "num_class_images": 3, "class_prompt": "a net"},
+        {"train_text_encoder": True, "text_encoder_lr": 1e-2, "gradient_checkpointing": True, "caption_dropout": 0.5},
+        {"with_prior_preservation": True, "num_class_images": 3, "class_prompt": "a net", "caption_dropout": 0.5},
         {"aspect_ratio_buckets": True, "gradient_accumulation_steps": 2},
         {"lora_targets": "attention+feedforward"},
     ],
@@ -99,6 +100,20 @@ def test_a_run_interrupted_twice_equals_an_uninterrupted_one(
     without_seconds = [[line.rpartition(",")[0] for line in lines] for lines in rows]
     assert without_seconds[0] == without_seconds[1]
     assert len(rows[0]) == 5
+
+
+def test_caption_dropout_reaches_the_step(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen = make_run(settings(caption_dropout=0.5, train_batch_size=4)), list[torch.Tensor]()
+    loss = run.train_step.loss
+
+    def note(batch: Batch) -> torch.Tensor:
+        seen.append(batch.caption)
+        return loss(batch)
+
+    monkeypatch.setattr(run.train_step, "loss", note)
+    for step in range(4):
+        train_lora.update(run, step, 1.0)
+    assert 0 < (torch.cat(seen) == EMPTY_PROMPT).sum() < 16
 
 
 def test_training_reduces_the_loss_and_is_reproducible(settings: Make, tmp_path: Path) -> None:

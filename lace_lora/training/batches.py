@@ -14,16 +14,20 @@ from torch import Tensor
 from lace_lora.seeds import stream
 from lace_lora.training.latents import Latents
 
+EMPTY_PROMPT = -1  # its index among the captions: the last
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """N views of pictures and U unique captions; the first `instances` are of the user's pictures, others are for prior
-    preservation."""
+    """N views of pictures, and U unique captions with the empty prompt after them.
+
+    The first `instances` views are of the user's pictures, others are for prior preservation.
+    """
 
     latents: Latents
     caption: Tensor  # (N,) index into the embeddings
-    prompt_embeds: Tensor  # (U, 77, c)
-    pooled_prompt_embeds: Tensor  # (U, p)
+    prompt_embeds: Tensor  # (U + 1, 77, c)
+    pooled_prompt_embeds: Tensor  # (U + 1, p)
     instances: int
     held_out: "Encoded | None" = None  # pictures that are never trained on, with the same embeddings
 
@@ -49,7 +53,7 @@ class Batch:
     noise: Tensor  # (B, 4, h, w)
     timesteps: Tensor  # (B,)
     time_ids: Tensor  # (B, 6)
-    caption: Tensor  # (B,) index into the unique captions
+    caption: Tensor  # (B,) index into the unique captions, or EMPTY_PROMPT
     prompt_embeds: Tensor  # (B, 77, c)
     pooled_prompt_embeds: Tensor  # (B, p)
     weights: Tensor  # (B,) of each picture's loss in the mean over the batch
@@ -81,8 +85,9 @@ def unique_captions(captions: Sequence[str]) -> tuple[list[str], Tensor]:
 
 
 def step_batch(
-    data: Encoded, seed: int, step: int, size: int, timesteps: int, noise_offset: float = 0.0, prior_weight: float = 1.0
-) -> Batch:
+    data: Encoded, seed: int, step: int, size: int, timesteps: int, noise_offset: float = 0.0,
+    prior_weight: float = 1.0, caption_dropout: float = 0.0,
+) -> Batch:  # fmt: skip
     """The whole effective batch of optimizer step `step` (counted from 0), of pictures that have one shape.
 
     Where there are class pictures, one follows each of the user's, so that every process's part of the batch has both.
@@ -92,6 +97,8 @@ def step_batch(
         timesteps: how many the noise schedule has (1000).
         noise_offset: std of a shift of each channel's noise. Guttenberg 2023, "Diffusion with Offset Noise".
         prior_weight: of the class pictures' mean loss, which is added to that of the user's.
+        caption_dropout: probability that a picture of the user has the empty prompt in place of its caption, so that
+            guidance keeps working. Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", algorithm 1.
     """
     generator = stream(seed, "step", step)
     weights = torch.ones(size)
@@ -107,6 +114,9 @@ def step_batch(
     chosen = list(zip(pictures.tolist(), versions.tolist(), strict=True))
     means, stds = (torch.stack([part[picture][version] for picture, version in chosen]) for part in (mean, std))
     captions = data.caption[pictures]
+    if caption_dropout:  # from a stream of its own, so that everything else is as without it
+        dropped = torch.rand(pictures.shape, generator=stream(seed, "caption dropout", step)) < caption_dropout
+        captions[dropped & (pictures < data.instances)] = EMPTY_PROMPT
     latents = means + stds * torch.randn(means.shape, generator=generator)
     noise = torch.randn(means.shape, generator=generator)
     drawn_timesteps = torch.randint(timesteps, pictures.shape, generator=generator)

@@ -24,10 +24,11 @@ from lace_lora.training.samples import SampleInputs, draw_class_pictures
 
 @dataclass
 class Captions:
-    """The unique captions for text encoders that train; both empty if they do not."""
+    """The unique captions, and after them the empty prompt, for text encoders that train; empty if they do not."""
 
-    tokens: list[Tensor]  # (U, 77) for each encoder
+    tokens: list[Tensor]  # (U + 1, 77) for each encoder
     encoders: dict[str, torch.nn.Module]  # by diffusers' names
+    zeros: bool  # whether the embeddings of the empty prompt are zeros
 
     def read(self, batch: batches.Batch) -> batches.Batch:
         """The batch with the embeddings of the encoders as they are now; unchanged if they do not train."""
@@ -35,6 +36,9 @@ class Captions:
             return batch
         tokens = [ids.to(batch.caption.device)[batch.caption] for ids in self.tokens]
         prompt_embeds, pooled = prompts.encode_tokens(tokens, list(self.encoders.values()))
+        if self.zeros:
+            has_caption = (batch.caption != batches.EMPTY_PROMPT)[:, None]
+            prompt_embeds, pooled = prompt_embeds * has_caption[..., None], pooled * has_caption
         return replace(batch, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled)
 
 
@@ -59,13 +63,13 @@ def encode(
     encode_prompts = partial(prompts.encode_prompts, tokenizers=tokenizers, text_encoders=text_encoders)
     zeros = prompts.zeros_for_empty_prompt(config.pretrained_model, default=True)
     embed = partial(prompts.embed, negative=config.negative_prompt, encode=encode_prompts, zeros=zeros)
-    embeddings = embed(unique)
+    embeddings = embed(unique, negative=None)  # those of the empty prompt too, as drawing has it
     class_embeddings = embed([config.class_prompt]) if to_draw else None
     embed_sample = partial(embed, [config.validation_prompt or config.instance_prompt])
-    captions = Captions([], {})
+    captions = Captions([], {}, zeros)
     if config.train_text_encoder:
         named = dict(zip(("text_encoder", "text_encoder_2"), text_encoders, strict=True))
-        captions = Captions(prompts.tokenize(unique, tokenizers), named)
+        captions = Captions(prompts.tokenize([*unique, ""], tokenizers), named, zeros)
     else:
         embed_sample = partial(replace, embed_sample())  # a copy of these embeddings each time
         del text_encoders, encode_prompts, embed
@@ -88,8 +92,8 @@ def encode(
     data = batches.Encoded(
         latents=encoded,
         caption=caption[: len(to_train)],
-        prompt_embeds=embeddings.prompt_embeds,
-        pooled_prompt_embeds=embeddings.pooled_prompt_embeds,
+        prompt_embeds=torch.cat([embeddings.prompt_embeds, embeddings.negative_prompt_embeds]),
+        pooled_prompt_embeds=torch.cat([embeddings.pooled_prompt_embeds, embeddings.negative_pooled_prompt_embeds]),
         instances=len(captions_of_views),
     )
     if job.held_out:

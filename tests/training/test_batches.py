@@ -22,8 +22,8 @@ def fake_encodings(pictures: int, versions: int = 1) -> batches.Encoded:
     return batches.Encoded(
         latents=latents,
         caption=torch.zeros(pictures, dtype=torch.long),
-        prompt_embeds=torch.zeros(1, 77, 8),
-        pooled_prompt_embeds=torch.zeros(1, 4),
+        prompt_embeds=torch.tensor([0.0, 9.0])[:, None, None].expand(2, 77, 8),
+        pooled_prompt_embeds=torch.tensor([0.0, 9.0])[:, None].expand(2, 4),
         instances=pictures,
     )
 
@@ -168,3 +168,30 @@ def test_epochs_within_a_bucket_continue_across_steps() -> None:
     seen = [shown(data, seed=5, step=step, size=2) for step in range(5)]
     wide = [picture for pictures in seen for picture in pictures if picture in (1, 3, 4)]
     assert sorted(wide[:3]) == sorted(wide[3:]) == [1, 3, 4]
+
+
+def test_caption_dropout_gives_its_share_of_the_users_pictures_the_empty_prompt() -> None:
+    data, steps = with_class(6, 5), range(500)
+    dropped = [batches.step_batch(data, 1, step, 4, 1000, caption_dropout=0.2) for step in steps]
+    plain = [batches.step_batch(data, 1, step, 4, 1000) for step in steps]
+    captions = torch.stack([batch.caption for batch in dropped])  # a class picture follows each of the user's
+    assert (captions[:, ::2] == batches.EMPTY_PROMPT).float().mean() == pytest.approx(0.2, abs=0.03)
+    assert len(captions[:, ::2].unique(dim=0)) > 5  # pictures of one step are decided separately
+    assert torch.equal(captions[:, 1::2], torch.stack([batch.caption[1::2] for batch in plain]))
+    for one, other in zip(dropped, plain, strict=True):
+        empty = one.caption == batches.EMPTY_PROMPT
+        assert torch.equal(one.prompt_embeds[:, 0, 0], 9.0 * empty)
+        assert torch.equal(one.pooled_prompt_embeds[:, 0], 9.0 * empty)
+        for name in ("latents", "noise", "timesteps", "time_ids", "weights"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+def test_caption_dropout_depends_on_seed_and_step_alone() -> None:
+    first, again, other = (
+        torch.stack(
+            [batches.step_batch(fake_encodings(5), seed, n, 4, 1000, caption_dropout=0.5).caption for n in order]
+        )
+        for seed, order in ((1, range(9)), (1, reversed(range(9))), (2, range(9)))
+    )
+    assert torch.equal(first, again.flip(0))
+    assert not torch.equal(first, other)

@@ -1,5 +1,7 @@
 """Everything encoded before the first step, against encoding in the step itself."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +93,7 @@ def test_class_pictures_have_time_ids_and_captions_of_their_own(settings: Make, 
     assert data.caption.tolist() == [0, 0, 0, 0, 0, 1]
     tokenizers = prompts.load_tokenizers(config.pretrained_model)
     encoders = prompts.load_text_encoders(config, CPU, torch.float32)
-    assert torch.equal(data.prompt_embeds[1:], prompts.encode_prompts(["a net"], tokenizers, encoders)[0])
+    assert torch.equal(data.prompt_embeds[1:2], prompts.encode_prompts(["a net"], tokenizers, encoders)[0])
 
 
 @pytest.mark.parametrize(
@@ -152,3 +154,32 @@ def test_a_short_training_encodes_what_it_sees_alone(settings: Make, photos: Pat
         batch, other = (batches.step_batch(data, config.seed, step, size, 1000) for data in (short, long))
         assert torch.equal(batch.latents, other.latents)
         assert torch.equal(batch.time_ids, other.time_ids)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("train_text_encoder", [True, False])
+def test_a_dropped_caption_becomes_what_drawing_has_without_a_prompt(
+    settings: Make, tiny: Path, photos: Path, tmp_path: Path, zeros: bool, train_text_encoder: bool
+) -> None:
+    base = shutil.copytree(tiny / "base", tmp_path / "base")
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": zeros}))
+    config = settings(pretrained_model=str(base), train_text_encoder=train_text_encoder, negative_prompt="blurry")
+    captions = {str(path): f"lace {index}" for index, path in enumerate(data_utils.list_images(photos))}
+    data, read, _ = encode_here(config, job_of(captions))
+    plain = read.read(batches.step_batch(data, 1, 0, 64, 1000))
+    batch = read.read(batches.step_batch(data, 1, 0, 64, 1000, caption_dropout=0.5))
+    empty = batch.caption == batches.EMPTY_PROMPT
+    assert 0 < empty.sum() < 64
+    drawn, _ = prompts.embed_for_both(
+        replace(config, negative_prompt=None, refine=False), ["a"], None, CPU, torch.float32
+    )
+    expected = {
+        "prompt_embeds": drawn.negative_prompt_embeds,
+        "pooled_prompt_embeds": drawn.negative_pooled_prompt_embeds,
+    }
+    for name, embeds in expected.items():
+        assert embeds.any() != zeros
+        got = getattr(batch, name)
+        torch.testing.assert_close(got[empty], embeds.expand_as(got[empty]), rtol=1e-4, atol=1e-5)
+        assert torch.equal(got[~empty], getattr(plain, name)[~empty])
