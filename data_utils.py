@@ -6,7 +6,7 @@ import logging
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,11 +25,13 @@ _RECORD = ".annotations.sha256"  # hashes of the annotations that this program w
 
 @dataclass(frozen=True)
 class Annotations:
-    """Where the annotations are or will be, their lines, and whether the file is the user's own."""
+    """Where the annotations are or will be, their lines, whether the file is the user's own, and the pictures whose
+    captions come from the caption model."""
 
     path: Path
     captions: dict[Path, str]
     by_user: bool
+    by_model: frozenset[Path] = frozenset()
 
 
 def list_images(image_dir: str | Path, extensions: Collection[str] = frozenset({".jpg"})) -> list[Path]:
@@ -42,18 +44,22 @@ def list_images(image_dir: str | Path, extensions: Collection[str] = frozenset({
 
 
 def plan_annotations(
-    image_dir: str | Path, prompt: str, images: Iterable[Path], fallback_dir: str | Path
+    image_dir: str | Path,
+    prompt: str,
+    images: Iterable[Path],
+    fallback_dir: str | Path,
+    written: Mapping[Path, Path] | None = None,
 ) -> Annotations:
     """What `create_annotations` would write for `images`, or what the user's own file already says; writes nothing.
 
     A file is ours if we recorded its hash, or if it says exactly what we would write now, as a copy of ours beside
-    copied pictures does.
+    copied pictures does. `written` has caption files that a model wrote, for pictures that have none beside them.
 
     Raises:
         UserError: a path with a tab or line break, caption files that are not text, a broken line in a user's file,
             a file that is none.
     """
-    image_dir, images = Path(image_dir), list(images)
+    image_dir, images, written = Path(image_dir), list(images), written or {}
     beside = image_dir / ANNOTATIONS
     path = beside if os.access(image_dir, os.W_OK) else Path(fallback_dir, ANNOTATIONS)
     generated: dict[Path, str] | None = None
@@ -65,13 +71,16 @@ def plan_annotations(
             lines = [line for line, _ in rows]
             meant = _meant(lines, image_dir, candidate)
             captions = {picture: caption for picture, (_, caption) in zip(meant, rows, strict=True)}
+            ours = []
             if captions.keys() == set(images):  # otherwise not ours, and no caption file has to be read
-                generated = _generated_or_none(image_dir, prompt, images)
-            if not captions or captions != generated:
+                generated = _generated_or_none(image_dir, prompt, images, written)
+                ours = [generated, *([_generated_or_none(image_dir, prompt, images, {})] if written else [])]
+            if not captions or captions not in ours:
                 _warn_about_lines(candidate, lines, meant, image_dir)
                 own = {picture: _unquoted(caption) for picture, caption in captions.items()}
                 return Annotations(candidate, own, by_user=True)
-    return Annotations(path, generated or _generated(image_dir, prompt, images), by_user=False)
+    captions = generated or _generated(image_dir, prompt, images, written)
+    return Annotations(path, captions, by_user=False, by_model=frozenset(written))
 
 
 def create_annotations(
@@ -229,9 +238,11 @@ def _recorded(annotations: Path) -> list[str]:
     return record.read_text(errors="replace").split() if record.exists() else []
 
 
-def _generated(image_dir: str | Path, prompt: str, images: Sequence[Path]) -> dict[Path, str]:
-    """The caption of each picture: its caption file's, or the prompt."""
-    files, _ = caption_files(image_dir, images)
+def _generated(
+    image_dir: str | Path, prompt: str, images: Sequence[Path], written: Mapping[Path, Path]
+) -> dict[Path, str]:
+    """The caption of each picture: its caption file's, the model's in `written`, or the prompt."""
+    files = {**written, **caption_files(image_dir, images)[0]}
     captions: dict[Path, str] = {}
     unreadable: dict[Path, str] = {}
     for image in images:
@@ -252,9 +263,11 @@ def _generated(image_dir: str | Path, prompt: str, images: Sequence[Path]) -> di
     return captions
 
 
-def _generated_or_none(image_dir: str | Path, prompt: str, images: Sequence[Path]) -> dict[Path, str] | None:
+def _generated_or_none(
+    image_dir: str | Path, prompt: str, images: Sequence[Path], written: Mapping[Path, Path]
+) -> dict[Path, str] | None:
     try:
-        return _generated(image_dir, prompt, images)
+        return _generated(image_dir, prompt, images, written)
     except UserError:  # beside a file of the user's own, caption files do not matter
         return None
 
@@ -357,8 +370,10 @@ def report_text(
         _, unused = caption_files(image_dir, [picture.path for picture in pictures])
         lines += [f"  unused .txt  {len(unused)}: {few(unused)}"] if unused else []
     plain = one_line(prompt)
-    own = sum(caption != plain for caption in annotations.captions.values())
-    generated = f"{own} from .txt files next to the pictures, the others {plain!r}"
+    own = {path for path, caption in annotations.captions.items() if caption != plain}
+    by_model = own & annotations.by_model
+    generated = f"{len(own - by_model)} from .txt files next to the pictures, "
+    generated += (f"{len(by_model)} by the caption model, " if by_model else "") + f"the others {plain!r}"
     origin = f"from your own {annotations.path}" if annotations.by_user else generated
     lines.append(f"  captions     {len(annotations.captions)}: {origin}")
     # A file name may have bytes that are not UTF-8, which a terminal cannot print.

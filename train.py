@@ -8,7 +8,7 @@ import logging
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from lace_lora.errors import DISK_OR_DRIVE, UserError, disk_advice
 from lace_lora.pictures import checking, crops, gallery, image_files, photo_folder
 from lace_lora.pictures.checking import Picture
 from lace_lora.sdxl import hub, model_kind
-from lace_lora.training import checkpoint, class_pictures, diffusers_script, launch, plan
+from lace_lora.training import captions, checkpoint, class_pictures, diffusers_script, launch, plan
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ START_OVER = "set lora_output_dir to a new folder to start over"
 def run(config: Config, dry_run: bool = False) -> None:
     """Train the LoRA, resume its training, or report that it is finished. `dry_run` stops before anything is written.
 
+    Where captions are missing that the caption model is to write, only these are written, for the user to correct.
+
     Raises:
         UserError: whatever the user can fix, with its exit code.
     """
@@ -46,13 +48,14 @@ def run(config: Config, dry_run: bool = False) -> None:
         launch.check_accelerate_config(Path(config.accelerate_config))
     if config.train_script:
         diffusers_script.check(config)
-    usable, annotations = check_dataset(config)
+    usable, annotations, to_caption = check_dataset(config)
     pictures, held_out = split(config, usable)
     views = _views(config, pictures)
     _print_split(views, held_out)
     for warning in plan.warnings(config, [annotations.captions[picture.path] for picture in pictures], views.values()):
         logger.warning("warning: %s", warning)
-    fingerprint = run_fingerprint(config, usable, annotations.captions)
+    # No earlier run had the captions that are still to be written.
+    fingerprint = run_fingerprint(config, usable, annotations.captions | dict.fromkeys(to_caption, ""))
     init_lora = find_init_lora(config)
     if init_lora:
         fingerprint["init_lora"] = files.file_sha256(init_lora)
@@ -70,13 +73,16 @@ def run(config: Config, dry_run: bool = False) -> None:
         resume, origin = find_resume_checkpoint(config, fingerprint, origin, changes)
         if finished and resume is None and not config.train_script:
             raise UserError(f"{config.lora_file} is finished, and no checkpoint is left to resume from: {START_OVER}")
-        downloads = hub.check_models(replace(config, refine=False), init_lora, download=False)
+        downloads = _downloads(config, init_lora, to_caption)
         first_step = checkpoint.read_state(resume)["step"] if resume else 0
         print("\n".join(plan.describe(config, list(views.values()), first_step, downloads)))
         if dry_run:
-            _print_plan(config, annotations, len(class_files), resume)
+            _print_plan(config, annotations, len(to_caption), len(class_files), resume)
         hub.require_gpu(config, "training SDXL on a CPU takes days")
         if dry_run:
+            return
+        if to_caption:
+            _write_captions(config, to_caption, lock)
             return
         models = hub.fetch_models(replace(config, refine=False), init_lora)
         models["init_lora"] = str(init_lora) if init_lora else None
@@ -97,16 +103,41 @@ def run(config: Config, dry_run: bool = False) -> None:
                 views={str(path): count for path, count in views.items()},
                 held_out={str(picture.path): annotations.captions[picture.path] for picture in held_out},
             )
-            job_file.write_text(json.dumps(asdict(job)))
             accelerate_file.write_text(launch.ACCELERATE_SETTINGS)
-            files.share_lock(lock, output_dir)
-            print(process.run(command, Path(folder)))
+            _run_job(command, job, job_file, lock, output_dir)
     _print_results(config)
 
 
-def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations]:
-    """Print the report on the pictures, and write it and the preview if they are set; returns those to train on, and
-    all captions.
+def _write_captions(config: Config, to_caption: dict[Path, Path], lock: int) -> None:
+    """Have the caption model write these files, in a process of its own, and say where they are."""
+    with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
+        job_file, config_file = Path(folder, "job.json"), Path(folder, "config.yaml")
+        job = launch.Job({}, {}, {}, None, {}, to_caption={str(path): str(file) for path, file in to_caption.items()})
+        config_file.write_text(dump_config(config), encoding="utf-8")
+        command = launch.captions_command(config_file, job_file)
+        _run_job(command, job, job_file, lock, Path(config.lora_output_dir))
+
+
+def _run_job(command: list[str], job: launch.Job, job_file: Path, lock: int, output_dir: Path) -> None:
+    """Run a process with its job and wait for its end; prints its closing line."""
+    job_file.write_text(json.dumps(asdict(job)))
+    files.share_lock(lock, output_dir)
+    print(process.run(command, job_file.parent))
+
+
+def _downloads(config: Config, init_lora: Path | None, to_caption: Collection[Path]) -> list[str]:
+    """The models of which something is still to be downloaded."""
+    missing = hub.check_models(replace(config, refine=False), init_lora, download=False)
+    if to_caption and not hub.find_caption_model(str(config.caption_model), weights=True, download=False):
+        missing.append(str(config.caption_model))
+    return missing
+
+
+def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations, dict[Path, Path]]:
+    """Print the report on the pictures, and write it and the preview if they are set.
+
+    Returns:
+        The pictures to train on, all captions, and the files of captions that the caption model is to write.
 
     Raises:
         UserError: the pictures are too few, or too many are bad; report or preview cannot be written (exit 4).
@@ -115,9 +146,12 @@ def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations
     images = image_files.named_as_pictures(config.images_dir, *where)
     found = _checked(config, images)
     captioned, _ = data_utils.caption_files(config.images_dir, images)
-    pictures = photo_folder.without_duplicates(found, config.images_dir, captioned)
+    to_caption = captions.files(config, [path for path in images if path not in captioned])
+    written = {path: to_caption.pop(path) for path, file in list(to_caption.items()) if file.exists()}
+    pictures = photo_folder.without_duplicates(found, config.images_dir, captioned | written)
+    used = [picture.path for picture in pictures if picture.used]
     annotations = data_utils.plan_annotations(
-        config.images_dir, config.instance_prompt, [p.path for p in pictures if p.used], config.lora_output_dir
+        config.images_dir, config.instance_prompt, used, config.lora_output_dir, written
     )
     checked = set(images)
     others = {path: os.path.exists(path) for path in annotations.captions if path not in checked}
@@ -133,7 +167,8 @@ def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations
     trainable = _trainable(config, pictures, annotations)
     if config.preview:
         _write_preview(config, Path(config.preview), trainable)
-    return trainable, annotations
+    left = set() if annotations.by_user else {picture.path for picture in trainable}
+    return trainable, annotations, {path: file for path, file in to_caption.items() if path in left}
 
 
 def split(config: Config, pictures: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
@@ -400,9 +435,14 @@ def _disk_errors(output_dir: Path) -> Iterator[None]:
         raise UserError(f"{reason}: {advice}", DISK_OR_DRIVE) from error
 
 
-def _print_plan(config: Config, annotations: data_utils.Annotations, class_count: int, resume: Path | None) -> None:
+def _print_plan(
+    config: Config, annotations: data_utils.Annotations, to_caption: int, class_count: int, resume: Path | None
+) -> None:
     """What a real run would do; nothing is written."""
     output_dir = Path(config.lora_output_dir)
+    if to_caption:
+        written = f"{files.counted(to_caption, 'caption')} to {captions.folder_of(config)}"
+        print(f"Would write {written}, and stop for you to correct them; the same command then goes on:")
     start = f"Would resume from {resume}" if resume else "Would start at step 0"
     print(start, f"and train up to step {config.max_train_steps}")
     print("Would read" if annotations.by_user else "Would write", annotations.path)

@@ -125,6 +125,11 @@ class Config:
         least=1, most=16,
     )  # fmt: skip
     crop_caption: str = setting(", close-up", SCRIPT, "what is added to the caption of a close-up")
+    caption_model: str | None = setting(
+        None,
+        SCRIPT,
+        "what missing captions are written with, for you to correct, e.g. Salesforce/blip-image-captioning-large",
+    )
     random_flip: bool = setting(False, SCRIPT, "also train on every picture mirrored")
     random_rotate: bool = setting(False, SCRIPT, "also train on every picture turned to all four sides, for textures")
     caption_dropout: float = setting(

@@ -88,6 +88,7 @@ def test_help_and_dry_run_do_not_load_torch(tmp_path: Path) -> None:
         "--help": 0,
         "--mode train lerning_rate=1": 2,
         "--mode train --dry-run": 0,
+        "--mode train --dry-run caption_model=lace/captions": 0,
         "--mode train --dry-run with_prior_preservation=true class_prompt=net": 0,
         "--mode inference --dry-run lora_scale=0": 0,
         "--mode inference --dry-run": 2,

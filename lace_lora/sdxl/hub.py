@@ -23,6 +23,9 @@ WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
 # A checkpoint in one file has weights only; its config, vocabulary and noise schedule are those of these repositories.
 BASE_LAYOUT, REFINER_LAYOUT = "stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-refiner-1.0"
 
+CAPTION_MODEL = "Salesforce/blip-image-captioning-large"  # an example, for messages
+_CAPTION_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # of a model of transformers: settings, vocabulary
+
 _FULL_SIZE = 1e9  # bytes of its UNet, at least
 # GB of what is used of them in fp16.
 _SIZES = {BASE_LAYOUT: 6.9, REFINER_LAYOUT: 4.5}
@@ -74,6 +77,30 @@ def check_models(config: Config, lora: Path | None = None, download: bool = True
         UserError: see `fetch_models`.
     """
     return _check(config, _find_all(config, download), lora, download)
+
+
+def find_caption_model(name: str, weights: bool, download: bool = True) -> Path | None:
+    """The folder of a `caption_model`, from the Hub with its small files, or with its weights too.
+
+    None if something of it is missing and is not to be downloaded.
+
+    Raises:
+        UserError: it does not exist, needs a login, or has no safetensors (exit 2); its download failed (exit 4).
+    """
+    is_local, place = Path(name).exists(), Path(name)
+    if not is_local:
+        _check_name(name)
+        found = _download(name, None, [*_CAPTION_FILES, *(_weight_names(None) if weights else [])], download)
+        if found is None:
+            return None
+        place = found
+    if not weights or weight_files(place, None):
+        return place
+    if download or is_local:
+        raise UserError(
+            f"caption_model: {name} has no safetensors weights: choose another one, such as {CAPTION_MODEL}"
+        )
+    return None
 
 
 def _find_all(config: Config, download: bool) -> dict[str, Path]:

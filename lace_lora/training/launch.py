@@ -45,6 +45,7 @@ class Job:
     class_to_draw: dict[str, int] = field(default_factory=dict)  # each with the number that gives its seed
     held_out: dict[str, str] = field(default_factory=dict)  # captions of pictures that are never trained on, by file
     views: dict[str, int] = field(default_factory=dict)  # how many each picture file has; one if it is not there
+    to_caption: dict[str, str] = field(default_factory=dict)  # for write_captions: each picture's caption file
 
 
 def check_packages(config: Config) -> None:
@@ -96,6 +97,12 @@ def build_command(config: Config, accelerate_file: Path, job_file: Path) -> list
         "--config", str(Path(config.lora_output_dir) / "config.yaml"),
         "--job", str(job_file),
     ]  # fmt: skip
+
+
+def captions_command(config_file: Path, job_file: Path) -> list[str]:
+    """The command that writes captions: one process, however many train."""
+    module = "lace_lora.training.write_captions"
+    return [sys.executable, "-m", module, "--config", str(config_file), "--job", str(job_file)]
 
 
 def processes(config: Config) -> int:

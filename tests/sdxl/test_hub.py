@@ -215,6 +215,29 @@ def test_models_are_checked_without_a_download(server: Hub, fetch: Fetch, tmp_pa
         refused(lambda name=name: hub.check_models(Config(pretrained_model=name), download=False), name)  # type: ignore[misc]
 
 
+def test_a_caption_model_is_looked_at_before_its_weights_are_downloaded(
+    server: Hub, fetch: Fetch, tmp_path: Path
+) -> None:
+    (tmp_path / "captions").mkdir()
+    for file in ("config.json", "vocab.txt", "chat_template.jinja", "model.safetensors", "pytorch_model.bin"):
+        (tmp_path / "captions" / file).write_text(file)
+    server.repositories["lace/captions"] = tmp_path / "captions"
+    assert hub.find_caption_model("lace/captions", weights=True, download=False) is None
+    assert not server.asked
+    assert hub.find_caption_model("lace/captions", weights=False)
+    small = [f"lace/captions/{file}" for file in ("chat_template.jinja", "config.json", "vocab.txt")]
+    assert sorted(server.asked) == small
+    assert hub.find_caption_model("lace/captions", weights=True, download=False) is None
+    place = hub.find_caption_model("lace/captions", weights=True)
+    assert sorted(server.asked) == sorted([*small, "lace/captions/model.safetensors"])
+    assert hub.find_caption_model("lace/captions", weights=True, download=False) == place
+    (tmp_path / "captions" / "model.safetensors").unlink()
+    server.repositories["lace/pickle"] = tmp_path / "captions"
+    pickle = partial(hub.find_caption_model, "lace/pickle", weights=True)
+    assert_refused(pickle, "lace/pickle has no safetensors weights", 2)
+    assert_refused(partial(hub.find_caption_model, "lace/none", weights=True), "is neither a model on the Hub nor", 2)
+
+
 def test_a_missing_file(server: Hub, fetch: Fetch, tmp_path: Path) -> None:
     (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (tmp_path / "base" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
