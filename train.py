@@ -57,8 +57,6 @@ def run(config: Config, dry_run: bool = False) -> None:
     # No earlier run had the captions that are still to be written.
     fingerprint = run_fingerprint(config, usable, annotations.captions | dict.fromkeys(to_caption, ""))
     init_lora = find_init_lora(config)
-    if init_lora:
-        fingerprint["init_lora"] = files.file_sha256(init_lora)
     output_dir = Path(config.lora_output_dir)
     with nullcontext(0) if dry_run else _locked_output_dir(output_dir) as lock:
         class_files = class_pictures.existing(config) if config.with_prior_preservation else {}
@@ -265,6 +263,8 @@ def run_fingerprint(config: Config, pictures: Sequence[Picture], captions: dict[
         fingerprint["class_prompt"] = config.class_prompt
     if config.train_script:
         fingerprint["train_script"] = True
+    if init_lora := find_init_lora(config):
+        fingerprint["init_lora"] = files.file_sha256(init_lora)
     training, held_out = split(config, pictures)
     fingerprint["validation_fraction"] = config.validation_fraction if held_out else 0.0
     most = max(_views(config, training).values(), default=1)

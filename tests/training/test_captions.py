@@ -122,7 +122,7 @@ def by_blip(config: Config, picture: Path) -> str:
     """What BLIP's own classes say about the part of a picture that training sees."""
     folder = str(config.caption_model)
     processor, model = BlipProcessor.from_pretrained(folder), BlipForConditionalGeneration.from_pretrained(folder)
-    part, _ = crops.open_crop(picture, [(config.resolution, config.resolution)], ["JPEG"])
+    [(part, _)] = crops.open_views(picture, crops.Cropping([(config.resolution, config.resolution)]), ["JPEG"])
     tokens = model.generate(**processor(images=part, return_tensors="pt"), max_new_tokens=60, do_sample=False)
     return str(processor.decode(tokens[0], skip_special_tokens=True))
 
