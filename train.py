@@ -28,9 +28,10 @@ from lace_lora.training import captions, checkpoint, class_pictures, diffusers_s
 logger = logging.getLogger(__name__)
 
 MAX_BROKEN = 0.1  # share of the pictures
-PICTURES_FILE = "pictures.json"  # in lora_output_dir: the names of the pictures trained on, by SHA-256
+PICTURES_FILE = "pictures.json"  # in lora_output_dir: the names of a run's pictures, those held out too, by SHA-256
 LEFT_OUT = ("too small", "duplicate")  # reasons of pictures that are skipped, but not broken
 MANY = 40  # pictures, of which some are held out
+HELD_OUT = "which pictures are held out (validation_fraction)"  # in a run's fingerprint
 MISSING = "not found"  # the reason for a line of the annotations without a picture
 START_OVER = "set lora_output_dir to a new folder to start over"
 
@@ -55,8 +56,9 @@ def run(config: Config, dry_run: bool = False) -> None:
     for warning in plan.warnings(config, [annotations.captions[picture.path] for picture in pictures], views.values()):
         logger.warning("warning: %s", warning)
     # No earlier run had the captions that are still to be written.
-    fingerprint = run_fingerprint(config, usable, annotations.captions | dict.fromkeys(to_caption, ""))
+    captions_then = annotations.captions | dict.fromkeys(to_caption, "")
     init_lora = find_init_lora(config)
+    fingerprint = run_fingerprint(config, usable, captions_then, init_lora)
     output_dir = Path(config.lora_output_dir)
     with nullcontext(0) if dry_run else _locked_output_dir(output_dir) as lock:
         class_files = class_pictures.existing(config) if config.with_prior_preservation else {}
@@ -110,7 +112,7 @@ def _write_captions(config: Config, to_caption: dict[Path, Path], lock: int) -> 
     """Have the caption model write these files, in a process of its own, and say where they are."""
     with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
         job_file, config_file = Path(folder, "job.json"), Path(folder, "config.yaml")
-        job = launch.Job({}, {}, {}, None, {}, to_caption={str(path): str(file) for path, file in to_caption.items()})
+        job = launch.Job(to_caption={str(path): str(file) for path, file in to_caption.items()})
         config_file.write_text(dump_config(config), encoding="utf-8")
         command = launch.captions_command(config_file, job_file)
         _run_job(command, job, job_file, lock, Path(config.lora_output_dir))
@@ -170,20 +172,22 @@ def check_dataset(config: Config) -> tuple[list[Picture], data_utils.Annotations
 
 
 def split(config: Config, pictures: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:
-    """The pictures to train on, and those held out to measure the loss on, which their contents and the seed choose."""
+    """The pictures to train on, and those held out to measure the loss on, which their contents alone choose.
+
+    So they are mostly the same when there are more pictures, and in the same order when files are renamed.
+    """
     count = 0
-    if config.validation_fraction and config.validation_steps and not config.train_script and len(pictures) >= MANY:
+    if config.validation_fraction and not config.train_script and len(pictures) >= MANY:
         count = min(max(round(config.validation_fraction * len(pictures)), 4), 24)
-    order = sorted(pictures, key=lambda picture: files.json_digest([config.seed, picture.sha256]))
-    held_out = {picture.path for picture in order[:count]}
-    return [p for p in pictures if p.path not in held_out], [p for p in pictures if p.path in held_out]
+    held_out = sorted(pictures, key=lambda picture: picture.sha256)[:count]
+    return [picture for picture in pictures if picture not in held_out], held_out
 
 
 def _print_split(views: dict[Path, int], held_out: Sequence[Picture]) -> None:
     if close_ups := sum(views.values()) - len(views):
         print(f"  views        {sum(views.values())}: all of each picture, and {close_ups} close-ups")
     if held_out:
-        print(f"  held out     {len(held_out)}: never trained on, to measure the loss on (validation_fraction)")
+        print(f"  held out     {len(held_out)}: not trained on, to measure the loss on (validation_fraction)")
 
 
 def _views(config: Config, pictures: Sequence[Picture]) -> dict[Path, int]:
@@ -256,22 +260,26 @@ def _trainable(config: Config, pictures: Sequence[Picture], annotations: data_ut
     return pictures
 
 
-def run_fingerprint(config: Config, pictures: Sequence[Picture], captions: dict[Path, str]) -> dict[str, Any]:
+def run_fingerprint(
+    config: Config, pictures: Sequence[Picture], captions: dict[Path, str], init_lora: Path | None = None
+) -> dict[str, Any]:
     """What must not change when a run is resumed, by name; pictures and captions as hashes of their contents."""
     fingerprint = config.subset(TRAINING) | {"lora_alpha": config.alpha}
     if config.with_prior_preservation:
         fingerprint["class_prompt"] = config.class_prompt
     if config.train_script:
         fingerprint["train_script"] = True
-    if init_lora := find_init_lora(config):
+    if init_lora:
         fingerprint["init_lora"] = files.file_sha256(init_lora)
     training, held_out = split(config, pictures)
-    fingerprint["validation_fraction"] = config.validation_fraction if held_out else 0.0
+    if held_out:
+        fingerprint[HELD_OUT] = files.json_digest([picture.sha256 for picture in held_out])
+    else:
+        fingerprint[HELD_OUT] = ""
     most = max(_views(config, training).values(), default=1)
     fingerprint["crops_per_image"] = most
     if most > 1:
-        size = "width or height, which close-ups depend on"
-        fingerprint |= {"crop_caption": config.crop_caption, size: crops.Cropping.of(config).share}
+        fingerprint["crop_caption"] = config.crop_caption
     fingerprint["pictures"] = files.json_digest(sorted(picture.sha256 for picture in pictures))
     fingerprint["captions"] = files.json_digest(sorted([p.sha256, captions[p.path]] for p in pictures))
     return fingerprint
@@ -281,15 +289,15 @@ def find_init_lora(config: Config) -> Path | None:
     """The LoRA file to begin with.
 
     Raises:
-        UserError: there is none, or it has another rank.
+        UserError: there is none, or it has another rank or other layers than the LoRA that is trained.
     """
     if not config.init_lora:
         return None
     path = Path(config.init_lora, LORA_FILE) if Path(config.init_lora).is_dir() else Path(config.init_lora)
     if not path.is_file():
-        raise UserError(f"init_lora: no LoRA found at {path}: set it to a .safetensors file, or to a training's folder")
-    if ranks := model_kind.lora_ranks(path) - {config.rank}:
-        raise UserError(f"init_lora: {path} has rank {min(ranks)}, and rank is {config.rank}: set rank: {min(ranks)}")
+        where = "set it to a .safetensors file or a training's folder; or leave it empty, if the run has begun already"
+        raise UserError(f"init_lora: no LoRA found at {path}: {where}")
+    model_kind.check_init_lora(path, config)
     return path
 
 
@@ -378,8 +386,10 @@ def find_resume_checkpoint(
 
 def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], path: Path, picture_changes: str) -> None:
     # As it was before there were these settings.
-    trained_on = {"crops_per_image": 1, "validation_fraction": 0.0, "lora_targets": "attention"} | trained_on
+    trained_on = {"crops_per_image": 1, HELD_OUT: "", "lora_targets": "attention"} | trained_on
     changed = [name for name, value in fingerprint.items() if trained_on.get(name) != value]
+    if "crops_per_image" in changed and "crop_caption" in changed:
+        changed.remove("crop_caption")  # there were no close-ups
     if not changed:
         return
 
@@ -390,7 +400,9 @@ def _must_match(trained_on: dict[str, Any], fingerprint: dict[str, Any], path: P
             return name
         return f"{name} (was {trained_on.get(name)}, is {fingerprint[name]})"
 
-    more = f"; to go on there from what it has learnt, set init_lora: {path}" if "pictures" in changed else ""
+    more = ""
+    if "pictures" in changed and {*changed} <= {"pictures", "captions", HELD_OUT, "crops_per_image"}:
+        more = f"; to go on there from what it has learnt, set init_lora: {path}"
     raise UserError(
         f"{path} was trained with different settings or pictures; changed: {', '.join(map(shown, changed))}. "
         f"Change them back, or {START_OVER}{more}"

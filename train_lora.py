@@ -103,8 +103,8 @@ def train(config: Config, job: launch.Job, stop: StopSignal) -> str:
     lora_optimizer = optimizer.make_optimizer(config, train_step.trainable_params(lora))
     run = Run(config, job, data, lora, noise_scheduler, lora_optimizer, train_step, accelerator, sample_inputs)
     if data.held_out and config.validation_steps and accelerator.is_main_process:
-        made = validation.make_batches(data.held_out, config.seed, 4 * config.train_batch_size)
-        run.held_out = validation.Validation(made, partial(loss, snr_gamma=None))
+        unweighted, at_once = partial(loss, snr_gamma=None), 4 * config.train_batch_size
+        run.held_out = validation.Validation(data.held_out, unweighted, config.seed, at_once)
     first_step = restore(run, Path(job.resume)) if job.resume else 0
 
     stop.deferred = True

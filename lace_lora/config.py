@@ -176,7 +176,9 @@ class Config:
         "latest", NOTHING, "latest resumes the last run; or a checkpoint folder; empty: start over in a new folder"
     )
     validation_prompt: str | None = setting(None, SCRIPT, "prompt of the sample pictures; empty: instance_prompt")
-    validation_steps: int = setting(250, SCRIPT, "number of steps between sample pictures; 0 means never", least=0)
+    validation_steps: int = setting(
+        250, SCRIPT, "number of steps between sample pictures, and losses on held-out ones; 0 means never", least=0
+    )
     num_validation_images: int = setting(4, SCRIPT, "number of sample pictures each time", least=1, most=64)
     report_to: Literal["tensorboard", "none"] = setting("tensorboard", NOTHING, "where to log, besides metrics.csv")
     accelerate_config: str | None = setting(None, NOTHING, "your accelerate config file, for several GPUs or machines")

@@ -567,7 +567,6 @@ def test_a_changed_fingerprint_is_refused(
         ({"crops_per_image": 2}, "crops_per_image \\(was 4, is 2\\)"),
         ({"crops_per_image": 1}, "crops_per_image \\(was 4, is 1\\)"),
         ({"crop_caption": ""}, "crop_caption \\(was , close-up, is \\)"),
-        ({"width": 896, "crops_per_image": 4}, "width or height, which close-ups depend on"),
     ],
 )
 def test_close_ups_cannot_change_within_a_run(
@@ -578,7 +577,7 @@ def test_close_ups_cannot_change_within_a_run(
     refused(make(), "stopped", 130)
     refused(make(**changes), f"changed: {named}.*lora_output_dir to a new folder")
     launched.stop_at = 10_000
-    train.run(make())
+    train.run(make(width=512, height=768))  # what is drawn later does not matter
 
 
 def test_a_run_from_before_there_were_close_ups_goes_on_without(
@@ -593,7 +592,7 @@ def test_a_run_from_before_there_were_close_ups_goes_on_without(
     with monkeypatch.context() as before:
         before.setattr(train, "run_fingerprint", as_it_was)
         refused(make(crops_per_image=1), "stopped", 130)
-    refused(make(), "crops_per_image \\(was 1, is 4\\)")
+    refused(make(), "changed: crops_per_image \\(was 1, is 4\\)\\. ")
     launched.stop_at = 10_000
     train.run(make(crops_per_image=1))
     assert [job["resume"] is not None for job in launched.jobs] == [False, True]
@@ -603,20 +602,18 @@ def test_a_run_from_before_there_were_close_ups_goes_on_without(
     ("count", "changes", "held_out"),
     [
         (39, {}, 0), (40, {}, 4), (100, {}, 5), (250, {}, 12), (1000, {}, 24), (250, {"validation_fraction": 0.01}, 4),
-        (250, {"validation_fraction": 0.0}, 0), (250, {"validation_steps": 0}, 0), (250, {"train_script": "it.py"}, 0),
+        (250, {"validation_fraction": 0.0}, 0), (250, {"validation_steps": 0}, 12), (250, {"train_script": "it.py"}, 0),
     ],
 )  # fmt: skip
 def test_some_of_many_pictures_are_held_out(count: int, changes: dict[str, Any], held_out: int, tmp_path: Path) -> None:
     pictures = [Picture(tmp_path / f"{index}.jpg", sha256=f"{index}") for index in range(count)]
     training, found = train.split(Config(**changes), pictures)
     assert len(found) == held_out
-    assert sorted([*training, *found], key=lambda p: int(p.sha256)) == pictures
-    _, again = train.split(Config(**changes), pictures[::-1])
-    assert set(again) == set(found)
-    if found:  # by chance, not the first ones
-        assert found != pictures[:held_out]
-        _, with_another_seed = train.split(Config(seed=7, **changes), pictures)
-        assert with_another_seed != found
+    assert sorted([*training, *found], key=lambda picture: int(picture.sha256)) == pictures
+    _, again = train.split(Config(seed=7, **changes), pictures[::-1])
+    assert again == found
+    _, with_more = train.split(Config(**changes), [*pictures, Picture(tmp_path / "more.jpg", sha256="999999")])
+    assert set(found) <= set(with_more)
 
 
 def test_held_out_pictures_are_no_part_of_the_training(
@@ -632,12 +629,12 @@ def test_held_out_pictures_are_no_part_of_the_training(
     assert not job["held_out"].keys() & job["captions"].keys()
     assert job["contents"].keys() == job["held_out"].keys() | job["captions"].keys()
     printed = capsys.readouterr().out
-    assert "held out     4: never trained on, to measure the loss on (validation_fraction)" in printed
+    assert "held out     4: not trained on, to measure the loss on (validation_fraction)" in printed
     assert "each of 2 of the 37 pictures" in printed
-    refused(make(validation_fraction=0.5), "validation_fraction \\(was 0.05, is 0.5\\)")
-    refused(make(validation_fraction=0.0), "validation_fraction \\(was 0.05, is 0.0\\)")
+    for fraction in (0.5, 0.0):
+        refused(make(validation_fraction=fraction), "which pictures are held out \\(validation_fraction\\)")
     launched.stop_at = 10_000
-    train.run(make())
+    train.run(make(validation_steps=0, validation_fraction=0.06))  # the same pictures are held out
 
 
 def test_close_ups_are_counted(
@@ -673,19 +670,47 @@ def test_a_lora_to_begin_with(tmp_path: Path, launched: FakeLaunch, make: Make) 
     refused(begun(), "stopped", 130)
     assert launched.jobs[0]["models"]["init_lora"] == str(tmp_path / "first" / LORA)
     refused(begun(rank=8), f"init_lora: .*{LORA} has rank 16, and rank is 8: set rank: 16")
-    refused(make(init_lora=str(tmp_path / "gone")), "init_lora: no LoRA found at .*gone")
+    refused(make(init_lora=str(tmp_path / "gone")), "init_lora: no LoRA found at .*gone: .*leave it empty")
     refused(make(init_lora=str(tmp_path / "photos" / "lace_1.jpg")), "lace_1.jpg is not a .safetensors file")
     refused(make(init_lora=str(tmp_path / "first"), pretrained_model=str(ROOT / "demo/model/base"), seed=7), "seed")
-    save_file(lora | {"other": np.zeros(1, np.float32)}, tmp_path / "other.safetensors")
+    save_file({name: value + 1 for name, value in lora.items()}, tmp_path / "other.safetensors")
     refused(make(init_lora=str(tmp_path / "other.safetensors")), "changed: init_lora\\. ")
     launched.stop_at = 10_000
     train.run(make())  # the checkpoint has all of it
 
 
-def test_a_lora_to_begin_with_is_one_for_the_model(tmp_path: Path, launched: FakeLaunch, make: Make) -> None:
-    save_file({"double_blocks.lora_A.weight": np.zeros((16, 8), np.float32)}, tmp_path / "flux.safetensors")
-    refused(make(init_lora=str(tmp_path / "flux.safetensors")), "flux.safetensors is not a LoRA for this model")
-    assert not launched.jobs
+ATTENTION = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+KOHYA = "lora_unet_input_blocks_4_1_transformer_blocks_0"
+
+
+@pytest.mark.parametrize(
+    ("layers", "changes", "reason"),
+    [
+        ({"double_blocks.lora_A.weight": 16}, {}, "is not a LoRA for this model"),
+        ({f"{ATTENTION}.lora_A.weight": 16, f"{KOHYA}_ff_net_0_proj.lora_down.weight": 16}, {},
+         "adapts feed-forward layers too: set lora_targets: attention\\+feedforward"),
+        ({f"{ATTENTION}.lora_A.weight": 16, "lora_te1_encoder_layers_0_self_attn_q_proj.lora_down.weight": 16},
+         {}, "adapts text encoders too: set train_text_encoder: true"),
+        ({f"{ATTENTION}.lora_A.weight": 16, "lora_unet_input_blocks_4_1_proj_in.lora_down.weight": 16}, {},
+         "adapts layers that do not train here, such as lora_unet_input_blocks_4_1_proj_in"),
+        ({f"{ATTENTION}.lora_A.weight": 16, f"{KOHYA}_attn2_to_k.lora_down.weight": 4}, {}, "layers of several ranks"),
+        ({f"{ATTENTION}.lora_A.weight": 16, f"{KOHYA}_ff_net_2.lora_down.weight": 16},
+         {"lora_targets": "attention+feedforward"}, ""),
+        ({f"{ATTENTION}.lora_A.weight": 16, "text_encoder.encoder.layers.0.self_attn.q_proj.lora_A.weight": 16},
+         {"train_text_encoder": True}, ""),
+    ],
+)  # fmt: skip
+def test_a_lora_to_begin_with_fits_the_training(
+    layers: dict[str, int], changes: dict[str, Any], reason: str, tmp_path: Path, launched: FakeLaunch, make: Make
+) -> None:
+    path = tmp_path / "first.safetensors"
+    save_file({name: np.zeros((rank, 96), np.float32) for name, rank in layers.items()}, path)
+    config = make(init_lora=str(path), **changes)
+    if reason:
+        refused(config, reason)
+    else:
+        train.run(config)
+    assert len(launched.jobs) == (not reason)
 
 
 def test_a_run_older_than_lora_targets_has_trained_the_attention(

@@ -17,6 +17,7 @@ import train_lora
 from helpers import Make, refused
 from lace_lora.config import LORA_FILE
 from lace_lora.errors import LOSS_NOT_FINITE, UserError
+from lace_lora.pictures import crops
 from lace_lora.process import Stopped
 from lace_lora.training import checkpoint, class_pictures
 from lace_lora.training.batches import EMPTY_PROMPT, Batch
@@ -79,8 +80,9 @@ def test_gradient_checkpointing_changes_nothing(settings: Make) -> None:
     ],
 )
 def test_a_run_interrupted_twice_equals_an_uninterrupted_one(
-    settings: Make, tmp_path: Path, changes: dict[str, Any]
+    settings: Make, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(crops, "DRAWN_SIDE", 64)  # so that small photos have close-ups at a resolution of 32
     options = {"max_train_steps": 4, "lr_scheduler": "cosine", "checkpointing_steps": 4, **changes}
     straight = settings(lora_output_dir=str(tmp_path / "straight"), **options)
     parted = settings(lora_output_dir=str(tmp_path / "parted"), **options)

@@ -225,7 +225,10 @@ def teach_vae(work: Workshop) -> None:
 
 
 def teach_decoder(work: Workshop) -> None:
-    """The decoder alone, against a critic that tells blurred pictures from sharp ones; the latents stay as they are."""
+    """The decoder alone, against a critic that tells blurred pictures from sharp ones; the latents stay as they are.
+
+    Each process has a critic of its own.
+    """
     vae, pictures = work.parts.vae, work.drawings[0]
     work.load("vae", vae=vae)
     decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv])

@@ -20,6 +20,7 @@ Shape = tuple[int, int]  # height and width in pixels
 Box = tuple[float, float, float, float]  # left, top, right and bottom in pixels
 View = tuple[Image.Image, list[int]]  # a crop, scaled to its shape, and its six time ids for SDXL
 
+DRAWN_SIDE = 1024  # pixels, of the pictures that SDXL is made for
 MOST_VIEWS = 4  # of a picture, unless the user sets another number
 _GREY = 64  # pixels of a close-up's shorter side, in which its detail is measured
 _GAP = 3  # pixels between a picture and its close-ups on the sheet
@@ -37,8 +38,8 @@ class Cropping:
 
     @classmethod
     def of(cls, config: Config) -> "Cropping":
-        """Close-ups are so large that threads are as wide in training as in a drawing of the whole picture."""
-        share = min(1.0, config.resolution / min(config.width, config.height))
+        """Close-ups are so large that threads are as wide in training as in a drawing of the whole picture by SDXL."""
+        share = min(1.0, config.resolution / DRAWN_SIDE)
         most = config.crops_per_image or min(MOST_VIEWS, 1 + round(1 / share**2))
         if share == 1 or config.train_script:  # the script makes crops of its own
             most = 1

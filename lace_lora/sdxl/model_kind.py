@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
+from lace_lora.config import Config
 from lace_lora.errors import UserError, first_line
 from lace_lora.files import is_safetensors
 
@@ -84,8 +85,8 @@ _OTHER_FILES = {
     r"^edm_mean$|^edm_std$": "an EDM model, such as Playground v2.5",
     r"^edm_vpred\.": "an EDM model, such as CosXL",
 }
-# What the metadata of a LoRA for another model call that.
 _LORA_DOWN = re.compile(r"lora[._](A|down|linear_layer\.down)\b")  # in the name of a LoRA's first matrix
+# What the metadata of a LoRA for another model call that.
 _OTHER_BASE = re.compile(r"stable-diffusion-v\d|sd_?v?[123]|flux|chroma|lumina|hunyuan|wan|qwen|pixart|auraflow", re.I)
 _DTYPES = {"F16", "BF16", "F32", "F64", "I32", "I64"}  # the last two for positions
 # By config key: the weight that tells it, and which of its dimensions.
@@ -330,10 +331,24 @@ def check_lora(path: Path, base: Model | None) -> None:
             refuse(f"{name} is for text encoders {shape[-1]} wide, not {widths.pop()}")
 
 
-def lora_ranks(path: Path) -> set[int]:
-    """The ranks of a LoRA file's layers, by its header. Raises UserError: it is not a safetensors file."""
+def check_init_lora(path: Path, config: Config) -> None:
+    """Refuse a LoRA, by its header, that a training with these settings cannot begin with."""
+    check_lora(path, None)
     tensors, _ = read_header(path)
-    return {shape[0] for name, (shape, _) in tensors.items() if shape and _LORA_DOWN.search(name)}
+    ranks = {shape[0] for name, (shape, _) in tensors.items() if shape and _LORA_DOWN.search(name)}
+    if len(ranks) > 1:
+        raise UserError(f"init_lora: {path} has layers of several ranks: choose another LoRA")
+    if ranks != {config.rank}:
+        raise UserError(f"init_lora: {path} has rank {max(ranks)}, and rank is {config.rank}: set rank: {max(ranks)}")
+    in_text_encoders = [name for name in tensors if name.startswith(("text_encoder", "lora_te"))]
+    if in_text_encoders and not config.train_text_encoder:
+        raise UserError(f"init_lora: {path} adapts text encoders too: set train_text_encoder: true")
+    others = [name for name in tensors.keys() - {*in_text_encoders} if not re.search(r"attn[12][._]", name)]
+    if unknown := [name for name in others if not re.search(r"[._]ff[._]net[._]", name)]:
+        what = f"adapts layers that do not train here, such as {min(unknown)}"
+        raise UserError(f"init_lora: {path} {what}: choose another LoRA")
+    if others and config.lora_targets == "attention":
+        raise UserError(f"init_lora: {path} adapts feed-forward layers too: set lora_targets: attention+feedforward")
 
 
 def _refuse(model: Model, what: str, advice: str = ADVICE) -> NoReturn:

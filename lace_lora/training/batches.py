@@ -111,7 +111,10 @@ def step_batch(
         # Doubled, since the mean is over twice as many pictures.
         weights = torch.tensor([2.0, 2.0 * prior_weight]).repeat(size)
     versions = torch.randint(len(mean[0]), pictures.shape, generator=generator)
-    chosen = list(zip(pictures.tolist(), versions.tolist(), strict=True))
+    chosen = [  # class pictures have fewer versions, since they are not turned
+        (picture, version % len(mean[picture]))
+        for picture, version in zip(pictures.tolist(), versions.tolist(), strict=True)
+    ]
     means, stds = (torch.stack([part[picture][version] for picture, version in chosen]) for part in (mean, std))
     captions = data.caption[pictures]
     if caption_dropout:  # from a stream of its own, so that everything else is as without it

@@ -79,7 +79,9 @@ def encode(
     encode_files = partial(_encode_files, config, load_vae, accelerator, dtype)
     cropping = crops.Cropping.of(config)
     contents = {path: job.contents[path] for path in job.captions}
-    encoded = encode_files(contents, config.image_extensions, cropping, drawn)
+    encoded = encode_files(
+        contents, config.image_extensions, cropping, drawn, mirrored=config.random_flip, turned=config.random_rotate
+    )
     if class_count:
         if class_embeddings:
             noise_scheduler = models.load_noise_scheduler(config)
@@ -88,7 +90,8 @@ def encode(
         class_drawn = {path: file_sha256(Path(path)) for path in job.class_to_draw}
         # In the same order whether they existed or not: a resumed run finds all of them there.
         class_files = dict(sorted((job.class_pictures | class_drawn).items()))
-        encoded += encode_files(class_files, IMAGE_EXTENSIONS, crops.Cropping(cropping.shapes))
+        whole = crops.Cropping(cropping.shapes)
+        encoded += encode_files(class_files, IMAGE_EXTENSIONS, whole, mirrored=config.random_flip)
     data = batches.Encoded(
         latents=encoded,
         caption=caption[: len(to_train)],
@@ -98,8 +101,8 @@ def encode(
     )
     if job.held_out:
         contents = {path: job.contents[path] for path in job.held_out}
-        whole = encode_files(contents, config.image_extensions, crops.Cropping(cropping.shapes))
-        held_out = replace(data, latents=whole, caption=caption[len(to_train) :], instances=len(contents))
+        encoded = encode_files(contents, config.image_extensions, crops.Cropping(cropping.shapes))
+        held_out = replace(data, latents=encoded, caption=caption[len(to_train) :], instances=len(contents))
         data = replace(data, held_out=held_out)
     sample_inputs = None
     if config.validation_steps and accelerator.is_main_process:
@@ -130,7 +133,7 @@ def _views(config: Config, job: Job, processes: int) -> tuple[list[str], dict[Pa
 def _encode_files(
     config: Config, load_vae: Callable[[], AutoencoderKL], accelerator: Accelerator, dtype: torch.dtype,
     contents: dict[str, str], extensions: Sequence[str], cropping: crops.Cropping,
-    drawn: dict[Path, list[bool]] | None = None,
+    drawn: dict[Path, list[bool]] | None = None, mirrored: bool = False, turned: bool = False,
 ) -> latents.Latents:  # fmt: skip
     """Picture files, each with its SHA-256, to latents; several processes encode them once."""
     source, subfolder = models.vae_source(config)
@@ -138,6 +141,4 @@ def _encode_files(
     depends_on = [stamps(path), config.variant, str(dtype), accelerator.device.type]
     by_path, formats = {Path(path): digest for path, digest in contents.items()}, formats_of(extensions)
     with accelerator.local_main_process_first():  # the others find its cache
-        return latents.encode_pictures(
-            load_vae, by_path, cropping, config.random_flip, config.random_rotate, formats, depends_on, drawn
-        )
+        return latents.encode_pictures(load_vae, by_path, cropping, mirrored, turned, formats, depends_on, drawn)

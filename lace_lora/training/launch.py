@@ -34,11 +34,11 @@ use_cpu: false
 class Job:
     """What the training process needs besides the settings, as JSON in a file."""
 
-    captions: dict[str, str]  # by picture file
-    contents: dict[str, str]  # SHA-256 of each picture file, held out or not
-    fingerprint: dict[str, Any]  # see train.run_fingerprint
-    resume: str | None  # the checkpoint to resume from
-    models: dict[str, Any]  # settings that name models, as paths
+    captions: dict[str, str] = field(default_factory=dict)  # by picture file
+    contents: dict[str, str] = field(default_factory=dict)  # SHA-256 of each picture file, held out or not
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # see train.run_fingerprint
+    resume: str | None = None  # the checkpoint to resume from
+    models: dict[str, Any] = field(default_factory=dict)  # settings that name models, as paths
     origin: str | None = None  # of the named checkpoint that the run began at, see checkpoint.origin_of
     started: float = field(default_factory=time.time)  # when train.py wrote it, in seconds since 1970
     class_pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that exist

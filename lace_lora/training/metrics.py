@@ -164,8 +164,9 @@ class Metrics:
         per_step = (now - self.first_reading[1]) / (step - self.first_reading[0])
         seconds = (last - step) * per_step
         if every:
-            each = self.others.get(SAMPLING, 0.0) + self.others.get(VALIDATING, 0.0)
-            seconds += _rounds(step, last, every) * each
+            seconds += _rounds(step, last, every) * self.others.get(SAMPLING, 0.0)
+            # This step's, if there is one, is over.
+            seconds += _rounds(step + 1, last, every) * self.others.get(VALIDATING, 0.0)
         seconds += _rounds(step, last, self.config.checkpointing_steps) * self.others.get(SAVING, 0.0)
         # In the end the last checkpoint is waited for, and then the LoRA written twice, which is half as much.
         seconds += 1.5 * self.writing

@@ -21,22 +21,41 @@ logger = logging.getLogger("train_lora")
 class Validation:
     """What the loss on held-out pictures is measured with."""
 
-    batches: list[Batch]
+    held_out: Encoded
     loss: Callable[[Batch], Tensor]  # of a batch on the device: the mean over its pictures, none weighted
+    seed: int
+    at_once: int  # pictures in a batch, if there is the memory
 
     def measure(self, train_step: TrainStep, step: int) -> float | None:
         """The mean loss; if it cannot be measured, the log says why, and training goes on."""
         try:
             train_step.train(False)
-            with torch.no_grad(), train_step.autocast():
-                sums = [self.loss(batch.to(train_step.device)) * len(batch.caption) for batch in self.batches]
-            return float(torch.stack(sums).sum()) / sum(len(batch.caption) for batch in self.batches)
+            return self._within_memory(train_step)
         except Exception as error:  # what only watches a training costs it nothing
             reason = "out of memory" if is_out_of_memory(error) else first_line(error)
             logger.warning("no validation loss at step %d: %s", step, reason)
             return None
         finally:
             train_step.train()
+
+    def _within_memory(self, train_step: TrainStep) -> float:
+        """With that many pictures at once or, if memory runs out, one by one and without the training's CUDA graphs."""
+        try:
+            return self._mean_loss(train_step)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Not in the clause above, where the error holds on to what is to be freed.
+        train_step.drop_graphs()
+        self.at_once = 1
+        return self._mean_loss(train_step)
+
+    @torch.no_grad()
+    def _mean_loss(self, train_step: TrainStep) -> float:
+        batches = make_batches(self.held_out, self.seed, self.at_once)
+        with train_step.autocast():
+            sums = [self.loss(batch.to(train_step.device)) * len(batch.caption) for batch in batches]
+        return float(torch.stack(sums).sum()) / sum(len(batch.caption) for batch in batches)
 
 
 def make_batches(held_out: Encoded, seed: int, size: int) -> list[Batch]:

@@ -88,7 +88,7 @@ HALF = crops.Cropping([(64, 64)], share=0.5, most=4, seed=1)
         ((3024, 4032), {"crops_per_image": 1}, 1),
         ((3024, 4032), {"resolution": 1024}, 1),  # threads are as wide in training as in drawings already
         ((3024, 4032), {"resolution": 768}, 3),
-        ((3024, 4032), {"width": 2048}, 4),  # it is the shorter side that counts
+        ((3024, 4032), {"width": 512}, 4),  # what is drawn later does not matter
         ((3024, 4032), {"train_script": "script.py"}, 1),
         ((3024, 4032), {"aspect_ratio_buckets": True}, 4),
     ],

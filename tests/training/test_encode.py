@@ -12,7 +12,7 @@ import torch
 import data_utils
 from helpers import Make, contents, gradient, jpg
 from lace_lora import seeds
-from lace_lora.pictures import image_files
+from lace_lora.pictures import crops, image_files
 from lace_lora.sdxl import lora_weights, models, prompts
 from lace_lora.sdxl.vae import to_tensor
 from lace_lora.training import batches
@@ -120,6 +120,13 @@ def test_the_vae_is_loaded_once_and_only_if_it_is_needed(
     assert (preview is not None) == (validation_steps > 0)
 
 
+@pytest.fixture
+def close_ups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Close-ups of small photos, as if SDXL drew smaller pictures."""
+    monkeypatch.setattr(crops, "DRAWN_SIDE", 64)
+
+
+@pytest.mark.usefixtures("close_ups")
 def test_close_ups_are_encoded_with_captions_of_their_own(settings: Make, photos: Path) -> None:
     config = settings(resolution=32, crops_per_image=3, crop_caption=" seen closely", max_train_steps=50)
     paths = data_utils.list_images(photos)
@@ -141,6 +148,24 @@ def test_close_ups_are_encoded_with_captions_of_their_own(settings: Make, photos
         assert (width < 72) == (number > 0)
 
 
+@pytest.mark.usefixtures("close_ups")
+@pytest.mark.parametrize("turned", [False, True])
+def test_class_pictures_are_not_turned_and_have_no_close_ups(
+    settings: Make, photos: Path, tmp_path: Path, turned: bool
+) -> None:
+    config = settings(
+        resolution=32, crops_per_image=3, random_rotate=turned, random_flip=True, with_prior_preservation=True
+    )
+    own, of_class = data_utils.list_images(photos)[:2], data_utils.list_images(photos)[2:]
+    job = job_of({str(path): "lace" for path in own}, views={str(path): 3 for path in own},
+                 class_pictures=as_json(contents(of_class)))  # fmt: skip
+    data, _, _ = encode_here(config, job)
+    assert [len(mean) for mean in data.latents.mean] == [8 if turned else 2] * 6 + [2] * 3
+    for step in range(5):
+        assert len(batches.step_batch(data, config.seed, step, 2, 1000).caption) == 4
+
+
+@pytest.mark.usefixtures("close_ups")
 def test_a_short_training_encodes_what_it_sees_alone(settings: Make, photos: Path) -> None:
     config = settings(resolution=32, crops_per_image=3, max_train_steps=2)
     captions = {str(path): "lace" for path in data_utils.list_images(photos)}

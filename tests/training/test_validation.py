@@ -3,6 +3,7 @@
 import csv
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import data_utils
 from helpers import Make
 from lace_lora import seeds
 from lace_lora.config import LORA_FILE, Config
+from lace_lora.pictures import crops
 from lace_lora.process import Stopped
 from lace_lora.training import batches, validation
 from lace_lora.training.loss import training_loss
@@ -46,9 +48,8 @@ def test_the_loss_is_the_mean_over_pictures_and_timesteps(
     def loss(batch: batches.Batch) -> torch.Tensor:
         return training_loss(unet, batch, run.noise_scheduler, None)
 
-    made = validation.make_batches(held_out, config.seed, size)
-    assert all(len(batch.caption) <= size for batch in made)
-    measured = validation.Validation(made, loss).measure(run.train_step, 0)
+    assert all(len(batch.caption) <= size for batch in validation.make_batches(held_out, config.seed, size))
+    measured = validation.Validation(held_out, loss, config.seed, size).measure(run.train_step, 0)
     assert unet.training
     by_hand = []
     unet.eval()
@@ -68,7 +69,25 @@ def test_the_loss_is_the_mean_over_pictures_and_timesteps(
     assert measured == pytest.approx(sum(by_hand) / 8, rel=1e-3)
 
 
-def test_a_held_out_picture_never_enters_a_batch(settings: Make, photos: Path) -> None:
+def test_without_memory_it_is_measured_one_by_one(settings: Make, photos: Path) -> None:
+    config = settings()
+    data = encoded(config, photos)
+    run, sizes = make_run(config, data), []
+    assert data.held_out is not None
+
+    def loss(batch: batches.Batch) -> torch.Tensor:
+        sizes.append(len(batch.caption))
+        if len(batch.caption) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return training_loss(run.train_step.networks["unet"], batch, run.noise_scheduler, None)
+
+    measure = validation.Validation(data.held_out, loss, config.seed, 8).measure
+    assert measure(run.train_step, 0) == measure(run.train_step, 2) is not None
+    assert sizes == [8, *[1] * 16]
+
+
+def test_a_held_out_picture_never_enters_a_batch(settings: Make, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crops, "DRAWN_SIDE", 64)
     config = settings(resolution=32, crops_per_image=3)
     data = encoded(config, photos)
     assert data.instances == len(data.latents.mean) == 3
@@ -109,9 +128,13 @@ def test_measuring_changes_nothing_of_what_is_learnt(
     for name, steps in (("with", 1), ("without", 0)):
         config = settings(lora_output_dir=str(tmp_path / name), validation_steps=steps, num_validation_images=1)
         if failing:
-            monkeypatch.setattr(validation, "make_batches", lambda *_: [None])
+            monkeypatch.setattr(validation, "make_batches", fail)
         with caplog.at_level(logging.WARNING):
             train_here(config, held_out_count=2)
         learnt.append(load_file(tmp_path / name / LORA_FILE))
     assert all(torch.equal(value, learnt[1][key]) for key, value in learnt[0].items())
-    assert ("no validation loss at step 0: " in caplog.text) == failing
+    assert ("no validation loss at step 0: a fault" in caplog.text) == failing
+
+
+def fail(*_: Any) -> Any:
+    raise ZeroDivisionError("a fault")
