@@ -21,7 +21,7 @@ from lace_lora.config import Config, load_config
 from lace_lora.errors import UserError
 from lace_lora.pictures import gallery, recipe
 from lace_lora.pictures.checking import Picture
-from lace_lora.training import checkpoint, launch
+from lace_lora.training import checkpoint, launch, resuming, selection
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -584,13 +584,13 @@ def test_a_run_from_before_there_were_close_ups_goes_on_without(
     tmp_path: Path, launched: FakeLaunch, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jpg(tmp_path / "photos" / "large.jpg", gradient(1400, 1100))
-    launched.stop_at, fingerprint = 7, train.run_fingerprint
+    launched.stop_at, fingerprint = 7, resuming.run_fingerprint
 
     def as_it_was(*arguments: Any) -> dict[str, Any]:
         return {name: value for name, value in fingerprint(*arguments).items() if name != "crops_per_image"}
 
     with monkeypatch.context() as before:
-        before.setattr(train, "run_fingerprint", as_it_was)
+        before.setattr(resuming, "run_fingerprint", as_it_was)
         refused(make(crops_per_image=1), "stopped", 130)
     refused(make(), "changed: crops_per_image \\(was 1, is 4\\)\\. ")
     launched.stop_at = 10_000
@@ -607,12 +607,12 @@ def test_a_run_from_before_there_were_close_ups_goes_on_without(
 )  # fmt: skip
 def test_some_of_many_pictures_are_held_out(count: int, changes: dict[str, Any], held_out: int, tmp_path: Path) -> None:
     pictures = [Picture(tmp_path / f"{index}.jpg", sha256=f"{index}") for index in range(count)]
-    training, found = train.split(Config(**changes), pictures)
+    training, found = selection.split(Config(**changes), pictures)
     assert len(found) == held_out
     assert sorted([*training, *found], key=lambda picture: int(picture.sha256)) == pictures
-    _, again = train.split(Config(seed=7, **changes), pictures[::-1])
+    _, again = selection.split(Config(seed=7, **changes), pictures[::-1])
     assert again == found
-    _, with_more = train.split(Config(**changes), [*pictures, Picture(tmp_path / "more.jpg", sha256="999999")])
+    _, with_more = selection.split(Config(**changes), [*pictures, Picture(tmp_path / "more.jpg", sha256="999999")])
     assert set(found) <= set(with_more)
 
 
@@ -656,7 +656,7 @@ def test_pictures_that_are_new_or_gone_are_named(tmp_path: Path, launched: FakeL
     refused(make(), "changed: pictures \\(1 new: lace_9.png\\), captions")
     (tmp_path / "photos" / "lace_1.jpg").rename(tmp_path / "lace_1.jpg")
     refused(make(), "changed: pictures \\(1 new: lace_9.png, and 1 gone: lace_1.jpg\\), captions.*set init_lora: ")
-    (tmp_path / "lora" / train.PICTURES_FILE).write_text("[]")
+    (tmp_path / "lora" / resuming.PICTURES_FILE).write_text("[]")
     refused(make(), "changed: pictures, captions")
 
 
@@ -716,12 +716,12 @@ def test_a_lora_to_begin_with_fits_the_training(
 def test_a_run_older_than_lora_targets_has_trained_the_attention(
     tmp_path: Path, launched: FakeLaunch, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = train.run_fingerprint
+    now = resuming.run_fingerprint
     monkeypatch.setattr(
         train, "run_fingerprint", lambda *of: {k: v for k, v in now(*of).items() if k != "lora_targets"}
     )
     train.run(make())
-    monkeypatch.setattr(train, "run_fingerprint", now)
+    monkeypatch.setattr(resuming, "run_fingerprint", now)
     refused(make(max_train_steps=12, lora_targets="attention+feedforward"), "changed: lora_targets \\(was attention")
     train.run(make(max_train_steps=12))
     assert launched.jobs[-1]["resume"] == str(tmp_path / "lora" / "checkpoint-8")

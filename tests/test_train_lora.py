@@ -12,14 +12,13 @@ import torch
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
-import train
 import train_lora
 from helpers import Make, refused
 from lace_lora.config import LORA_FILE
 from lace_lora.errors import LOSS_NOT_FINITE, UserError
 from lace_lora.pictures import crops
 from lace_lora.process import Stopped
-from lace_lora.training import checkpoint, class_pictures
+from lace_lora.training import checkpoint, class_pictures, resuming
 from lace_lora.training.batches import EMPTY_PROMPT, Batch
 from lace_lora.training.metrics import Metrics
 from training_helpers import StopAt, make_run, train_here
@@ -269,9 +268,9 @@ def test_either_training_step_resumes_from_the_others_checkpoint(
 def test_a_lora_and_a_checkpoint_have_the_fingerprint_that_a_resume_compares(settings: Make, tmp_path: Path) -> None:
     config = settings(max_train_steps=2)
     train_here(config)  # with its rank as the fingerprint
-    assert train.finished_step(config, {"rank": 4}, None, "") == 2
-    assert train.find_resume_checkpoint(config, {"rank": 4}, None, "") == (tmp_path / "lora" / "checkpoint-2", None)
-    for check in (train.finished_step, train.find_resume_checkpoint):
+    assert resuming.finished_step(config, {"rank": 4}, None, "") == 2
+    assert resuming.find_resume_checkpoint(config, {"rank": 4}, None, "") == (tmp_path / "lora" / "checkpoint-2", None)
+    for check in (resuming.finished_step, resuming.find_resume_checkpoint):
         refused(lambda check=check: check(config, {"rank": 8}, None, ""), r"rank \(was 4, is 8\)")  # type: ignore[misc]
 
 
@@ -296,12 +295,12 @@ def test_a_run_from_a_named_checkpoint_keeps_it_and_goes_on_from_its_own(setting
     config = settings(max_train_steps=2, checkpointing_steps=1, checkpoints_total_limit=1)
     train_here(config)
     again = replace(config, resume_from_checkpoint="checkpoint-2", max_train_steps=6)
-    origin = train.find_origin(again)
+    origin = resuming.find_origin(again)
     for first, stop in (("checkpoint-2", StopAt(2)), ("checkpoint-4", StopAt(None))):
-        resume, origin = train.find_resume_checkpoint(again, {"rank": 4}, origin, "")
+        resume, origin = resuming.find_resume_checkpoint(again, {"rank": 4}, origin, "")
         assert resume == tmp_path / "lora" / first
         with suppress(Stopped):
             train_here(again, resume, stop, origin=origin)
         assert (tmp_path / "lora" / "checkpoint-2").exists()
-    assert train.finished_step(again, {"rank": 4}, origin, "") == 6
+    assert resuming.finished_step(again, {"rank": 4}, origin, "") == 6
     assert not (tmp_path / "lora" / "checkpoint-5").exists()

@@ -36,7 +36,7 @@ class Job:
 
     captions: dict[str, str] = field(default_factory=dict)  # by picture file
     contents: dict[str, str] = field(default_factory=dict)  # SHA-256 of each picture file, held out or not
-    fingerprint: dict[str, Any] = field(default_factory=dict)  # see train.run_fingerprint
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # see resuming.run_fingerprint
     resume: str | None = None  # the checkpoint to resume from
     models: dict[str, Any] = field(default_factory=dict)  # settings that name models, as paths
     origin: str | None = None  # of the named checkpoint that the run began at, see checkpoint.origin_of

@@ -31,7 +31,7 @@ from helpers import Make, RunHere, gradient, jpg, jpgs, names, refused, snapshot
 from lace_lora import process
 from lace_lora.config import Config, dump_config, load_config
 from lace_lora.pictures import crops
-from lace_lora.training import checkpoint, write_captions
+from lace_lora.training import checkpoint, resuming, write_captions
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*SPECIAL, "a", "white", "black", "doily", "net", "edge", "on", "with", "of"]
@@ -209,7 +209,7 @@ def test_an_earlier_run_without_captions_is_refused_before_any_is_written(
 ) -> None:
     config = make(caption_model=None)
     pictures, annotations, _ = train.check_dataset(config)
-    state = {"step": 2, "learns": train.run_fingerprint(config, pictures, annotations.captions), "origin": None}
+    state = {"step": 2, "learns": resuming.run_fingerprint(config, pictures, annotations.captions), "origin": None}
 
     def write_state(folder: Path) -> None:
         (folder / "state.json").write_text(json.dumps(state))
