@@ -718,7 +718,7 @@ def test_a_run_older_than_lora_targets_has_trained_the_attention(
 ) -> None:
     now = resuming.run_fingerprint
     monkeypatch.setattr(
-        train, "run_fingerprint", lambda *of: {k: v for k, v in now(*of).items() if k != "lora_targets"}
+        resuming, "run_fingerprint", lambda *of: {k: v for k, v in now(*of).items() if k != "lora_targets"}
     )
     train.run(make())
     monkeypatch.setattr(resuming, "run_fingerprint", now)
