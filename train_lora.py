@@ -173,6 +173,8 @@ def validate(run: Run, log: Metrics, step: int) -> None:
     if run.held_out and (step % run.config.validation_steps == 0 or step == run.config.max_train_steps):
         with log.label(VALIDATING):
             loss = run.held_out.measure(run.train_step, step)
+        if not step:  # the first forward pass of a process takes longer: no later one is expected to
+            del log.others[VALIDATING]
         if loss is not None:
             log.record_validation(step, loss)
 
