@@ -379,6 +379,10 @@ def _check_unet(model: Model) -> None:
         if not (_is_number(value) and value == wanted or _is_one_of(value, [wanted])):
             kind = _OTHER_UNETS.get(key, f"and SDXL's has {wanted!r}")
             _refuse(model, f"has a UNet with {key} {value!r}, {kind}")
+    for key in ("attention_head_dim", "num_attention_heads"):  # of each level, or one for all; both are the heads
+        given: Any = unet.get(key)
+        if any(_is_number(heads) and heads <= 0 for heads in (given if isinstance(given, list) else [given])):
+            _refuse(model, f"has a UNet with {key} {given!r}")
 
 
 def _check_time_ids(model: Model, encoders: Model, role: str) -> None:

@@ -45,6 +45,8 @@ def changed(tiny: Path, tmp_path: Path) -> Change:
 
 
 ANOTHER_BASE: list[tuple[dict[str, Any], str]] = [
+    ({"unet": {"attention_head_dim": -1}}, "a UNet with attention_head_dim -1"),
+    ({"unet": {"num_attention_heads": [2, -4, 4]}}, "a UNet with num_attention_heads"),
     ({"index": {"_class_name": "StableDiffusion3Pipeline"}}, "is a model for StableDiffusion3Pipeline"),
     ({"index": {"_class_name": ["a\nb", "c"]}}, "is a model for"),
     ({"scheduler": {"_class_name": "EDMDPMSolverMultistepScheduler"}}, "the scheduler EDMDPM"),
