@@ -250,13 +250,11 @@ def _locked_output_dir(output_dir: Path) -> Iterator[int]:
 
 def _write_run_files(config: Config, annotations: data_utils.Annotations, pictures: Sequence[Picture]) -> None:
     """Write annotations, resolved settings and what the pictures are, by their SHA-256."""
-    names = {picture.sha256: photo_folder.shown(picture.path, config.images_dir) for picture in pictures}
-    with _disk_errors(Path(config.lora_output_dir)):
+    folder, names = Path(config.lora_output_dir), resuming.picture_names(config, pictures)
+    with _disk_errors(folder):
         data_utils.write_annotations(annotations)
-        files.write_atomically(
-            Path(config.lora_output_dir, resuming.PICTURES_FILE), json.dumps(names, indent=2).encode()
-        )
-        files.write_atomically(Path(config.lora_output_dir, "config.yaml"), dump_config(config).encode())
+        files.write_atomically(folder / resuming.PICTURES_FILE, json.dumps(names, indent=2).encode())
+        files.write_atomically(folder / "config.yaml", dump_config(config).encode())
 
 
 @contextmanager

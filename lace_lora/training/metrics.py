@@ -225,11 +225,11 @@ class Metrics:
         with self._only_warn("metrics.csv"):
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
-            writer.writerow([*COLUMNS[:-1], VALIDATION, COLUMNS[-1]])
+            names = (*COLUMNS[1:-1], VALIDATION, COLUMNS[-1])
+            writer.writerow([COLUMNS[0], *names])
             rows: dict[int, dict[str, float]] = {int(row["step"]): row for row in self.rows}
             for step, loss in self.validation.items():
                 rows[step] = rows.get(step, {}) | {VALIDATION: loss}
-            names = (*COLUMNS[1:-1], VALIDATION, COLUMNS[-1])
             for step, row in sorted(rows.items()):
                 writer.writerow([step, *(f"{row[name]:.6g}" if name in row else "" for name in names)])
             write_atomically(self.folder / "metrics.csv", text.getvalue().encode())

@@ -35,10 +35,7 @@ def run_fingerprint(
     if init_lora:
         fingerprint["init_lora"] = files.file_sha256(init_lora)
     training, held_out = selection.split(config, pictures)
-    if held_out:
-        fingerprint[HELD_OUT] = files.json_digest([picture.sha256 for picture in held_out])
-    else:
-        fingerprint[HELD_OUT] = ""
+    fingerprint[HELD_OUT] = files.json_digest([picture.sha256 for picture in held_out]) if held_out else ""
     most = max(selection.views(config, training).values(), default=1)
     fingerprint["crops_per_image"] = most
     if most > 1:
@@ -79,11 +76,16 @@ def find_origin(config: Config) -> str | None:
     return checkpoint.origin_of(folder)
 
 
+def picture_names(config: Config, pictures: Sequence[Picture]) -> dict[str, str]:
+    """The pictures by SHA-256, as `PICTURES_FILE` has them."""
+    return {picture.sha256: photo_folder.shown(picture.path, config.images_dir) for picture in pictures}
+
+
 def picture_changes(config: Config, pictures: Sequence[Picture]) -> str:
     """Which pictures are new or gone since the run in `lora_output_dir` began, in brackets; nothing, if not known."""
     try:
         former = json.loads(Path(config.lora_output_dir, PICTURES_FILE).read_text())
-        names = {picture.sha256: photo_folder.shown(picture.path, config.images_dir) for picture in pictures}
+        names = picture_names(config, pictures)
         kinds = {
             "new": [name for digest, name in names.items() if digest not in former],
             "gone": [name for digest, name in former.items() if digest not in names],

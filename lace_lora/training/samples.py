@@ -79,7 +79,7 @@ def draw_samples(
         train_step.train(False)
         # Drawing takes a quarter of a training step's memory, unless that computes its activations again.
         at_once = config.train_batch_size * (1 if train_step.checkpointing else 4)
-        pictures = _within_memory(draw, train_step, at_once)
+        pictures = train_step.within_memory(draw, at_once)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, gallery.column(pictures))
         return _write_strip(path)
@@ -110,18 +110,6 @@ def _write_strip(newest: Path) -> Image.Image:
     content = gallery.strip({name: column for name, column in columns.items() if column.size == size})
     write_atomically(newest.parent.with_suffix(".png"), content)
     return Image.open(io.BytesIO(content))
-
-
-def _within_memory(draw: Callable[[int], list[Image.Image]], train_step: TrainStep, at_once: int) -> list[Image.Image]:
-    """That many pictures at once or, if memory runs out, one by one and without the training's CUDA graphs."""
-    try:
-        return draw(at_once)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    # Not in the clause above, where the error holds on to what is to be freed.
-    train_step.drop_graphs()
-    return draw(1)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from lace_lora.training.optimizer import Weights
 logger = logging.getLogger("train_lora")
 
 Loss = Callable[[Batch], Tensor]  # of a batch on the device, as a scalar: the mean over its pictures
+
+Result = TypeVar("Result")
 
 _FLAT = "unet.lora"  # the name of all weights as one parameter
 
@@ -104,6 +106,17 @@ class TrainStep:
         if self.cuda_graphs:
             self.cuda_graphs.drop()
         models.free(self.device)
+
+    def within_memory(self, work: Callable[[int], Result], at_once: int) -> Result:
+        """Work beside the steps, that many pictures at once or, if memory runs out, one by one and without graphs."""
+        try:
+            return work(at_once)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Not in the clause above, where the error holds on to what is to be freed.
+        self.drop_graphs()
+        return work(1)
 
     def _start_checkpointing(self) -> None:
         self.checkpointing = True

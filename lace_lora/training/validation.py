@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Validation:
         """The mean loss; if it cannot be measured, the log says why, and training goes on."""
         try:
             train_step.train(False)
-            return self._within_memory(train_step)
+            return train_step.within_memory(partial(self._mean_loss, train_step), self.at_once)
         except Exception as error:  # what only watches a training costs it nothing
             reason = "out of memory" if is_out_of_memory(error) else first_line(error)
             logger.warning("no validation loss at step %d: %s", step, reason)
@@ -38,28 +39,20 @@ class Validation:
         finally:
             train_step.train()
 
-    def _within_memory(self, train_step: TrainStep) -> float:
-        """With that many pictures at once or, if memory runs out, one by one and without the training's CUDA graphs."""
-        try:
-            return self._mean_loss(train_step)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        # Not in the clause above, where the error holds on to what is to be freed.
-        train_step.drop_graphs()
-        self.at_once = 1
-        return self._mean_loss(train_step)
-
     @torch.no_grad()
-    def _mean_loss(self, train_step: TrainStep) -> float:
-        batches = make_batches(self.held_out, self.seed, self.at_once)
+    def _mean_loss(self, train_step: TrainStep, at_once: int) -> float:
+        batches, total = make_batches(self.held_out, self.seed), torch.zeros((), device=train_step.device)
+        count = sum(len(batch.caption) for batch in batches)
+        self.at_once = at_once  # it stays at one once memory has run out
         with train_step.autocast():
-            sums = [self.loss(batch.to(train_step.device)) * len(batch.caption) for batch in batches]
-        return float(torch.stack(sums).sum()) / sum(len(batch.caption) for batch in batches)
+            for batch in batches:
+                for part in batch.split(at_once):
+                    total += self.loss(part.to(train_step.device)) * (len(batch.caption) / count)
+        return float(total)
 
 
-def make_batches(held_out: Encoded, seed: int, size: int) -> list[Batch]:
-    """Every picture at each of `TIMESTEPS` with noise of its own, in batches of at most `size` of one shape."""
+def make_batches(held_out: Encoded, seed: int) -> list[Batch]:
+    """Every picture at each of `TIMESTEPS` with noise of its own, in one batch for each shape."""
     made: list[Batch] = []
     for bucket in held_out.buckets:
         pictures = torch.tensor(bucket).repeat_interleave(len(TIMESTEPS))
@@ -70,16 +63,16 @@ def make_batches(held_out: Encoded, seed: int, size: int) -> list[Batch]:
             for timestep in TIMESTEPS
         ]
         captions = held_out.caption[pictures]
-        whole = Batch(
-            latents=latents,
-            noise=torch.stack(noise),
-            timesteps=torch.tensor(TIMESTEPS).repeat(len(bucket)),
-            time_ids=held_out.latents.time_ids[pictures],
-            caption=captions,
-            prompt_embeds=held_out.prompt_embeds[captions],
-            pooled_prompt_embeds=held_out.pooled_prompt_embeds[captions],
-            weights=torch.ones(len(pictures)),
+        made.append(
+            Batch(
+                latents=latents,
+                noise=torch.stack(noise),
+                timesteps=torch.tensor(TIMESTEPS).repeat(len(bucket)),
+                time_ids=held_out.latents.time_ids[pictures],
+                caption=captions,
+                prompt_embeds=held_out.prompt_embeds[captions],
+                pooled_prompt_embeds=held_out.pooled_prompt_embeds[captions],
+                weights=torch.ones(len(pictures)),
+            )
         )
-        rows = zip(*(value.split(size) for value in vars(whole).values()), strict=True)
-        made += [Batch(*values) for values in rows]
     return made
