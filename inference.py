@@ -48,6 +48,7 @@ def run(config: Config, dry_run: bool = False) -> Path:
 
 def _run(config: Config, dry_run: bool) -> Path:
     folder = OutputFolder(config)
+    config = folder.config
     for warning in without_token(config, folder.prompts):
         logger.warning("warning: %s", warning)
     if dry_run:

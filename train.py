@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shlex
+import statistics
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -96,6 +97,7 @@ def run(config: Config, dry_run: bool = False) -> None:
                 class_pictures={str(path): digest for path, digest in class_files.items()},
                 class_to_draw={str(path): number for path, number in to_draw.items()},
                 views={str(path): count for path, count in views.items()},
+                original_size=round(statistics.median(min(picture.width, picture.height) for picture in pictures)),
                 held_out={str(picture.path): annotations.captions[picture.path] for picture in held_out},
             )
             accelerate_file.write_text(launch.ACCELERATE_SETTINGS)

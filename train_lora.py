@@ -183,7 +183,9 @@ def draw_samples(run: Run, log: Metrics, step: int) -> None:
     """Draw the samples of a step, on the process and in the steps that draw any; the last one does."""
     if run.sample_inputs and (step % run.config.validation_steps == 0 or step == run.config.max_train_steps):
         with log.label(SAMPLING):
-            strip = samples.draw_samples(run.config, step, run.train_step, run.noise_scheduler, run.sample_inputs)
+            strip = samples.draw_samples(
+                run.config, step, run.train_step, run.noise_scheduler, run.sample_inputs, run.job.original_size
+            )
         log.show_samples(strip, step)
 
 
@@ -242,7 +244,7 @@ def save_checkpoint(run: Run, step: int) -> None:
     state |= {"scaler": scaler, "optimizer": numbers}
 
     def write(folder: Path) -> None:
-        lora_weights.save_lora(folder / LORA_FILE, lora, {"step": str(step)})
+        lora_weights.save_lora(folder / LORA_FILE, lora, {"step": str(step)} | run.job.metadata)
         (folder / "training_state.safetensors").write_bytes(save(tensors))
         (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 

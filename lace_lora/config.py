@@ -23,6 +23,7 @@ import yaml
 from lace_lora.errors import NO_SECRETS, UserError, holds_secret, redact
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+ORIGINAL_SIZE = "original_size"  # in a LoRA's metadata: median shorter side of the photos that it was trained on
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".bmp", ".tif", ".tiff")
 
 
@@ -187,6 +188,9 @@ class Config:
     prompts_file: str | None = setting(None, NOTHING, "text file with one prompt per line", group="drawing")
     num_inference_steps: int = setting(30, DRAWN, "denoising steps per picture", least=1, most=499)
     guidance_scale: float = setting(5.0, DRAWN, "how closely the prompt is followed; 1 turns guidance off", least=1)
+    original_size: int | None = setting(
+        None, DRAWN, "shorter side of the photo that SDXL is told to draw; empty: as in the LoRA's training", least=64
+    )
     scheduler: Literal[
         "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
         "UniPCMultistepScheduler", "DDIMScheduler",
@@ -265,6 +269,14 @@ class Config:
     def lora_name(self) -> str:
         """Name of the LoRA for ComfyUI and the like: the token's word, or the output folder's where there is none."""
         return self.token[1:-1] or Path(os.path.abspath(self.lora_output_dir)).name  # without `..`
+
+    def as_trained(self, original_size: int | None) -> "Config":
+        """With the `original_size` of a LoRA's training, where none is set and the pictures are smaller.
+
+        What was learnt from large photos shows less where SDXL is told to draw a small one.
+        """
+        is_larger = not self.original_size and (original_size or 0) > min(self.width, self.height)
+        return dataclasses.replace(self, original_size=original_size) if is_larger else self
 
     @property
     def token(self) -> str:

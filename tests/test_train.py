@@ -98,6 +98,7 @@ def test_the_job_for_the_training_process(tmp_path: Path, launched: FakeLaunch, 
     assert job["captions"] == dict(
         zip(paths, [config.instance_prompt, "a rosette", config.instance_prompt], strict=True)
     )
+    assert job["original_size"] == 48
     assert job["resume"] is None
     assert load_config(tmp_path / "lora" / "config.yaml") == config
     annotations = (tmp_path / "photos" / "annotations.txt").read_text()

@@ -55,7 +55,7 @@ class Shapes:
 TINY = Shapes(
     encoder_1=(128, 3, 4, 384), encoder_2=(128, 3, 4, 384),
     base_channels=(64, 96, 128), base_heads=(2, 3, 4), base_transformers=(1, 1, 2),
-    refiner_channels=(32, 64, 64, 64), refiner_heads=(1, 2, 2, 2), refiner_transformers=1,
+    refiner_channels=(64, 96, 64, 32), refiner_heads=(2, 3, 2, 1), refiner_transformers=1,
     layers_per_block=1, time_embed=32, refiner_time_embed=32,
     vae_channels=(32, 64, 128, 192), vae_layers=1, vae_groups=16, sample_size=32,
 )  # fmt: skip

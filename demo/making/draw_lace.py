@@ -2,7 +2,7 @@
 
 `python -m demo.making.draw_lace` redraws every picture from fixed seeds. A design is a list of threads on a
 plane measured in *units*: the shorter side of every picture is `VIEW` units, so a thread two units wide is
-three pixels wide once the picture is resized for a 256-pixel model. Each thread is swept as a round,
+four pixels wide once the picture is resized for a 256-pixel model. Each thread is swept as a round,
 twisted cylinder into a height map, and the height map is lit from the upper left.
 """
 
@@ -30,7 +30,7 @@ CLOTHS = (
 )
 YARNS = ((255, 253, 248), (253, 247, 233), (250, 240, 218))
 SUPERSAMPLING = 2
-VIEW = 176.0  # units along the shorter side of a picture
+VIEW = 122.0  # units along the shorter side of a picture
 REACH = 180.0  # units from the middle to which edges and nets are laid, past every picture's corners
 WHOLE = np.linspace(0, 2 * np.pi, 80)
 
@@ -82,8 +82,8 @@ class Lace:
 
 def border(lace: Lace) -> None:
     """A scalloped border: a rosette in every scallop, a leafy stem in the net above."""
-    pitch, top_y = lace.rng.uniform(80, 96), float(lace.rng.choice([-76, -REACH]))
-    lay_strip(lace, pitch, lace.rng.uniform(38, 46), top_y, lambda points: points)
+    pitch, top_y = lace.rng.uniform(76, 88), float(lace.rng.choice([-66, -REACH]))
+    lay_strip(lace, pitch, lace.rng.uniform(28, 36), top_y, lambda points: points)
 
 
 def collar(lace: Lace) -> None:
@@ -94,7 +94,7 @@ def collar(lace: Lace) -> None:
         turn, radius = points[:, :1] / bend, bend + points[:, 1:]
         return np.hstack([np.sin(turn), np.cos(turn)]) * radius - [0, bend]
 
-    lay_strip(lace, 2 * np.pi / 13 * bend, 38, -70, place)
+    lay_strip(lace, 2 * np.pi / 13 * bend, 30, -64, place)
 
 
 def lay_strip(lace: Lace, pitch: float, edge_y: float, top_y: float, place: Warp) -> None:
@@ -105,42 +105,42 @@ def lay_strip(lace: Lace, pitch: float, edge_y: float, top_y: float, place: Warp
     top, under = (place(np.column_stack([long, 0 * long + y])) for y in (top_y, top_y + 9))
     lace.outline = np.concatenate([rim, top])
     lay_band(lace, top, under)
-    radius = min(pitch * 0.43, 38.0)
+    radius = min(pitch * 0.43, 34.0)
     centre_y = edge_y + depth - 19 - radius
     for centre in place(np.column_stack([middles, 0 * middles + centre_y])):
         lay_rosette(lace, centre, radius)
     swing = 8 * np.cos(2 * np.pi * (long - middles[0]) / pitch)
-    stem = place(np.column_stack([long, centre_y - radius - 20 - swing]))
+    stem = place(np.column_stack([long, centre_y - radius - 18 - swing]))
     lay_sprig(lace, stem, round(8 * pitch / 19), lace.rng.uniform(21, 24))
 
 
 def galloon(lace: Lace) -> None:
     """A band with two scalloped edges, large rosettes along its middle and sprays between them."""
-    pitch, half = lace.rng.uniform(46, 52), lace.rng.uniform(50, 56)
+    pitch, half = lace.rng.uniform(44, 50), lace.rng.uniform(42, 47)
     xs = (np.arange(-5, 6) + lace.rng.choice([0.0, 1.0])) * pitch
     cusps = np.column_stack([xs, 0 * xs + half])
     lace.outline = np.concatenate([lay_edge(lace, side, 0.3 * pitch) for side in (cusps, -cusps)])
     for x in xs[1::2]:
-        lay_rosette(lace, np.array([x, 0.0]), 37)
+        lay_rosette(lace, np.array([x, 0.0]), 33)
     for x in xs[::2]:
-        for y in (-23.0, 23.0):
-            lay_spray(lace, np.array([x, y]), 6, 20, np.pi / 6)
+        for y in (-20.0, 20.0):
+            lay_spray(lace, np.array([x, y]), 6, 18, np.pi / 6)
     lace.turn = lace.rng.choice([0.0, np.pi / 2, 0.4, -0.4])
 
 
 def corner(lace: Lace) -> None:
     """A handkerchief corner: scallops along two sides, a large rosette where they meet, sprigs beside it."""
-    pitch, at = lace.rng.uniform(48, 56), lace.rng.uniform(52, 60)
+    pitch, at = lace.rng.uniform(46, 54), lace.rng.uniform(42, 48)
     run = at - (0.75 + np.arange(6)) * pitch
     side = np.column_stack([run, 0 * run + at])
     rim = lay_edge(lace, np.concatenate([side[::-1], side[:, ::-1]]), 0.3 * pitch)
     lace.outline = np.concatenate([rim, [[-REACH, -REACH]]])
-    middle = np.full(2, at - 52.0)
-    lay_rosette(lace, middle, 40)
+    middle = np.full(2, at - 48.0)
+    lay_rosette(lace, middle, 36)
     for swap in (1, -1):
         stem = bezier(*(middle + np.array(way)[::swap] for way in ((-40, 12), (-75, 34), (-140, -12.0))))
         lay_sprig(lace, stem, 9, 24)
-    lay_rosette(lace, middle - 62, 25)
+    lay_rosette(lace, middle - 56, 23)
     lace.turn = lace.rng.choice([0.0, np.pi / 4, -np.pi / 2, np.pi / 2])
 
 
@@ -150,14 +150,14 @@ def doily(lace: Lace) -> None:
     turns = np.linspace(0, 2 * np.pi, count + 1)
     centre = np.zeros(2)
     lace.ground = lace.choose("tulle", "square", "torchon")  # rings leave scraps in so narrow a net
-    lace.outline = lay_edge(lace, circle(centre, 66, -turns), lace.rng.uniform(10, 13))
+    lace.outline = lay_edge(lace, circle(centre, 46, -turns), lace.rng.uniform(7, 9))
     lace.petals = int(lace.rng.choice([8, 10]))
-    lay_rosette(lace, centre, 34)
+    lay_rosette(lace, centre, 24)
     if lace.choose("leaves", "wreath") == "wreath":
-        lay_sprig(lace, circle(centre, 46, np.linspace(0, 2 * np.pi, 300)), count * 2, 15)
+        lay_sprig(lace, circle(centre, 31, np.linspace(0, 2 * np.pi, 300)), count * 2, 10)
         return
     for turn in turns[:-1]:
-        lay_leaf(lace, centre + 36 * ray(turn), centre + 57 * ray(turn), 12, 0.0, lace.leaf)
+        lay_leaf(lace, centre + 25 * ray(turn), centre + 40 * ray(turn), 10, 0.0, lace.leaf)
 
 
 def all_over(lace: Lace) -> None:

@@ -148,9 +148,9 @@ class DiffusionBatch:
     ) -> None:  # fmt: skip
         """A batch by lot. Shares of it have their embeddings zeroed or their captions blanked, which guidance needs.
 
-        For a refiner, high aesthetic scores add `crisper` to the latents, and low ones take it off; what is `seen` in
-        their place differs from them in full where refining begins and not at all where it ends, like noise, with
-        which that difference is learnt to be taken off. All are of the latents' shape.
+        For a refiner, high aesthetic scores add `crisper` to the latents, and low ones take it off; `seen` is what it
+        gets in their place, and the difference is part of the noise that it learns to take off. All are of the latents'
+        shape.
         """
         size, device = self.size, self.latents.device
         chosen = torch.randint(len(latents), (size,), device=device)
@@ -170,12 +170,14 @@ class DiffusionBatch:
             score = torch.rand(size, device=device) * 5 + 2
             self.time_ids[:, 4] = score
             self.latents.add_(crisper[chosen] * ((score - 4.5) / 2.5).view(-1, 1, 1, 1))
-            signal = self.alphas_cumprod[timesteps]
+            signal = self.alphas_cumprod[self.timesteps].view(-1, 1, 1, 1)
             self.noise.add_((seen[chosen] - self.latents) * (signal / (1 - signal)).sqrt())
 
 
-def diffusion_loss(unet: UNet2DConditionModel, batch: DiffusionBatch, embeds: Tensor, pooled: Tensor) -> Tensor:
-    """Noise prediction, min-SNR weighted with gamma 5, plus what is wrong over large areas.
+def diffusion_loss(
+    unet: UNet2DConditionModel, batch: DiffusionBatch, embeds: Tensor, pooled: Tensor, gamma: float = 5
+) -> Tensor:
+    """Noise prediction, min-SNR weighted with `gamma`, plus what is wrong over large areas.
 
     Colours are a matter of the error's mean over a picture, which is lost among its thousand others in the plain loss.
     """
@@ -192,7 +194,7 @@ def diffusion_loss(unet: UNet2DConditionModel, batch: DiffusionBatch, embeds: Te
     by_picture = error.square().mean((1, 2, 3))
     by_picture = by_picture + 50 * error.mean((2, 3)).square().mean(1)
     by_picture = by_picture + 5 * F.avg_pool2d(error, 8).square().mean((1, 2, 3))
-    return (by_picture * snr.clamp(max=5) / snr).mean()
+    return (by_picture * snr.clamp(max=gamma) / snr).mean()
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:

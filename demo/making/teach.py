@@ -1,4 +1,4 @@
-"""Train the demo's tiny SDXL on textiles that are drawn on the fly: about 25 minutes on four H100s.
+"""Train the demo's tiny SDXL on textiles that are drawn on the fly: about half an hour on four H100s.
 
     python -m demo.making.teach [--work FOLDER] [--until STAGE]
 
@@ -11,6 +11,7 @@ miniature, and writes `model` into the work folder. Several GPUs work together, 
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -44,7 +45,6 @@ TEST_SEED, LACE_SEED = 90_000, 7000
 SMOOTHNESS = 0.5  # weight of what is wrong with pictures made of shrunk latents
 DIVERGENCE = 3e-4  # weight of the latents' distance from a normal distribution
 CRISPER = 0.2  # of the difference to sharpened pictures: guidance makes four times as much of it
-GUIDANCE = 5
 REFINED_TIMESTEPS = 200  # SDXL's refiner knows the last 200 of 1000 only
 
 
@@ -68,7 +68,7 @@ class Amounts:
 
 
 FULL = Amounts(
-    64, 24, 110, 384, vae=10_000, decoder=1500, judge=3000, unet=22_000, polish=8000, refiner=4000, refined=8000,
+    64, 24, 110, 384, vae=10_000, decoder=1500, judge=3000, unet=26_000, polish=10_000, refiner=4000, refined=8000,
     batch=128, prompts=200,
 )  # fmt: skip
 SMALL = Amounts(2, 1, 3, 8, vae=3, decoder=3, judge=3, unet=3, polish=3, refiner=3, refined=6, batch=12, prompts=4)
@@ -347,10 +347,10 @@ def embed(work: Workshop, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def teach_refiner(work: Workshop) -> None:
-    """The refiner's UNet on the last timesteps, of fine textiles and of threads: it sees them as a base draws them.
+    """The refiner's UNet on the last timesteps, of fine textiles and of threads: half of what it sees is softened.
 
-    A third are as they should be, a third softened, a third drawn over by the base. Half of the captions are blanked:
-    how to sharpen does not depend on them, and guidance shall not carry the colours away.
+    Half of the captions are blanked: how to sharpen does not depend on them, and guidance shall not carry the colours
+    away. Pictures that the base had drawn over, as a third kind, made no difference.
     """
     work.load("polish", **base_networks(work))
     half = work.amounts.refined // 2
@@ -358,56 +358,23 @@ def teach_refiner(work: Workshop) -> None:
     pictures, captions = work.drawings[0][some], (work.captions[0][some], work.captions[1][some])
     batch = DiffusionBatch(work.amounts.batch, 5, captions, work.views[some], work.tokenizers)
     latents, crisp = encode(work.vae, pictures), encode(work.vae, sharpened(pictures, 0.5))
-    seen = torch.cat([latents, encode(work.vae, sharpened(pictures, -0.7)), draw_over(work, latents, batch)])
-    rows = torch.arange(len(latents), device=work.device).repeat(3)
+    seen = torch.cat([latents, encode(work.vae, sharpened(pictures, -0.7))])
+    rows = torch.arange(len(latents), device=work.device).repeat(2)
     fill = partial(
         batch.fill, latents[rows], rows, timesteps=REFINED_TIMESTEPS, blanked=0.5,
         crisper=(crisp - latents)[rows] * CRISPER, seen=seen,
     )  # fmt: skip
-    learn_to_refine(work, batch, 1e-3, work.amounts.refiner, fill)
-    work.save("refiner", unet=work.parts.refiner_unet)
-
-
-@torch.no_grad()
-def draw_over(work: Workshop, latents: Tensor, batch: DiffusionBatch, start: int = 300, steps: int = 6) -> Tensor:
-    """The latents with noise of timestep `start`, which the base takes off again; `batch` has their captions."""
-    unet, drawn = work.parts.unet, []
-    for network in base_networks(work).values():
-        network.bfloat16()
-    times = [round(start * (steps - step) / steps) for step in range(steps + 1)]
-    for rows in torch.arange(len(latents), device=work.device).split(batch.size):
-        ids = [
-            torch.cat([blank.expand(len(rows), -1), words[rows, 0]])
-            for blank, words in zip(batch.blank, batch.captions, strict=True)
-        ]
-        embeds, pooled = embed(work, ids)
-        time_ids = torch.cat([batch.views[rows], torch.full_like(batch.views[rows, :2], SIDE)], dim=1).repeat(2, 1)
-        conditions = {"text_embeds": pooled, "time_ids": time_ids}
-        signals = [batch.alphas_cumprod[at] if at else batch.alphas_cumprod.new_ones(()) for at in times]
-        clean = latents[rows].float()
-        noisy = signals[0].sqrt() * clean + (1 - signals[0]).sqrt() * torch.randn_like(clean)
-        for timestep, signal, following in zip(times, signals, signals[1:], strict=False):
-            twice = noisy.repeat(2, 1, 1, 1).bfloat16()
-            noise = unet(twice, timestep, embeds, added_cond_kwargs=conditions, return_dict=False)[0].float()
-            without, with_words = noise.chunk(2)
-            noise = without + GUIDANCE * (with_words - without)
-            clean = (noisy - (1 - signal).sqrt() * noise) / signal.sqrt()
-            noisy = following.sqrt() * clean + (1 - following).sqrt() * noise
-        drawn.append(clean)
-    return torch.cat(drawn).to(latents.dtype)
-
-
-def learn_to_refine(work: Workshop, batch: DiffusionBatch, rate: float, steps: int, fill: Callable[[], None]) -> None:
-    """Teach the refiner's UNet what `fill` puts into the batch."""
     refiner, encoder = work.parts.refiner_unet, work.parts.text_encoder_2.bfloat16().requires_grad_(False)
-    trainer = Trainer([refiner], rate, steps)
+    trainer = Trainer([refiner], 5e-4, work.amounts.refiner)
 
     def loss() -> Tensor:
         encoded = encoder(batch.ids[1], output_hidden_states=True)
-        return diffusion_loss(refiner, batch, encoded.hidden_states[-2], encoded.text_embeds)
+        # Without min-SNR weights: they take the most from the least noise, which is all that a refiner sees.
+        return diffusion_loss(refiner, batch, encoded.hidden_states[-2], encoded.text_embeds, gamma=math.inf)
 
     trainer.run(1, loss, fill)
     trainer.finish()
+    work.save("refiner", unet=refiner)
 
 
 def assemble(work: Workshop) -> None:

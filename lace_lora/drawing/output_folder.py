@@ -8,7 +8,7 @@ from typing import Any
 
 from lace_lora.config import Config
 from lace_lora.drawing import refining
-from lace_lora.drawing.plan import find_lora, picture_settings, read_prompts
+from lace_lora.drawing.plan import find_lora, picture_settings, read_prompts, trained_size
 from lace_lora.files import numbered, write_atomically
 from lace_lora.pictures.gallery import CONTACT_SHEET, MANIFEST, PAGE
 from lace_lora.pictures.recipe import Design
@@ -34,14 +34,14 @@ class OutputFolder:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.lora = find_lora(config)
+        self.config = config = config.as_trained(trained_size(self.lora))
         self.prompts = prompts = read_prompts(config)
         number = config.num_images
         if (unused := len(prompts) - number) > 0:
             text = "no picture for %d of %d prompts, because num_images is %d: raise it to draw all of them"
             logger.warning(text, unused, len(prompts), number)
         self.designs = [Design(index, prompts[index % len(prompts)], config.seed + index) for index in range(number)]
-        self.lora = find_lora(config)
         self.settings = picture_settings(config, self.lora)
         self.recipe = self.settings | {"prompts": prompts}  # what identifies the pictures of a folder
         wanted = Path(config.output_dir)

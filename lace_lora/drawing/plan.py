@@ -1,17 +1,18 @@
 """What is known before anything is drawn: prompts, the LoRA file, and the settings recorded with each picture."""
 
 import gc
+import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lace_lora.config import LORA_FILE, PICTURE, Config
+from lace_lora.config import LORA_FILE, ORIGINAL_SIZE, PICTURE, Config
 from lace_lora.errors import NO_SECRETS, UserError, holds_secret
 from lace_lora.files import file_sha256, free_space, is_safetensors, read_text
 from lace_lora.sdxl import hub
-from lace_lora.sdxl.model_kind import NOT_SAFETENSORS
+from lace_lora.sdxl.model_kind import NOT_SAFETENSORS, read_header
 
 
 def read_prompts(config: Config) -> list[str]:
@@ -65,6 +66,15 @@ def find_lora(config: Config) -> Path | None:
     if not is_safetensors(path):
         raise UserError(f"{path} {NOT_SAFETENSORS}")
     return path
+
+
+def trained_size(lora: Path | None) -> int | None:
+    """The `original_size` of the LoRA's training, if the file says it. A damaged file is refused later, before drawing."""
+    said = ""
+    if lora:
+        with suppress(UserError):
+            said = read_header(lora)[1].get(ORIGINAL_SIZE, "")
+    return int(said) if re.fullmatch("[0-9]{1,6}", said) else None
 
 
 def picture_settings(config: Config, lora: Path | None) -> dict[str, Any]:

@@ -137,7 +137,6 @@ def refined_latents(
         image=latents,
         aesthetic_score=config.aesthetic_score,
         negative_aesthetic_score=config.negative_aesthetic_score,
-        original_size=(config.height, config.width),
         target_size=(config.height, config.width),
     ).images
 
@@ -159,9 +158,16 @@ def _arguments(config: Config, seeds: Sequence[int], on_step: Callable[[], objec
 
     return {
         "num_inference_steps": config.num_inference_steps,
+        "original_size": _original_size(config),
         "guidance_scale": config.guidance_scale,
         # On the CPU, so that the noise is the same on every machine.
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
         "output_type": "latent",
         "callback_on_step_end": after_step,
     }
+
+
+def _original_size(config: Config) -> tuple[int, int]:
+    """Height and width of the photo that SDXL is told to draw, of the picture's shape: section 2.2 of its paper."""
+    scale = (config.original_size or min(config.height, config.width)) / min(config.height, config.width)
+    return round(config.height * scale), round(config.width * scale)

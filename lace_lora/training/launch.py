@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from lace_lora.config import Config, load_config
+from lace_lora.config import ORIGINAL_SIZE, Config, load_config
 from lace_lora.errors import UserError, first_line
 from lace_lora.files import hold_shared_lock
 from lace_lora.process import StopSignal, report_outcome
@@ -43,9 +43,15 @@ class Job:
     started: float = field(default_factory=time.time)  # when train.py wrote it, in seconds since 1970
     class_pictures: dict[str, str] = field(default_factory=dict)  # SHA-256 of those that exist
     class_to_draw: dict[str, int] = field(default_factory=dict)  # each with the number that gives its seed
+    original_size: int | None = None  # median shorter side of the pictures
     held_out: dict[str, str] = field(default_factory=dict)  # captions of pictures that are never trained on, by file
     views: dict[str, int] = field(default_factory=dict)  # how many each picture file has; one if it is not there
     to_caption: dict[str, str] = field(default_factory=dict)  # for write_captions: each picture's caption file
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Of every LoRA that this training saves."""
+        return {ORIGINAL_SIZE: str(self.original_size)} if self.original_size else {}
 
 
 def check_packages(config: Config) -> None:

@@ -41,12 +41,14 @@ def save_results(
     for path in (card_file, kohya_file, folder / LORA_FILE):
         _keep_earlier(path, config.lora_file)
     write_atomically(card_file, json.dumps(card, indent=2, ensure_ascii=False).encode())
-    metadata = kohya_metadata(config, alpha, steps, job, prediction_type)
+    metadata = kohya_metadata(config, alpha, steps, job, prediction_type) | job.metadata
     save_lora(kohya_file, kohya_state(state, alpha, layers_per_block), metadata)
     scale = alpha / config.rank
     folded = {key: weight * scale if "lora_B" in key else weight for key, weight in state.items()}
-    origin = {"origin": job.origin} if job.origin else {}
-    save_lora(folder / LORA_FILE, folded, {"step": str(steps), "learns": json.dumps(job.fingerprint), **origin})
+    learnt = {"step": str(steps), "learns": json.dumps(job.fingerprint)} | (
+        {"origin": job.origin} if job.origin else {}
+    )
+    save_lora(folder / LORA_FILE, folded, learnt | job.metadata)
     return folder / LORA_FILE
 
 

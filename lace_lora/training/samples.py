@@ -55,13 +55,18 @@ def draw_class_pictures(
 
 
 def draw_samples(
-    config: Config, step: int, train_step: TrainStep, noise_scheduler: DDPMScheduler, sample_inputs: SampleInputs
+    config: Config,
+    step: int,
+    train_step: TrainStep,
+    noise_scheduler: DDPMScheduler,
+    sample_inputs: SampleInputs,
+    original_size: int | None = None,
 ) -> Image.Image | None:
     """Draw the samples of a step into `samples/step-<step>.png`, and add them to `samples.png`, which is returned.
 
     If that is not possible, the log says why, and training goes on.
     """
-    square = replace(config, width=config.resolution, height=config.resolution)
+    square = replace(config, width=config.resolution, height=config.resolution).as_trained(original_size)
     sample_seeds = [config.seed + index for index in range(config.num_validation_images)]
 
     def draw(at_once: int) -> list[Image.Image]:

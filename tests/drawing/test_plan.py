@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from helpers import Make, refused
 from lace_lora.config import LORA_FILE, Config
@@ -70,3 +72,17 @@ def test_a_lora_that_cannot_be_used(tmp_path: Path, settings: Make) -> None:
     refused(lambda: plan.find_lora(settings(lora_path=str(tmp_path / "old.bin"))), "not a .safetensors file")
     refused(lambda: plan.find_lora(settings(lora_path=str(tmp_path / "no.safetensors"))), "no LoRA found at")
     refused(lambda: plan.find_lora(settings(lora_output_dir=str(tmp_path))), "train one first")
+
+
+@pytest.mark.parametrize(("said", "size"), [("600", 600), ("", None), ("-5", None), ("a lot", None), ("9" * 30, None)])
+def test_what_a_lora_says_of_its_photos(tmp_path: Path, said: str, size: int | None) -> None:
+    save_file({"weight": np.zeros(1)}, tmp_path / "lora.safetensors", {"original_size": said})
+    assert plan.trained_size(tmp_path / "lora.safetensors") == size
+    assert plan.trained_size(None) is None
+
+
+def test_pictures_are_drawn_as_photos_of_the_size_that_was_trained_on() -> None:
+    assert Config(width=832, height=512).as_trained(600).original_size == 600
+    assert Config(width=832, height=640).as_trained(600).original_size is None  # which would draw them blurred
+    assert Config(original_size=300).as_trained(600).original_size == 300
+    assert Config().as_trained(None) == Config()

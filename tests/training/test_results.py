@@ -32,7 +32,7 @@ def save(folder: Path, steps: int = 7) -> Config:
     state = {f"{layer}.lora_A.weight": torch.ones(4, 8) for layer in LAYERS}
     state |= {f"{layer}.lora_B.weight": torch.ones(8, 4) for layer in LAYERS}
     captions = dict(zip("abc", [config.instance_prompt, config.instance_prompt, "a rosette, White"], strict=True))
-    job = Job(captions, {}, {"pretrained_model": "some/model"}, None, {}, started=1.7e9)
+    job = Job(captions, {}, {"pretrained_model": "some/model"}, None, {}, started=1.7e9, original_size=600)
     assert results.save_results(config, state, config.alpha, steps, job, 1, "epsilon") == folder / LORA_FILE
     return config
 
@@ -40,6 +40,7 @@ def save(folder: Path, steps: int = 7) -> Config:
 def test_the_diffusers_file_has_alpha_folded_in_and_what_it_was_trained_on(saved: Config) -> None:
     with safe_open(Path(saved.lora_output_dir, LORA_FILE), framework="pt") as file:
         metadata = file.metadata()
+    assert metadata["original_size"] == "600"
     assert (metadata["step"], json.loads(metadata["learns"])) == ("7", {"pretrained_model": "some/model"})
     for name, weight in load_file(Path(saved.lora_output_dir, LORA_FILE)).items():
         assert (weight == (0.5 if "lora_B" in name else 1)).all()
@@ -94,6 +95,7 @@ def test_the_kohya_file_carries_alpha_and_what_programs_show(saved: Config) -> N
     assert alphas == {2.0}
     modules = {name.partition(".")[0] for name in names}
     assert names == {f"{m}.{end}" for m in modules for end in ("lora_down.weight", "lora_up.weight", "alpha")}
+    assert metadata["original_size"] == "600"
     assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
     assert metadata["ss_training_started_at"] == "1700000000.0"  # not the time of saving
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")

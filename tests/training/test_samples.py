@@ -34,6 +34,22 @@ def draw(config: Config, step: int) -> train_lora.Run:
     return run
 
 
+def test_samples_are_told_the_photos_size(settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    base_latents = sampling.base_latents
+
+    def noting(*given: Any) -> torch.Tensor:
+        told.append(given[4].original_size)
+        return base_latents(*given)
+
+    monkeypatch.setattr(sampling, "base_latents", noting)
+    run, vae = make_run(settings()), models.load_vae(settings(), CPU, torch.float32)
+    (tmp_path / "lora").mkdir()
+    draw_samples(settings(), 2, run.train_step, run.noise_scheduler, SampleInputs(made_up_embeddings, vae), 3000)
+    assert told
+    assert set(told) == {3000}
+
+
 @pytest.mark.parametrize("most", [1, 0])
 def test_out_of_memory_draws_samples_one_by_one_or_skips_them(
     settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, most: int
