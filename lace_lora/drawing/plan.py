@@ -69,7 +69,7 @@ def find_lora(config: Config) -> Path | None:
 
 
 def trained_size(lora: Path | None) -> int | None:
-    """The `original_size` of the LoRA's training, if the file says it. A damaged file is refused later, before drawing."""
+    """The `original_size` of the LoRA's training, if the file says it. A damaged file is refused later."""
     said = ""
     if lora:
         with suppress(UserError):
