@@ -83,6 +83,7 @@ def test_train_and_draw(config_file: Path, run_here: RunHere, tmp_path: Path) ->
     assert refined.size == (64, 64)
     recipe = json.loads(refined.info["lace-lora"])
     assert (recipe["prompt"], recipe["seed"], recipe["settings"]["num_inference_steps"]) == ("edge", 43, 5)
+    assert recipe["settings"]["original_size"] == 72  # the median shorter side of the photos
 
     # A picture that was lost is drawn again, the very same; the others stay.
     lost, other = (tmp_path / "pictures" / f"refined_output_00{index}.png" for index in (1, 0))
