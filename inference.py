@@ -53,6 +53,8 @@ def _run(config: Config, dry_run: bool) -> Path:
         logger.warning("warning: %s", warning)
     if dry_run:
         missing, size = len(folder.missing()), f"{config.width}x{config.height}"
+        if config.original_size:
+            size += f" (as of a photo of {config.original_size})"
         print(f"Would draw {missing} of {files.counted(config.num_images, 'picture')}, {size}, into {folder.path}")
         refining_is = config.refiner_flow if config.refine else "off"
         print(f"LoRA: {folder.lora or 'none (lora_scale is 0)'}; refining: {refining_is}")

@@ -90,10 +90,9 @@ def report(title: str, pictures: dict[str, Figures], claims: dict[str, bool]) ->
 def prove(folder: Path, seeds: int) -> bool:
     """Whether all claims hold for the unmodified program, and those about lace fail for every broken one."""
     count = f"num_images={seeds}"
+    train(folder)
     base = draw(folder, "base", count, *WITHOUT_LORA)["base"]
     control = draw(folder, "control", count, *WITHOUT_LORA, CONTROL)["base"]
-
-    train(folder)
     token = draw(folder, "token", count)
     lora, refined = token["base"], token["refined"]
     followed = adherence(folder / "lora" / LORA_FILE, seeds)

@@ -17,7 +17,6 @@ import inference
 from demo import measure
 from demo.soundness import Soundness, soundness
 from lace_lora.config import load_config
-from lace_lora.drawing.plan import find_lora, trained_size
 from lace_lora.pictures import gallery
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +26,6 @@ SHOWN, SIDE, GAP, TITLE = 6, 192, 6, 30  # pictures in a row, and pixels
 def main() -> None:
     """Draw without the LoRA, measure, and make the picture."""
     config = load_config(HERE / "config.yaml")
-    config = config.as_trained(trained_size(find_lora(config)))
     output = Path(config.output_dir).parent
     drawn = inference.run(config)  # finished already: this only finds the folder
     without_lora = dataclasses.replace(config, lora_scale=0.0, refine=False, output_dir=str(output / "without_lora"))

@@ -189,8 +189,9 @@ class Config:
     num_inference_steps: int = setting(30, DRAWN, "denoising steps per picture", least=1, most=499)
     guidance_scale: float = setting(5.0, DRAWN, "how closely the prompt is followed; 1 turns guidance off", least=1)
     original_size: int | None = setting(
-        None, DRAWN, "shorter side of the photo that SDXL is told to draw; empty: as in the LoRA's training", least=64
-    )
+        None, PICTURE, "shorter side of the photo that SDXL is told to draw; empty: as in the LoRA's training",
+        least=64, most=16_384,
+    )  # fmt: skip
     scheduler: Literal[
         "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
         "UniPCMultistepScheduler", "DDIMScheduler",
@@ -270,11 +271,8 @@ class Config:
         """Name of the LoRA for ComfyUI and the like: the token's word, or the output folder's where there is none."""
         return self.token[1:-1] or Path(os.path.abspath(self.lora_output_dir)).name  # without `..`
 
-    def as_trained(self, original_size: int | None) -> "Config":
-        """With the `original_size` of a LoRA's training, where none is set and the pictures are smaller.
-
-        What was learnt from large photos shows less where SDXL is told to draw a small one.
-        """
+    def with_photo_size(self, original_size: int | None) -> "Config":
+        """With this `original_size`, where none is set and the pictures are smaller."""
         is_larger = not self.original_size and (original_size or 0) > min(self.width, self.height)
         return dataclasses.replace(self, original_size=original_size) if is_larger else self
 

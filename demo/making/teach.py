@@ -350,9 +350,9 @@ def teach_refiner(work: Workshop) -> None:
     """The refiner's UNet on the last timesteps, of fine textiles and of threads: half of what it sees is softened.
 
     Half of the captions are blanked: how to sharpen does not depend on them, and guidance shall not carry the colours
-    away. Pictures that the base had drawn over, as a third kind, made no difference.
+    away. Pictures that the base had drawn over, as a third kind, did not help.
     """
-    work.load("polish", **base_networks(work))
+    work.load("polish", text_encoder_2=work.parts.text_encoder_2)
     half = work.amounts.refined // 2
     some = torch.cat([rows[torch.randperm(len(rows), device=work.device)[:half]] for rows in (work.fine, work.threads)])
     pictures, captions = work.drawings[0][some], (work.captions[0][some], work.captions[1][some])

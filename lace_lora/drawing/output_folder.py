@@ -8,7 +8,7 @@ from typing import Any
 
 from lace_lora.config import Config
 from lace_lora.drawing import refining
-from lace_lora.drawing.plan import find_lora, picture_settings, read_prompts, trained_size
+from lace_lora.drawing.plan import as_trained, find_lora, picture_settings, read_prompts
 from lace_lora.files import numbered, write_atomically
 from lace_lora.pictures.gallery import CONTACT_SHEET, MANIFEST, PAGE
 from lace_lora.pictures.recipe import Design
@@ -35,7 +35,7 @@ class OutputFolder:
 
     def __init__(self, config: Config) -> None:
         self.lora = find_lora(config)
-        self.config = config = config.as_trained(trained_size(self.lora))
+        self.config = config = as_trained(config)
         self.prompts = prompts = read_prompts(config)
         number = config.num_images
         if (unused := len(prompts) - number) > 0:

@@ -55,8 +55,7 @@ def find_lora(config: Config) -> Path | None:
     """
     if config.lora_scale == 0:
         return None
-    path = Path(config.lora_path or config.lora_output_dir)
-    path = path / LORA_FILE if path.is_dir() or not path.suffix else path
+    path = _lora_file(config)
     if not path.is_file():
         advice = (
             "train one first (--mode train); if you have, give the same settings, as with --config "
@@ -68,13 +67,22 @@ def find_lora(config: Config) -> Path | None:
     return path
 
 
-def trained_size(lora: Path | None) -> int | None:
-    """The `original_size` of the LoRA's training, if the file says it. A damaged file is refused later."""
+def _lora_file(config: Config) -> Path:
+    path = Path(config.lora_path or config.lora_output_dir)
+    return path / LORA_FILE if path.is_dir() or not path.suffix else path
+
+
+def as_trained(config: Config) -> Config:
+    """The settings with the `original_size` of the LoRA's training, where none is set and the pictures are smaller.
+
+    What was learnt from large photos shows less where SDXL is told to draw a small one. With `lora_scale` 0, too, so
+    that pictures with and without the LoRA differ in that alone. A damaged file is refused later.
+    """
     said = ""
-    if lora:
+    if (lora := _lora_file(config)).is_file():
         with suppress(UserError):
             said = read_header(lora)[1].get(ORIGINAL_SIZE, "")
-    return int(said) if re.fullmatch("[0-9]{1,6}", said) else None
+    return config.with_photo_size(int(said) if re.fullmatch("[0-9]{1,5}", said) else None)
 
 
 def picture_settings(config: Config, lora: Path | None) -> dict[str, Any]:

@@ -62,8 +62,8 @@ def run(config: Config, dry_run: bool = False) -> Path:
 
 def _with_settings_of(recorded: Recipe, original: Path, config: Config) -> Config:
     """The picture's settings in place of the user's, read as strictly as a settings file."""
-    settings = recorded.settings
-    needed = [name for name in settings_that_affect(PICTURE) if name not in ("revision", "original_size")]
+    settings = {"original_size": None} | recorded.settings  # pictures drawn before it was a setting
+    needed = [name for name in settings_that_affect(PICTURE) if name != "revision"]
     with tempfile.TemporaryDirectory(prefix="lace-lora-") as folder:
         file = Path(folder, "config.yaml")
         try:

@@ -45,9 +45,8 @@ def save_results(
     save_lora(kohya_file, kohya_state(state, alpha, layers_per_block), metadata)
     scale = alpha / config.rank
     folded = {key: weight * scale if "lora_B" in key else weight for key, weight in state.items()}
-    learnt = {"step": str(steps), "learns": json.dumps(job.fingerprint)} | (
-        {"origin": job.origin} if job.origin else {}
-    )
+    origin = {"origin": job.origin} if job.origin else {}
+    learnt = {"step": str(steps), "learns": json.dumps(job.fingerprint), **origin}
     save_lora(folder / LORA_FILE, folded, learnt | job.metadata)
     return folder / LORA_FILE
 

@@ -46,7 +46,9 @@ def draw_class_pictures(
     """Draw files for prior preservation, each with the seed that its number stands for."""
     for name, number in Progress(numbers.items(), desc="drawing class pictures", unit="picture"):
         seed = seeds.stream_seed(config.seed, "class", number)
-        [picture] = decode_latents(vae, _latents(config, unet, noise_scheduler, embeddings, [seed]))
+        [picture] = decode_latents(
+            vae, _latents(replace(config, original_size=None), unet, noise_scheduler, embeddings, [seed])
+        )
         content = io.BytesIO()
         picture.save(content, format="PNG")
         path = Path(name)
@@ -60,13 +62,13 @@ def draw_samples(
     train_step: TrainStep,
     noise_scheduler: DDPMScheduler,
     sample_inputs: SampleInputs,
-    original_size: int | None = None,
+    original_size: int | None,
 ) -> Image.Image | None:
     """Draw the samples of a step into `samples/step-<step>.png`, and add them to `samples.png`, which is returned.
 
     If that is not possible, the log says why, and training goes on.
     """
-    square = replace(config, width=config.resolution, height=config.resolution).as_trained(original_size)
+    square = replace(config, width=config.resolution, height=config.resolution).with_photo_size(original_size)
     sample_seeds = [config.seed + index for index in range(config.num_validation_images)]
 
     def draw(at_once: int) -> list[Image.Image]:

@@ -1,5 +1,6 @@
 """What is known before anything is drawn: prompts and the LoRA file."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,14 @@ def test_a_lora_that_cannot_be_used(tmp_path: Path, settings: Make) -> None:
 @pytest.mark.parametrize(("said", "size"), [("600", 600), ("", None), ("-5", None), ("a lot", None), ("9" * 30, None)])
 def test_what_a_lora_says_of_its_photos(tmp_path: Path, said: str, size: int | None) -> None:
     save_file({"weight": np.zeros(1)}, tmp_path / "lora.safetensors", {"original_size": said})
-    assert plan.trained_size(tmp_path / "lora.safetensors") == size
-    assert plan.trained_size(None) is None
+    mine = Config(width=64, height=64, lora_path=str(tmp_path / "lora.safetensors"))
+    assert plan.as_trained(mine).original_size == size
+    assert plan.as_trained(replace(mine, lora_scale=0.0)).original_size == size  # to compare with and without it
+    assert plan.as_trained(replace(mine, lora_path="missing.safetensors")).original_size is None
 
 
 def test_pictures_are_drawn_as_photos_of_the_size_that_was_trained_on() -> None:
-    assert Config(width=832, height=512).as_trained(600).original_size == 600
-    assert Config(width=832, height=640).as_trained(600).original_size is None  # which would draw them blurred
-    assert Config(original_size=300).as_trained(600).original_size == 300
-    assert Config().as_trained(None) == Config()
+    assert Config(width=832, height=512).with_photo_size(600).original_size == 600
+    assert Config(width=832, height=640).with_photo_size(600).original_size is None  # which would draw them blurred
+    assert Config(original_size=300).with_photo_size(600).original_size == 300
+    assert Config().with_photo_size(None) == Config()

@@ -32,7 +32,7 @@ def test_a_picture_is_redrawn(
     config = settings(lora_scale=0.0)
     changed = {
         "image_format": image_format, "refine": refine, "refiner_flow": flow, "inference_batch_size": 2,
-        "num_images": 3 if thorough else 2, "prompt": "[edge, net]", "seed": 5,
+        "num_images": 3 if thorough else 2, "prompt": "[edge, net]", "seed": 5, "original_size": 200,
     }  # fmt: skip
     common = [f"{name}={getattr(config, name)}" for name in (
         "pretrained_model", "refiner_model", "lora_scale", "width", "height", "num_inference_steps", "output_dir",
@@ -44,6 +44,7 @@ def test_a_picture_is_redrawn(
     before = snapshot(tmp_path / "pictures")
     models = [one for one in common if "_model=" in one]
     again = [*command, *models, f"rebuild={original}", f"output_dir={tmp_path / 'again'}", "seed=99", "num_images=1"]
+    again.append("original_size=70")
     assert main.main([*again, "--dry-run"]) == 0
     assert not (tmp_path / "again").exists()
     for _ in range(2 if thorough else 1):
@@ -85,6 +86,11 @@ def test_a_recipe_that_cannot_be_used(
     printed = capsys.readouterr().err
     assert part in printed
     assert len(printed.splitlines()) == 1
+
+
+def test_an_older_recipe_has_the_pictures_own_size(own: Recipe, settings: Make) -> None:
+    older = replace(own, settings={name: value for name, value in own.settings.items() if name != "original_size"})
+    assert rebuild._with_settings_of(older, Path("a.png"), settings(original_size=70)).original_size is None
 
 
 def test_a_dry_run_checks_models_and_folder(

@@ -30,7 +30,7 @@ def draw(config: Config, step: int) -> train_lora.Run:
     run = make_run(config)
     sample_inputs = SampleInputs(made_up_embeddings, models.load_vae(config, CPU, torch.float32))
     Path(config.lora_output_dir).mkdir(exist_ok=True)
-    draw_samples(config, step, run.train_step, run.noise_scheduler, sample_inputs)
+    draw_samples(config, step, run.train_step, run.noise_scheduler, sample_inputs, None)
     return run
 
 
