@@ -31,7 +31,7 @@ CONTROL = "prompt=[" + ", ".join(
     for what in ("white net", "embroidered white net", "white trellis")
 ) + "]"  # fmt: skip
 SEED = 1000  # not the demo's, by which its settings were chosen
-LACE, NEARER, FARTHER, ADHERENCE, UNCHANGED = 0.4, 0.45, 0.02, 0.7, 0.02
+LACE, NEARER, FARTHER, ADHERENCE, UNCHANGED = 0.4, 0.45, 0.02, 0.4, 0.02
 
 
 def train(folder: Path, *overrides: str) -> None:
